@@ -1,0 +1,344 @@
+// forward_decode-inl.h: attention forward for few query rows: lanes = keys for the scores, channels for the output.
+//
+// Keys are transposed in registers and the products accumulate in the same order as in the tiled kernel, so a row has
+// the same bits in both. Memory-bound: each key block is prefetched one block ahead.
+
+namespace mfa::cpu::MFA_ISA {
+namespace {
+
+constexpr int kMaxDecodeRows = 8;
+constexpr int kScoreStride = kKeyBlock + 16;  // room for a whole vector from any key of the block
+static_assert(kLanes <= 16);
+
+struct DecodeScratch {
+  RowTile tile;
+  float m[kMaxDecodeRows], l[kMaxDecodeRows];
+  float* q;        // [rows][padded D], scaled to base-2 units
+  float* o;        // [rows][padded Dv]
+  float* s;        // [rows][kScoreStride]
+  float* block_o;  // [rows][padded Dv]
+  size_t bytes;
+
+  DecodeScratch(const AttentionProblem& p, int rows, char* base) {
+    const size_t d = RoundUp(p.D, kLanes), dv = RoundUp(p.Dv, kLanes);
+    float* at = reinterpret_cast<float*>(base);
+    q = at;
+    o = q + rows * d;
+    s = o + rows * dv;
+    block_o = s + static_cast<size_t>(rows) * kScoreStride;
+    bytes = (rows * (d + 2 * dv + kScoreStride)) * sizeof(float);
+  }
+};
+
+template <class T>
+HWY_INLINE void PrefetchRow(const T* row, int width) {
+  const char* at = reinterpret_cast<const char*>(row);
+  const size_t bytes = static_cast<size_t>(width) * sizeof(T);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+// S[g][k] for kLanes keys: rows[] point at the keys, q[] at the queries.
+template <int G, class T>
+HWY_INLINE void DecodeScores(const T* const* rows, const float* q, ptrdiff_t q_stride, int D, float* S,
+                             ptrdiff_t s_stride) {
+  VF acc[G];
+  MFA_UNROLL
+  for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
+  int d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    VF k[kLanes];
+    MFA_UNROLL
+    for (int i = 0; i < kLanes; ++i) k[i] = LoadFloat(rows[i] + d);
+    Transpose(k);
+    MFA_UNROLL
+    for (int j = 0; j < kLanes; ++j) {
+      MFA_UNROLL
+      for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k[j], hn::Set(df, q[g * q_stride + d + j]), acc[g]);
+    }
+  }
+  for (; d < D; ++d) {
+    alignas(64) float column[kLanes];
+    for (int i = 0; i < kLanes; ++i) column[i] = to_float(rows[i][d]);
+    const VF k = hn::Load(df, column);
+    MFA_UNROLL
+    for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k, hn::Set(df, q[g * q_stride + d]), acc[g]);
+  }
+  MFA_UNROLL
+  for (int g = 0; g < G; ++g) hn::StoreU(acc[g], df, S + g * s_stride);
+}
+
+// out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi); values past `width` are read as zero.
+template <int G, int NV, class T>
+HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, const float* P, float* out,
+                             ptrdiff_t out_stride, bool prefetch) {
+  VF acc[G][NV];
+  MFA_UNROLL
+  for (int g = 0; g < G; ++g) {
+    MFA_UNROLL
+    for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
+  }
+  const T* row = v + lo * v_stride;
+  for (int k = lo; k < hi; ++k, row += v_stride) {
+    if (prefetch) PrefetchRow(row + kKeyBlock * v_stride, NV * kLanes);
+    VF value[NV];
+    MFA_UNROLL
+    for (int c = 0; c < NV; ++c) value[c] = LoadFloat(row + c * kLanes);
+    MFA_UNROLL
+    for (int g = 0; g < G; ++g) {
+      const VF w = hn::Set(df, P[g * kScoreStride + k]);
+      MFA_UNROLL
+      for (int c = 0; c < NV; ++c) acc[g][c] = hn::MulAdd(value[c], w, acc[g][c]);
+    }
+  }
+  MFA_UNROLL
+  for (int g = 0; g < G; ++g) {
+    MFA_UNROLL
+    for (int c = 0; c < NV; ++c) hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
+  }
+}
+
+template <class T>
+class DecodeForward {
+ public:
+  DecodeForward(const ForwardJob& job, void* scratch)
+      : job_(job),
+        p_(*job.problem),
+        steps_(p_),
+        rows_(job.plan.rows),
+        d_padded_(RoundUp(p_.D, kLanes)),
+        dv_padded_(RoundUp(p_.Dv, kLanes)),
+        x_(p_, rows_, static_cast<char*>(scratch)) {}
+
+  void Run(int64_t task) {
+    const ForwardPlan& plan = job_.plan;
+    Begin(task / plan.key_splits);
+    const int split = static_cast<int>(task % plan.key_splits);
+    const int blocks = (p_.Nk + kKeyBlock - 1) / kKeyBlock;
+    const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
+    for (int i = first; i < last; ++i) Block(i);
+    if (plan.key_splits == 1) Finish();
+  }
+
+  void Merge(int64_t head) {
+    Begin(head);
+    for (int i = 0; i < job_.partials.blocks; ++i) {
+      const int64_t at = (head_ * job_.partials.blocks + i) * job_.partials.row_width;
+      if (job_.partials.l[at] == -1.f) continue;  // the mark of a block without visible keys
+      for (int g = 0; g < rows_; ++g)
+        MergeRow(g, job_.partials.m[at + g], job_.partials.l[at + g],
+                 job_.partials.o + (at + g) * static_cast<int64_t>(dv_padded_));
+    }
+    Finish();
+  }
+
+  size_t scratch_bytes() const { return x_.bytes; }
+
+ private:
+  void Begin(int64_t head) {
+    head_ = head;
+    FillRowTile(p_, static_cast<int>(head / p_.Hkv), static_cast<int>(head % p_.Hkv), 0, rows_, rows_, x_.tile);
+    for (int g = 0; g < rows_; ++g) {
+      x_.m[g] = p_.sinks ? p_.sinks[x_.tile.head[g]] * kLog2e : -kInf;
+      x_.l[g] = x_.m[g] == -kInf ? 0.f : 1.f;
+      float* q = x_.q + g * d_padded_;
+      WidenRow(RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D, q);
+      const VF scale = hn::Set(df, p_.scale * kLog2e);
+      for (int d = 0; d < d_padded_; d += kLanes) hn::Store(hn::Mul(hn::Load(df, q + d), scale), df, q + d);
+    }
+    for (int i = 0; i < rows_ * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.o + i);
+  }
+
+  void Block(int index) {
+    const int64_t k0 = int64_t{index} * kKeyBlock;
+    const int keys = static_cast<int>(Min<int64_t>(kKeyBlock, p_.Nk - k0));
+    const BlockKeys seen = KeysOfBlock(x_.tile, 0, rows_, k0, keys);
+    if (seen.empty()) return MarkUnseen(index);
+    const int lo = seen.lo, hi = seen.hi;
+    const T* k = RowPointer<T>(p_.k, x_.tile.b, x_.tile.kv_head, k0);
+    const T* v = RowPointer<T>(p_.v, x_.tile.b, x_.tile.kv_head, k0);
+    const bool prefetch = k0 + 2 * kKeyBlock <= p_.Nk;
+
+    for (int k_lo = lo; k_lo < hi; k_lo += kLanes) {
+      const T* rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = k + Min(k_lo + i, hi - 1) * p_.k.stride[2];
+      if (prefetch)
+        for (int i = 0; i < kLanes; ++i) PrefetchRow(rows[i] + kKeyBlock * p_.k.stride[2], p_.D);
+      ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR {
+        DecodeScores<G>(rows, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, k_lo), kScoreStride);
+      });
+    }
+    float m[kMaxDecodeRows], l[kMaxDecodeRows];
+    bool hidden = !seen.full || steps_.bias || steps_.mask;
+    for (int g = 0; g < rows_; ++g) {
+      if (!seen.full || steps_.any()) ApplySteps(g, k0, lo, hi);
+      m[g] = RowMax(scores_at(g, 0), lo, hi);
+    }
+    const bool skip_hidden = hidden && AnyNonFinite(v + lo * p_.v.stride[2], p_.v.stride[2], hi - lo, p_.Dv);
+    if (skip_hidden)
+      for (int g = 0; g < rows_; ++g)
+        for (int i = lo; i < hi; ++i) visible_[g][i] = scores_at(g, 0)[i] != -kInf;
+    for (int g = 0; g < rows_; ++g) {
+      l[g] = Exponentials(scores_at(g, 0), lo, hi, m[g]);
+      if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g, 1, k0, lo, hi, scores_at(g, 0), 1);
+    }
+    if (HWY_UNLIKELY(skip_hidden)) {
+      for (int g = 0; g < rows_; ++g) VisibleValues(v, g, lo, hi);
+    } else {
+      ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR { Values<G>(v, g, lo, hi, prefetch); });
+    }
+
+    if (job_.plan.key_splits > 1) {
+      const int64_t at = (head_ * job_.partials.blocks + index) * job_.partials.row_width;
+      for (int g = 0; g < rows_; ++g) {
+        job_.partials.m[at + g] = m[g];
+        job_.partials.l[at + g] = l[g];
+        float* o = job_.partials.o + (at + g) * static_cast<int64_t>(dv_padded_);
+        for (int d = 0; d < dv_padded_; d += kLanes)
+          hn::StoreU(hn::Load(df, x_.block_o + g * dv_padded_ + d), df, o + d);
+      }
+    } else {
+      for (int g = 0; g < rows_; ++g) MergeRow(g, m[g], l[g], x_.block_o + g * dv_padded_);
+    }
+  }
+
+  float* scores_at(int g, int k) { return x_.s + g * kScoreStride + k; }
+
+  // The steps of ApplyScoreSteps with lanes = keys: the same operations in the same order.
+  void ApplySteps(int g, int64_t k0, int lo, int hi) {
+    const ScoreTerms terms(p_);
+    const RowTile& t = x_.tile;
+    const VI lane = hn::Iota(di, 0);
+    const VI begin = hn::Set(di, t.begin[g]), end = hn::Set(di, t.end[g]), pos = hn::Set(di, t.pos[g]);
+    alignas(64) float bias[kLanes];
+    alignas(64) int32_t mask[kLanes];
+    for (int k = lo; k < hi; k += kLanes) {
+      const int n = Min(kLanes, hi - k);
+      const VI key = hn::Add(lane, hn::Set(di, static_cast<int32_t>(k0 + k)));
+      VF s = hn::LoadU(df, scores_at(g, k));
+      if (steps_.softcap) s = hn::Mul(Tanh(hn::Mul(s, terms.inverse_softcap)), terms.softcap);
+      if (steps_.alibi) s = hn::MulAdd(hn::Set(df, t.slope[g]), hn::ConvertTo(df, hn::Sub(key, pos)), s);
+      if (steps_.bias) {
+        const int64_t at = t.b * p_.bias.stride[0] + t.head[g] * p_.bias.stride[1] + t.query[g] * p_.bias.stride[2];
+        for (int i = 0; i < kLanes; ++i)
+          bias[i] =
+              i < n ? load_as_float(p_.bias.data, p_.bias.dtype, at + (k0 + k + i) * p_.bias.stride[3]) * kLog2e : 0.f;
+        s = hn::Add(s, hn::Load(df, bias));
+      }
+      auto visible = hn::AndNot(hn::Lt(key, begin), hn::Lt(key, end));
+      if (steps_.mask) {
+        const uint8_t* row =
+            p_.mask.data + t.b * p_.mask.stride[0] + t.head[g] * p_.mask.stride[1] + t.query[g] * p_.mask.stride[2];
+        for (int i = 0; i < kLanes; ++i) mask[i] = i < n && row[(k0 + k + i) * p_.mask.stride[3]] ? -1 : 0;
+        visible = hn::And(visible, hn::MaskFromVec(hn::Load(di, mask)));
+      }
+      s = hn::IfThenElse(hn::RebindMask(df, visible), s, hn::Set(df, -kInf));
+      if (n == kLanes) {
+        hn::StoreU(s, df, scores_at(g, k));
+      } else {
+        alignas(64) float out[kLanes];
+        hn::Store(s, df, out);
+        for (int i = 0; i < n; ++i) scores_at(g, k)[i] = out[i];
+      }
+    }
+  }
+
+  static float RowMax(const float* S, int lo, int hi) {
+    VF max = hn::Set(df, -kInf);
+    int k = lo;
+    for (; k + kLanes <= hi; k += kLanes) max = hn::Max(hn::LoadU(df, S + k), max);
+    float out = hn::GetLane(hn::MaxOfLanes(df, max));
+    for (; k < hi; ++k) out = S[k] > out ? S[k] : out;
+    return out;
+  }
+
+  // S becomes exp2(S - m); returns the sum in the order of the keys.
+  static float Exponentials(float* S, int lo, int hi, float m) {
+    const VF safe = hn::Set(df, m == -kInf ? 0.f : m);
+    int k = lo;
+    for (; k + kLanes <= hi; k += kLanes) hn::StoreU(Exp2(hn::Sub(hn::LoadU(df, S + k), safe)), df, S + k);
+    for (; k < hi; ++k) S[k] = hn::GetLane(Exp2(hn::Sub(hn::Set(df, S[k]), safe)));
+    float sum = 0.f;
+    for (k = lo; k < hi; ++k) sum += S[k];
+    return sum;
+  }
+
+  template <int G>
+  void Values(const T* v, int g, int lo, int hi, bool prefetch) {
+    constexpr int kVectors = 2 * kTileRows / G < 8 ? 2 * kTileRows / G : 8;
+    const ptrdiff_t stride = p_.v.stride[2];
+    const int whole = p_.Dv / kLanes;
+    const float* P = scores_at(g, 0);
+    float* out = x_.block_o + g * dv_padded_;
+    ForRowTiles<kVectors>(0, whole, [&]<int NV>(int c) HWY_ATTR {
+      DecodeValues<G, NV>(v + c * kLanes, stride, lo, hi, P, out + c * kLanes, dv_padded_, prefetch);
+    });
+    if (whole * kLanes == p_.Dv) return;
+    for (int i = g; i < g + G; ++i) {
+      hn::Store(hn::Zero(df), df, x_.block_o + i * dv_padded_ + whole * kLanes);
+      for (int d = whole * kLanes; d < p_.Dv; ++d) {
+        float sum = 0.f;
+        for (int k = lo; k < hi; ++k) sum = __builtin_fmaf(to_float(v[k * stride + d]), scores_at(i, 0)[k], sum);
+        x_.block_o[i * dv_padded_ + d] = sum;
+      }
+    }
+  }
+
+  // For blocks that hold non-finite values: hidden keys are not touched.
+  void VisibleValues(const T* v, int g, int lo, int hi) {
+    float* out = x_.block_o + g * dv_padded_;
+    for (int d = 0; d < dv_padded_; ++d) {
+      float sum = 0.f;
+      for (int k = lo; k < hi && d < p_.Dv; ++k)
+        if (visible_[g][k]) sum = __builtin_fmaf(to_float(v[k * p_.v.stride[2] + d]), scores_at(g, 0)[k], sum);
+      out[d] = sum;
+    }
+  }
+
+  void MergeRow(int g, float block_m, float block_l, const float* block_o) {
+    alignas(64) float m[kLanes], l[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      m[i] = x_.m[g];
+      l[i] = x_.l[g];
+    }
+    VF a, b;
+    MergeState(m, l, hn::Set(df, block_m), hn::Set(df, block_l), a, b);
+    x_.m[g] = m[0];
+    x_.l[g] = l[0];
+    float* o = x_.o + g * dv_padded_;
+    for (int d = 0; d < dv_padded_; d += kLanes)
+      hn::Store(hn::MulAdd(hn::Load(df, o + d), a, hn::Mul(hn::LoadU(df, block_o + d), b)), df, o + d);
+  }
+
+  void MarkUnseen(int block) {
+    if (job_.plan.key_splits > 1)
+      job_.partials.l[(head_ * job_.partials.blocks + block) * job_.partials.row_width] = -1.f;
+  }
+
+  void Finish() {
+    const RowTile& t = x_.tile;
+    for (int g = 0; g < rows_; ++g) {
+      const float inverse = x_.l[g] == 0.f ? 0.f : 1.f / x_.l[g];
+      T* out = RowPointer<T>(job_.out->o, t.b, t.head[g], t.query[g]);
+      const float* o = x_.o + g * dv_padded_;
+      const VF f = hn::Set(df, inverse);
+      int d = 0;
+      for (; d + kLanes <= p_.Dv; d += kLanes) StoreFloat(hn::MulAdd(hn::Load(df, o + d), f, hn::Zero(df)), out + d);
+      for (; d < p_.Dv; ++d) StoreScalar(o[d] * inverse + 0.f, out + d);
+      if (job_.out->lse) {
+        const float lse2 = x_.l[g] == 0.f ? -kInf : x_.m[g] + ::log2f(x_.l[g]);
+        job_.out->lse[(int64_t{t.b} * p_.Hq + t.head[g]) * p_.Nq + t.query[g]] = lse2 * kLn2;
+      }
+    }
+  }
+
+  const ForwardJob& job_;
+  const AttentionProblem& p_;
+  const ScoreSteps steps_;
+  const int rows_, d_padded_, dv_padded_;
+  DecodeScratch x_;
+  int64_t head_ = 0;
+  bool visible_[kMaxDecodeRows][kKeyBlock];
+};
+
+}  // namespace
+}  // namespace mfa::cpu::MFA_ISA

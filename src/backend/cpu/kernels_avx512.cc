@@ -1,0 +1,6 @@
+// kernels_avx512.cc: the CPU kernels for avx512.
+#define MFA_ISA avx512
+#define MFA_ISA_NAME "avx512"
+#define MFA_ISA_TABLE kernels_avx512
+#define MFA_ISA_TARGET HWY_AVX3
+#include "backend/cpu/kernels-inl.h"
