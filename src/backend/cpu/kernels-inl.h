@@ -1,18 +1,24 @@
-// kernels-inl.h: the body of every kernels_<isa>.cc: one source, compiled once for each instruction set.
-// The including file defines MFA_ISA (the namespace), MFA_ISA_NAME and MFA_ISA_TARGET (Highway's static target).
+// kernels-inl.h: the body of every kernels_<isa>.cc: one source, compiled once
+// for each instruction set. The including file defines MFA_ISA (the namespace),
+// MFA_ISA_NAME and MFA_ISA_TARGET (Highway's static target).
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/scratch.h"
 
+// Each file builds on those before it.
+// clang-format off
 #include "backend/cpu/simd-inl.h"
-// The files below build on each other in this order.
+#include "backend/cpu/dot-inl.h"
+#include "backend/cpu/tile-inl.h"
+#include "backend/cpu/scores-inl.h"
+#include "backend/cpu/forward_tiled-inl.h"
+#include "backend/cpu/forward_decode-inl.h"
 #include "backend/cpu/backward-inl.h"
 #include "backend/cpu/bias_gradient-inl.h"
-#include "backend/cpu/forward_decode-inl.h"
-#include "backend/cpu/forward_tiled-inl.h"
 #include "backend/cpu/peak-inl.h"
-#include "backend/cpu/scores-inl.h"
-#include "backend/cpu/tile-inl.h"
+// clang-format on
 
-static_assert(HWY_STATIC_TARGET == MFA_ISA_TARGET, "the flags of this unit do not select its instruction set");
+static_assert(HWY_STATIC_TARGET == MFA_ISA_TARGET,
+              "the flags of this unit do not select its instruction set");
 
 namespace mfa::cpu {
 namespace MFA_ISA {
@@ -20,38 +26,51 @@ namespace {
 
 // Calls f with the kernel object of the plan.
 template <class F>
-HWY_INLINE void WithForward(const ForwardJob& job, void* scratch, const F& f) {
+HWY_INLINE void WithForward(const ForwardJob &job, void *scratch, const F &f) {
   if (job.plan.kernel == ForwardKernel::tiled) {
     TiledForward kernel(job, scratch);
     return f(kernel);
   }
-  WithType(job.problem->dtype, [&]<class T>(T*) {
-    DecodeForward<T> kernel(job, scratch);
+  WithType(job.problem->dtype, [&]<class T>(T *) {
+    if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
+      if (job.plan.native_bf16) {
+        DecodeForward<T, true> kernel(job, scratch);
+        return f(kernel);
+      }
+    }
+    DecodeForward<T, false> kernel(job, scratch);
     f(kernel);
   });
 }
 
-size_t ForwardScratchBytes(const ForwardJob& job) {
+size_t ForwardScratchBytes(const ForwardJob &job) {
   size_t bytes = 0;
-  WithForward(job, nullptr, [&](auto& kernel) { bytes = kernel.scratch_bytes(); });
+  WithForward(job, nullptr,
+              [&](auto &kernel) { bytes = kernel.scratch_bytes(); });
   return bytes;
 }
-void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
-  WithForward(job, scratch, [&](auto& kernel) { kernel.Run(task); });
+void ForwardTask(const ForwardJob &job, int64_t task, void *scratch) {
+  WithForward(job, scratch, [&](auto &kernel) { kernel.Run(task); });
 }
-void MergeTask(const ForwardJob& job, int64_t tile, void* scratch) {
-  WithForward(job, scratch, [&](auto& kernel) { kernel.Merge(tile); });
+void MergeTask(const ForwardJob &job, int64_t tile, void *scratch) {
+  WithForward(job, scratch, [&](auto &kernel) { kernel.Merge(tile); });
 }
 
-size_t BackwardScratchBytes(const BackwardJob& job) { return Backward(job, nullptr).scratch_bytes(); }
-void DeltaTask(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
-  WithType(job.problem->dtype, [&]<class T>(T*) { DeltaRows<T>(job, begin, end, delta); });
+size_t BackwardScratchBytes(const BackwardJob &job) {
+  return Backward(job, nullptr).scratch_bytes();
 }
-void BackwardTask(const BackwardJob& job, int64_t task, void* scratch) { Backward(job, scratch).Run(task); }
-void QueryGradientTask(const BackwardJob& job, int64_t tile, void* scratch) {
+void DeltaTask(const BackwardJob &job, int64_t begin, int64_t end,
+               float *delta) {
+  WithType(job.problem->dtype,
+           [&]<class T>(T *) { DeltaRows<T>(job, begin, end, delta); });
+}
+void BackwardTask(const BackwardJob &job, int64_t task, void *scratch) {
+  Backward(job, scratch).Run(task);
+}
+void QueryGradientTask(const BackwardJob &job, int64_t tile, void *scratch) {
   Backward(job, scratch).ReduceQueries(tile);
 }
-int64_t BiasTasks(const AttentionProblem& p) { return BiasRegions(p).tasks(); }
+int64_t BiasTasks(const AttentionProblem &p) { return BiasRegions(p).tasks(); }
 
 constexpr KernelTable kTable = {
     .traits = {.isa = MFA_ISA_NAME,
@@ -59,7 +78,7 @@ constexpr KernelTable kTable = {
                .tile_vectors = kTileVectors,
                .max_row_tile = kMaxRowTile,
                .max_decode_rows = Min(kMaxDecodeRows, kLanes / 2),
-               .native_bf16 = false},
+               .native_bf16 = kNativeBf16},
     .forward_scratch_bytes = ForwardScratchBytes,
     .forward_task = ForwardTask,
     .merge_task = MergeTask,
@@ -73,9 +92,9 @@ constexpr KernelTable kTable = {
     .read_sum = ReadSum,
 };
 
-}  // namespace
-}  // namespace MFA_ISA
+} // namespace
+} // namespace MFA_ISA
 
-const KernelTable& MFA_ISA_TABLE() { return MFA_ISA::kTable; }
+const KernelTable &MFA_ISA_TABLE() { return MFA_ISA::kTable; }
 
-}  // namespace mfa::cpu
+} // namespace mfa::cpu
