@@ -1,0 +1,11 @@
+// bindings.h: the parts of the Python module `_ext`.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace mfa::python {
+
+void bind_attention(nanobind::module_& m);
+void bind_diagnostics(nanobind::module_& m);
+
+}  // namespace mfa::python

@@ -1,0 +1,28 @@
+// module.cpp: the Python module `_ext`. It adapts arguments; the library decides.
+#include <nanobind/nanobind.h>
+
+#include <string>
+
+#include "bindings.h"
+#include "mfa/version.h"
+#include "mlx/array.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_ext, m) {
+  nb::module_::import_("mlx.core");
+  // Arrays convert only if MLX and this module agree on nanobind's ABI and domain; without this check each call would
+  // fail with a TypeError that does not say why.
+  if (!nb::type<mlx::core::array>().is_valid()) {
+    const std::string message = std::string(
+                                    "mlx_mfa._ext was built for another nanobind than the installed mlx uses; "
+                                    "reinstall both: pip install --force-reinstall mlx-mfa \"mlx==") +
+                                mfa::built_for_mlx_version() + "\"";
+    throw nb::import_error(message.c_str());
+  }
+  m.doc() = "Attention for MLX in C++; see mlx_mfa for the documented functions.";
+  m.attr("__version__") = mfa::version();
+  m.attr("built_for_mlx_version") = mfa::built_for_mlx_version();
+  mfa::python::bind_attention(m);
+  mfa::python::bind_diagnostics(m);
+}

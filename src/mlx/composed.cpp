@@ -1,0 +1,171 @@
+#include "mlx/composed.h"
+
+#include <array>
+#include <limits>
+#include <optional>
+
+#include "common/philox.h"
+#include "mlx/ops.h"
+
+namespace mfa {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// MLX operations of one call: the stream is given once.
+struct Graph {
+  mx::Stream s;
+
+  mx::array f32(const mx::array& x) const { return mx::astype(x, mx::float32, s); }
+  mx::array add(const mx::array& a, const mx::array& b) const { return mx::add(a, b, s); }
+  mx::array sub(const mx::array& a, const mx::array& b) const { return mx::subtract(a, b, s); }
+  mx::array mul(const mx::array& a, const mx::array& b) const { return mx::multiply(a, b, s); }
+  mx::array where(const mx::array& c, const mx::array& a, const mx::array& b) const { return mx::where(c, a, b, s); }
+  mx::array reshape(const mx::array& x, mx::Shape shape) const { return mx::reshape(x, std::move(shape), s); }
+};
+
+struct Positions {
+  mx::array row;      // pos(i): int32, broadcasts over [B, 1, Nq, 1]
+  mx::array key;      // j: int32 [1, 1, 1, Nk]
+  mx::array lengths;  // keys of each batch entry: int32, broadcasts over [B, 1, 1, 1]
+};
+
+Positions positions(const AttentionProblem& p, const mx::array* kv_lengths, const Graph& g) {
+  const auto lengths = kv_lengths ? mx::clip(g.reshape(*kv_lengths, {p.B, 1, 1, 1}), mx::array(0), mx::array(p.Nk), g.s)
+                                  : mx::array(p.Nk);
+  const auto offset = mx::maximum(g.sub(lengths, mx::array(p.Nq)), mx::array(0), g.s);
+  const auto rows = g.reshape(mx::arange(0, p.Nq, mx::int32, g.s), {1, 1, p.Nq, 1});
+  const auto keys = g.reshape(mx::arange(0, p.Nk, mx::int32, g.s), {1, 1, 1, p.Nk});
+  return {g.add(rows, offset), keys, lengths};
+}
+
+// Which keys each row sees, bool, broadcastable to the scores; nullopt if all rows see all keys.
+std::optional<mx::array> visibility(const AttentionProblem& p, const Positions& at, bool has_lengths,
+                                    const mx::array* mask, const Graph& g) {
+  std::optional<mx::array> visible;
+  auto require = [&](const mx::array& x) { visible = visible ? mx::logical_and(*visible, x, g.s) : x; };
+  if (has_lengths) require(mx::less(at.key, at.lengths, g.s));
+  if (p.causal) require(mx::less_equal(at.key, at.row, g.s));
+  if (p.window_left >= 0) require(mx::greater_equal(at.key, g.sub(at.row, mx::array(p.window_left)), g.s));
+  if (p.window_right >= 0) require(mx::less_equal(at.key, g.add(at.row, mx::array(p.window_right)), g.s));
+  if (mask) require(*mask);
+  return visible;
+}
+
+// `x` [B, Hkv, Nk, *] with zeros for the keys that no row of the group sees, so that what they hold multiplies nothing.
+mx::array without_hidden_keys(const mx::array& x, const mx::array& visible, const AttentionProblem& p, const Graph& g) {
+  auto seen = mx::any(visible, 2, false, g.s);  // [B or 1, Hq or 1, Nk or 1]
+  if (seen.shape(1) == p.Hq && p.Hq != p.Hkv) {
+    seen = mx::any(g.reshape(seen, {seen.shape(0), p.Hkv, p.Hq / p.Hkv, seen.shape(2)}), 2, false, g.s);
+  }
+  return g.where(mx::expand_dims(seen, 3, g.s), x, mx::array(0.f));
+}
+
+// a * b as 64 bits: {low word, high word}.
+std::pair<mx::array, mx::array> multiply_wide(uint32_t a, const mx::array& b, const Graph& g) {
+  const auto product = g.mul(mx::array(uint64_t{a}, mx::uint64), mx::astype(b, mx::uint64, g.s));
+  return {mx::astype(mx::bitwise_and(product, mx::array(uint64_t{0xffffffffu}, mx::uint64), g.s), mx::uint32, g.s),
+          mx::astype(mx::right_shift(product, mx::array(uint64_t{32}, mx::uint64), g.s), mx::uint32, g.s)};
+}
+
+// Which weights dropout keeps, bool [B, Hq, Nq, Nk]: the bits of dropout_words() in common/philox.h.
+mx::array kept_weights(const AttentionProblem& p, const mx::array& seed, const Graph& g) {
+  const int groups = (p.Nk + 3) / 4;
+  auto word = [](uint32_t value) { return mx::array(value, mx::uint32); };
+  auto axis = [&](int n, mx::Shape shape) { return g.reshape(mx::arange(0, n, mx::uint32, g.s), std::move(shape)); };
+  std::array<mx::array, 4> counter = {axis(groups, {1, 1, groups}), axis(p.Nq, {1, p.Nq, 1}),
+                                      axis(p.B * p.Hq, {p.B * p.Hq, 1, 1}), word(0)};
+  auto k0 = mx::slice(seed, {0}, {1}, g.s), k1 = mx::slice(seed, {1}, {2}, g.s);
+  auto mix = [&](const mx::array& a, const mx::array& b, const mx::array& c) {
+    return mx::bitwise_xor(mx::bitwise_xor(a, b, g.s), c, g.s);
+  };
+  for (int round = 0; round < 10; ++round) {
+    const auto [a_low, a_high] = multiply_wide(0xD2511F53u, counter[0], g);
+    const auto [b_low, b_high] = multiply_wide(0xCD9E8D57u, counter[2], g);
+    counter = {mix(b_high, counter[1], k0), b_low, mix(a_high, counter[3], k1), a_low};
+    k0 = g.add(k0, word(0x9E3779B9u));
+    k1 = g.add(k1, word(0xBB67AE85u));
+  }
+  const mx::Shape full = {p.B * p.Hq, p.Nq, groups};
+  std::vector<mx::array> words;
+  for (const auto& w : counter) words.push_back(mx::broadcast_to(w, full, g.s));
+  const auto all = g.reshape(mx::stack(words, -1, g.s), {p.B, p.Hq, p.Nq, 4 * groups});
+  const auto mine = mx::slice(all, {0, 0, 0, 0}, {p.B, p.Hq, p.Nq, p.Nk}, g.s);
+  const mx::array threshold(dropout_threshold(p.dropout_p), mx::uint64);
+  return mx::greater_equal(mx::astype(mine, mx::uint64, g.s), threshold, g.s);
+}
+
+// With no keys the sink is all there is; with no rows, nothing is.
+std::vector<mx::array> without_scores(const AttentionProblem& p, const mx::array& q, const mx::array* sinks,
+                                      bool returns_probs, const Graph& g) {
+  const auto logit = sinks ? g.reshape(*sinks, {1, p.Hq, 1}) : mx::array(-kInfinity);
+  std::vector<mx::array> outputs = {mx::zeros({p.B, p.Hq, p.Nq, p.Dv}, q.dtype(), g.s),
+                                    mx::broadcast_to(logit, {p.B, p.Hq, p.Nq}, g.s)};
+  if (returns_probs) outputs.push_back(mx::zeros({p.B, p.Hq, p.Nq, p.Nk}, mx::float32, g.s));
+  return outputs;
+}
+
+}  // namespace
+
+std::vector<mx::array> composed_attention(const AttentionParams& params, const std::vector<mx::array>& inputs,
+                                          mx::Stream s) {
+  const Graph g{s};
+  const AttentionProblem p = describe(params, inputs);
+  const InputLayout at(params);
+  auto input = [&](int i) { return i < 0 ? nullptr : &inputs[i]; };
+  const mx::array* sinks = input(at.sinks);
+  if (p.Nk == 0 || p.B == 0 || p.Nq == 0) return without_scores(p, inputs[0], sinks, params.returns_probs, g);
+
+  const int group_rows = p.Hq / p.Hkv * p.Nq;
+  auto q = g.f32(inputs[0]), k = g.f32(inputs[1]), v = g.f32(inputs[2]);
+  const Positions pos = positions(p, input(at.kv_lengths), g);
+  const auto visible = visibility(p, pos, params.has_lengths, input(at.mask), g);
+  if (visible) {
+    k = without_hidden_keys(k, *visible, p, g);
+    v = without_hidden_keys(v, *visible, p, g);
+    q = g.where(mx::any(*visible, 3, true, s), q, mx::array(0.f));
+  }
+
+  // Scores [B, Hq, Nq, Nk]; the heads of a group are rows of one product, so that K is not repeated.
+  q = g.reshape(g.mul(q, mx::array(p.scale)), {p.B, p.Hkv, group_rows, p.D});
+  auto scores = g.reshape(mx::matmul(q, mx::swapaxes(k, 2, 3, s), s), {p.B, p.Hq, p.Nq, p.Nk});
+  if (p.softcap > 0.f) {
+    const mx::array cap(p.softcap);
+    scores = g.mul(mx::tanh(mx::divide(scores, cap, s), s), cap);
+  }
+  if (params.has_alibi) {
+    const auto slopes = g.reshape(inputs[at.alibi], {1, p.Hq, 1, 1});
+    scores = g.add(scores, g.mul(slopes, g.f32(g.sub(pos.key, pos.row))));
+  }
+  if (params.has_bias) scores = g.add(scores, g.f32(inputs[at.bias]));
+  if (visible) scores = g.where(*visible, scores, mx::array(-kInfinity));
+
+  // Softmax. The maximum cancels, so it carries no gradient; 0 stands for it in rows that see nothing.
+  auto m = mx::max(scores, 3, true, s);
+  std::optional<mx::array> sink;
+  if (sinks) {
+    sink = g.reshape(*sinks, {1, p.Hq, 1, 1});
+    m = mx::maximum(m, *sink, s);
+  }
+  m = mx::stop_gradient(g.where(mx::equal(m, mx::array(-kInfinity), s), mx::array(0.f), m), s);
+  const auto weights = mx::exp(g.sub(scores, m), s);
+  auto sum = mx::sum(weights, 3, true, s);
+  if (sink) sum = g.add(sum, mx::exp(g.sub(*sink, m), s));
+  const auto empty = mx::equal(sum, mx::array(0.f), s);
+  const auto safe_sum = g.where(empty, mx::array(1.f), sum);
+  const auto probs = mx::divide(weights, safe_sum, s);
+  const auto lse = g.where(empty, mx::array(-kInfinity), g.add(m, mx::log(safe_sum, s)));
+
+  auto kept = probs;
+  if (params.has_seed) {
+    const float rescale = p.dropout_p < 1.f ? 1.f / (1.f - p.dropout_p) : 0.f;
+    kept = g.where(kept_weights(p, inputs[at.seed], g), g.mul(probs, mx::array(rescale)), mx::array(0.f));
+  }
+  const auto o = mx::matmul(g.reshape(kept, {p.B, p.Hkv, group_rows, p.Nk}), v, s);
+  std::vector<mx::array> outputs = {mx::astype(g.reshape(o, {p.B, p.Hq, p.Nq, p.Dv}), inputs[0].dtype(), s),
+                                    mx::squeeze(lse, 3, s)};
+  if (params.returns_probs) outputs.push_back(probs);
+  return outputs;
+}
+
+}  // namespace mfa

@@ -1,0 +1,166 @@
+// route.cpp: the public functions of attention: describe the call, choose a route, build its node or graph.
+#include "mlx/route.h"
+
+#include <atomic>
+#include <stdexcept>
+
+#include "attention/plan.h"
+#include "common/check.h"
+#include "common/thread_pool.h"
+#include "mlx/attention.h"
+#include "mlx/composed.h"
+#include "mlx/fast.h"
+
+namespace mfa {
+namespace {
+
+std::atomic<uint64_t> calls[3];  // by Route
+
+// o alone, by MLX's op. sdpa_refusal() has found nothing that it would compute differently.
+mx::array mlx_sdpa(const Request& r) {
+  const InputLayout at(r.params);
+  std::optional<mx::array> bias, sinks;
+  if (r.params.has_bias) bias = r.inputs[at.bias];
+  if (r.params.has_sinks) sinks = r.inputs[at.sinks];
+  const std::string mode = r.params.causal ? "causal" : "";
+  return mx::fast::scaled_dot_product_attention(r.inputs[0], r.inputs[1], r.inputs[2], r.params.scale, mode, bias,
+                                                sinks, false, r.stream);
+}
+
+std::vector<mx::array> launch(Request request, Backend backend, const WantedOutputs& wanted) {
+  const Route route = choose(request, backend, wanted);
+  calls[static_cast<int>(route)].fetch_add(1, std::memory_order_relaxed);
+  switch (route) {
+    case Route::mfa_cpu:
+      return Attention::make(request.stream, request.params, std::move(request.inputs));
+    case Route::mlx_sdpa:
+      return {mlx_sdpa(request)};
+    case Route::composed:
+      return composed_attention(request.params, request.inputs, request.stream);
+  }
+  throw std::logic_error("[flash_attention] unknown route");
+}
+
+}  // namespace
+
+const char* name_of(Route route) {
+  switch (route) {
+    case Route::mfa_cpu:
+      return "mfa_cpu";
+    case Route::mlx_sdpa:
+      return "mlx_sdpa";
+    case Route::composed:
+      return "composed";
+  }
+  return "unknown";
+}
+
+std::optional<std::string> cpu_refusal(const Request& r) {
+  if (r.stream.device != mx::Device::cpu) return "the stream is on a GPU, for which this build has no kernel";
+  std::string reason;
+  const auto traits = cpu::kernel_traits(&reason);
+  if (!traits) return reason;
+  return unsupported(describe(r.params, r.inputs), *traits);
+}
+
+std::optional<std::string> sdpa_refusal(const Request& r, const WantedOutputs& wanted) {
+  const AttentionParams& p = r.params;
+  const int B = r.inputs[0].shape(0), Nq = r.inputs[0].shape(2), Nk = r.inputs[1].shape(2);
+  if (wanted.lse) return "MLX's op does not return the log-sum-exp";
+  if (wanted.probs) return "MLX's op does not return the probabilities";
+  if (p.softcap > 0.f) return "MLX's op has no softcap";
+  if (p.has_alibi) return "MLX's op has no ALiBi";
+  if (p.window_left >= 0 || p.window_right >= 0) return "MLX's op has no window";
+  if (p.has_lengths) return "MLX's op has no lengths for each batch entry";
+  if (p.has_seed) return "MLX's op has no dropout";
+  if (p.has_mask || p.has_bias) return "MLX's op does not give 0 for a row that a mask or bias hides entirely";
+  if (p.has_sinks && r.inputs[0].dtype() != mx::float32) return "MLX's op rounds the sinks to the dtype of q";
+  if (p.causal && Nq > Nk) return "MLX's op aligns the causal diagonal otherwise when there are more queries than keys";
+  if (B == 0 || Nq == 0 || Nk == 0) return "MLX's op takes no empty arrays";
+  return std::nullopt;
+}
+
+Route choose(const Request& request, Backend backend, const WantedOutputs& wanted, std::vector<Refusal>* refusals) {
+  auto accepts = [&](Route route, std::optional<std::string> reason) {
+    if (reason && refusals) refusals->push_back({name_of(route), *reason});
+    return !reason;
+  };
+  if (backend == Backend::automatic || backend == Backend::mfa) {
+    const auto reason = cpu_refusal(request);
+    if (accepts(Route::mfa_cpu, reason)) return Route::mfa_cpu;
+    if (backend == Backend::mfa) {
+      throw std::runtime_error(concat("[flash_attention] backend=\"mfa\" cannot run this problem: ", *reason));
+    }
+  }
+  if (backend != Backend::composed && accepts(Route::mlx_sdpa, sdpa_refusal(request, wanted))) return Route::mlx_sdpa;
+  return Route::composed;
+}
+
+Backend parse_backend(std::string_view name) {
+  if (name == "auto") return Backend::automatic;
+  if (name == "mfa") return Backend::mfa;
+  if (name == "sdpa") return Backend::sdpa;
+  if (name == "composed") return Backend::composed;
+  check(name != "sage", "flash_attention",
+        "backend must be \"auto\", \"mfa\", \"sdpa\" or \"composed\", as int8 attention is not part of this build; got "
+        "\"sage\"");
+  check(false, "flash_attention", "backend must be \"auto\", \"mfa\", \"sdpa\" or \"composed\"; got \"", name, "\"");
+  return Backend::automatic;
+}
+
+mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
+                    mx::StreamOrDevice s) {
+  return launch(make_request(q, k, v, options, false, s), options.backend, {})[0];
+}
+
+AttentionResult attention_with_lse(const mx::array& q, const mx::array& k, const mx::array& v,
+                                   const AttentionOptions& options, mx::StreamOrDevice s) {
+  const WantedOutputs wanted{.lse = true, .probs = options.return_probs};
+  auto outputs = launch(make_request(q, k, v, options, options.return_probs, s), options.backend, wanted);
+  AttentionResult result{outputs[0], outputs[1], std::nullopt};
+  if (options.return_probs) result.probs = outputs[2];
+  return result;
+}
+
+Explanation explain(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
+                    mx::StreamOrDevice s, bool returns_lse) {
+  const WantedOutputs wanted{.lse = returns_lse, .probs = options.return_probs};
+  const Request request = make_request(q, k, v, options, options.return_probs, s);
+  Explanation e;
+  const Route route = choose(request, options.backend, wanted, &e.refusals);
+  e.route = name_of(route);
+  switch (route) {
+    case Route::mfa_cpu: {
+      const CpuKernelTraits traits = *cpu::kernel_traits();
+      const ForwardPlan plan =
+          plan_forward(describe(request.params, request.inputs), traits, thread_count(), options.return_probs);
+      e.kernel = name_of(plan.kernel);
+      e.isa = traits.isa;
+      e.row_tile = plan.row_tile;
+      e.key_block = kKeyBlock;
+      e.splits = plan.key_splits;
+      e.tasks = plan.tasks;
+      e.threads = thread_count();
+      e.native_bf16 = plan.native_bf16;
+      break;
+    }
+    case Route::mlx_sdpa:
+      e.kernel = "mlx.fast.scaled_dot_product_attention";
+      break;
+    case Route::composed:
+      e.kernel = "graph of MLX operations, storing the scores";
+      break;
+  }
+  return e;
+}
+
+Counters counters() {
+  auto read = [](Route route) { return calls[static_cast<int>(route)].load(std::memory_order_relaxed); };
+  return {read(Route::mfa_cpu), read(Route::mlx_sdpa), read(Route::composed)};
+}
+
+void reset_counters() {
+  for (auto& count : calls) count.store(0, std::memory_order_relaxed);
+}
+
+}  // namespace mfa
