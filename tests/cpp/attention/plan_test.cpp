@@ -1,0 +1,193 @@
+#include "attention/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace mfa {
+namespace {
+
+CpuKernelTraits traits(int32_t lanes, int32_t tile_vectors, int32_t max_row_tile, int32_t max_decode_rows, bool bf16) {
+  CpuKernelTraits cpu;
+  cpu.isa = "test";
+  cpu.lanes = lanes;
+  cpu.tile_vectors = tile_vectors;
+  cpu.max_row_tile = max_row_tile;
+  cpu.max_decode_rows = max_decode_rows;
+  cpu.native_bf16 = bf16;
+  return cpu;
+}
+
+const std::vector<CpuKernelTraits>& all_traits() {
+  static const std::vector<CpuKernelTraits> all = {traits(8, 3, 192, 8, false), traits(16, 3, 192, 16, true),
+                                                   traits(4, 4, 96, 4, false)};
+  return all;
+}
+
+AttentionProblem shape(int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D = 64) {
+  AttentionProblem p;
+  p.B = B;
+  p.Hq = Hq;
+  p.Hkv = Hkv;
+  p.Nq = Nq;
+  p.Nk = Nk;
+  p.D = p.Dv = D;
+  return p;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls `visit` for shapes that straddle tiles, blocks and splits.
+template <typename Visit>
+void for_each_shape(Visit visit) {
+  for (int32_t B : {1, 3, 64})
+    for (int32_t Hkv : {1, 2, 8})
+      for (int32_t G : {1, 4, 8})
+        for (int32_t Nq : {1, 2, 7, 8, 9, 24, 25, 96, 97, 192, 193, 1000, 65536})
+          for (int32_t Nk : {0, 1, 255, 256, 257, 511, 512, 513, 4096, 32768, 1 << 20})
+            visit(shape(B, G * Hkv, Hkv, Nq, Nk));
+}
+
+TEST(PlanForward, TasksCoverEveryRowAndKeyBlockOnce) {
+  for_each_shape([](const AttentionProblem& p) {
+    for (const CpuKernelTraits& cpu : all_traits()) {
+      for (int threads : {1, 2, 3, 64}) {
+        for (bool wants_probs : {false, true}) {
+          const ForwardPlan plan = plan_forward(p, cpu, threads, wants_probs);
+          SCOPED_TRACE(::testing::Message() << "B " << p.B << " Hq " << p.Hq << " Hkv " << p.Hkv << " Nq " << p.Nq
+                                            << " Nk " << p.Nk << " lanes " << cpu.lanes << " threads " << threads);
+          ASSERT_NE(plan.kernel, ForwardKernel::empty);
+          ASSERT_EQ(plan.rows, int64_t{p.Hq / p.Hkv} * p.Nq);
+          // Row tiles: enough, none empty, each within the kernel's limit and padded to whole vectors.
+          ASSERT_GE(plan.row_tile, 1);
+          ASSERT_EQ(plan.row_tiles, ceil_div(plan.rows, plan.row_tile));
+          if (plan.kernel == ForwardKernel::tiled) {
+            ASSERT_LE(plan.row_tile, cpu.max_row_tile);
+            ASSERT_EQ(plan.row_width, ceil_div(plan.row_tile, cpu.lanes) * cpu.lanes);
+          } else {
+            ASSERT_LE(plan.rows, cpu.max_decode_rows);
+            ASSERT_EQ(plan.row_tiles, 1);
+            ASSERT_GE(plan.row_width, plan.row_tile);
+          }
+          // Key splits: enough, none empty.
+          const int64_t blocks = ceil_div(p.Nk, kKeyBlock);
+          ASSERT_GE(plan.split_blocks, 1);
+          ASSERT_GE(int64_t{plan.key_splits} * plan.split_blocks, blocks);
+          ASSERT_LT(int64_t{plan.key_splits - 1} * plan.split_blocks, std::max<int64_t>(blocks, 1));
+          ASSERT_EQ(plan.tasks, int64_t{p.B} * p.Hkv * plan.row_tiles * plan.key_splits);
+          if (wants_probs) {
+            ASSERT_EQ(plan.kernel, ForwardKernel::tiled);
+            ASSERT_EQ(plan.key_splits, 1);
+          }
+          ASSERT_TRUE(threads > 1 || plan.key_splits == 1) << "nothing to share";
+        }
+      }
+    }
+  });
+}
+
+TEST(PlanForward, AnEmptyOutputHasNoTasks) {
+  for (const AttentionProblem& p : {shape(0, 4, 4, 5, 5), shape(2, 0, 0, 5, 5), shape(2, 4, 4, 0, 5)}) {
+    const ForwardPlan plan = plan_forward(p, all_traits()[0], 2, false);
+    EXPECT_EQ(plan.kernel, ForwardKernel::empty);
+    EXPECT_EQ(plan.tasks, 0);
+  }
+}
+
+TEST(PlanForward, DecodeIsForFewRowsOfAKeyHead) {
+  const CpuKernelTraits& cpu = all_traits()[0];
+  EXPECT_EQ(plan_forward(shape(1, 8, 8, 1, 4096), cpu, 2, false).kernel, ForwardKernel::decode);
+  EXPECT_EQ(plan_forward(shape(1, 8, 1, 1, 4096), cpu, 2, false).kernel, ForwardKernel::decode);
+  EXPECT_EQ(plan_forward(shape(1, 8, 1, 2, 4096), cpu, 2, false).kernel, ForwardKernel::tiled);
+  EXPECT_EQ(plan_forward(shape(1, 8, 8, 4096, 4096), cpu, 2, false).kernel, ForwardKernel::tiled);
+  EXPECT_EQ(plan_forward(shape(1, 8, 8, 1, 4096), cpu, 2, true).kernel, ForwardKernel::tiled);
+}
+
+TEST(PlanForward, LongKeysOfFewRowsAreSharedByTheThreads) {
+  const ForwardPlan plan = plan_forward(shape(1, 1, 1, 1, 32768), all_traits()[0], 2, false);
+  EXPECT_GE(plan.tasks, 2);
+  EXPECT_GT(plan_forward(shape(1, 1, 1, 1, 32768), all_traits()[0], 16, false).tasks, 15);
+}
+
+TEST(PlanForward, Bfloat16ProductsNeedTheInstructionAndTheType) {
+  AttentionProblem p = shape(1, 8, 8, 128, 128);
+  EXPECT_FALSE(plan_forward(p, all_traits()[1], 2, false).native_bf16);
+  p.dtype = DType::bf16;
+  EXPECT_TRUE(plan_forward(p, all_traits()[1], 2, false).native_bf16);
+  EXPECT_FALSE(plan_forward(p, all_traits()[0], 2, false).native_bf16);
+}
+
+// The products' kind decides the bits of a row, so neither batch, lengths nor threads may change it.
+TEST(PlanForward, TheKindOfProductsDependsOnTypeAndHeadDimAlone) {
+  for (int32_t D : {1, 7, 8, 63, 64, 127, 128, 576}) {
+    AttentionProblem first = shape(1, 1, 1, 1, 1, D);
+    first.dtype = DType::bf16;
+    const bool native = plan_forward(first, all_traits()[1], 1, false).native_bf16;
+    for_each_shape([&](AttentionProblem p) {
+      p.D = p.Dv = D;
+      p.dtype = DType::bf16;
+      for (int threads : {1, 2, 64})
+        ASSERT_EQ(plan_forward(p, all_traits()[1], threads, false).native_bf16, native) << "D " << D;
+    });
+  }
+}
+
+TEST(PlanBackward, TasksCoverEveryKeyBlockOnce) {
+  for_each_shape([](const AttentionProblem& p) {
+    for (const CpuKernelTraits& cpu : all_traits()) {
+      const BackwardPlan plan = plan_backward(p, cpu);
+      const int64_t blocks = ceil_div(p.Nk, kKeyBlock);
+      ASSERT_EQ(plan.rows, int64_t{p.Hq / p.Hkv} * p.Nq);
+      ASSERT_EQ(plan.row_tiles, ceil_div(plan.rows, plan.row_tile));
+      ASSERT_GE(plan.partition_blocks, 1);
+      ASSERT_GE(int64_t{plan.key_partitions} * plan.partition_blocks, blocks);
+      ASSERT_LT(int64_t{plan.key_partitions - 1} * plan.partition_blocks, std::max<int64_t>(blocks, 1));
+      ASSERT_EQ(plan.tasks, int64_t{p.B} * p.Hkv * plan.key_partitions);
+      ASSERT_LE(plan.key_partitions, 8) << "each holds a float32 copy of dq";
+    }
+  });
+}
+
+// Two instruction sets may differ in their tiles; the summation order of dq may not.
+TEST(PlanBackward, TheKeyPartitionIsAFunctionOfTheShape) {
+  for_each_shape([](const AttentionProblem& p) {
+    const BackwardPlan first = plan_backward(p, all_traits()[0]);
+    for (const CpuKernelTraits& cpu : all_traits()) {
+      const BackwardPlan plan = plan_backward(p, cpu);
+      ASSERT_EQ(plan.key_partitions, first.key_partitions);
+      ASSERT_EQ(plan.partition_blocks, first.partition_blocks);
+    }
+  });
+}
+
+TEST(Unsupported, HeadDimsFrom1To576AreSupported) {
+  const CpuKernelTraits& cpu = all_traits()[0];
+  for (int32_t D : {1, 2, 7, 64, 575, 576}) EXPECT_EQ(unsupported(shape(1, 1, 1, 1, 1, D), cpu), std::nullopt) << D;
+  for (int32_t D : {0, -1, 577, 1024}) {
+    const std::optional<std::string> reason = unsupported(shape(1, 1, 1, 1, 1, D), cpu);
+    ASSERT_TRUE(reason.has_value()) << D;
+    EXPECT_NE(reason->find("576"), std::string::npos) << *reason;
+    EXPECT_NE(reason->find(std::to_string(D)), std::string::npos) << *reason;
+  }
+  AttentionProblem p = shape(1, 1, 1, 1, 1);
+  p.Dv = 600;
+  ASSERT_TRUE(unsupported(p, cpu).has_value());
+  EXPECT_NE(unsupported(p, cpu)->find("600"), std::string::npos);
+}
+
+TEST(Unsupported, WithoutKernelsThereIsAReason) {
+  ASSERT_TRUE(unsupported(shape(1, 1, 1, 1, 1), CpuKernelTraits{}).has_value());
+  EXPECT_FALSE(unsupported(shape(1, 1, 1, 1, 1), CpuKernelTraits{})->empty());
+}
+
+TEST(ForwardKernelNames, AreDistinct) {
+  EXPECT_EQ(std::string(name_of(ForwardKernel::empty)), "empty");
+  EXPECT_EQ(std::string(name_of(ForwardKernel::tiled)), "tiled");
+  EXPECT_EQ(std::string(name_of(ForwardKernel::decode)), "decode");
+}
+
+}  // namespace
+}  // namespace mfa

@@ -1,0 +1,44 @@
+"""conftest.py: what all Python tests share: the logged seed, and a clean MLX cache after each test."""
+
+import gc
+import os
+
+import mlx.core as mx
+import pytest
+
+SEED = int(os.environ.get("MFA_TEST_SEED", "20240"))
+
+
+def pytest_report_header():
+    return f"MFA_TEST_SEED={SEED} MFA_TEST_CASES={os.environ.get('MFA_TEST_CASES', 'default')}"
+
+
+@pytest.fixture
+def seed():
+    """The seed of random tests; MFA_TEST_SEED sets it."""
+    return SEED
+
+
+@pytest.fixture(autouse=True)
+def clear_mlx_cache():
+    """Each test starts from a known state: the same random numbers, and no buffers left of the one before."""
+    mx.random.seed(SEED)
+    yield
+    gc.collect()
+    mx.clear_cache()
+
+
+@pytest.fixture
+def peak_bytes():
+    """A function that runs its argument and returns by how many bytes the peak exceeded what was allocated before."""
+
+    def measure(function):
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        function()
+        mx.synchronize()
+        return mx.get_peak_memory() - before
+
+    return measure

@@ -1,0 +1,107 @@
+"""The same call gives the same bits: run to run, in any batch or chunk, with any number of threads."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from problems import DTYPES, forward_and_gradients, make_case, make_problem, mfa, needs_kernels, random_arrays
+
+pytestmark = needs_kernels
+
+PROBLEMS = {
+    "prefill": {"B": 2, "Hq": 4, "Hkv": 2, "Nq": 200, "D": 32, "causal": True},
+    "decode": {"B": 3, "Hq": 8, "Hkv": 2, "Nq": 1, "Nk": 3000, "D": 64},
+    "everything": {
+        "B": 2, "Hq": 4, "Hkv": 2, "Nq": 65, "Nk": 300, "D": 24, "causal": True, "window": (100, -1), "softcap": 3.0,
+        "alibi": np.array([0.5, 0.1, 0.0, -0.1]), "bias": np.linspace(-1, 1, 4 * 300).reshape(1, 4, 1, 300),
+        "sinks": np.array([0.5, -1, 0, 1]), "kv_lengths": np.array([300, 77]), "dropout_p": 0.2, "dropout_seed": 5,
+    },
+}  # fmt: skip
+
+
+def digest(results):
+    """A hash of all bits of named results."""
+    h = hashlib.sha256()
+    for name, x in sorted(results.items()):
+        h.update(name.encode() + np.array(x.astype(mx.float32)).tobytes())
+    return h.hexdigest()
+
+
+def run(name, dtype):
+    """The digest of the outputs and gradients of one of PROBLEMS."""
+    case = make_case(make_problem(1, dtype=dtype, **PROBLEMS[name]))
+    return digest(forward_and_gradients(case.problem, case.arrays, case.d_o_array, case.dlse))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_hundred_runs_give_the_same_bits(name, dtype):
+    case = make_case(make_problem(1, dtype=dtype, **PROBLEMS[name]))
+    digests = {digest(forward_and_gradients(case.problem, case.arrays, case.d_o_array, case.dlse)) for _ in range(100)}
+    assert len(digests) == 1
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    program = "import test_determinism as t\nfor n in t.PROBLEMS:\n  for d in t.DTYPES: print(n, d, t.run(n, d))"
+    outputs = []
+    for threads in ("1", "2", "3"):
+        paths = [os.path.dirname(__file__), *sys.path]
+        env = os.environ | {"MFA_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0].count("\n") == len(PROBLEMS) * len(DTYPES)
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("Nq", [1, 5, 70])
+def test_bits_of_a_sequence_do_not_depend_on_its_batch(Nq, dtype):
+    q, k, v = random_arrays(2, (5, 4, Nq, 32), (5, 2, 300, 32), (5, 2, 300, 32), dtype=dtype)
+    together, lse = mfa.flash_attention(q, k, v, causal=True, return_lse=True)
+    for b in range(5):
+        alone, alone_lse = mfa.flash_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True, return_lse=True)
+        assert mx.array_equal(together[b : b + 1], alone)
+        assert mx.array_equal(lse[b : b + 1], alone_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [1, 3, 16, 64, 100])
+def test_bits_of_a_row_do_not_depend_on_its_chunk(chunk, dtype):
+    N = 270
+    q, k, v = random_arrays(3, (1, 4, N, 32), (1, 2, N, 32), (1, 2, N, 32), dtype=dtype)
+    whole, whole_lse = mfa.flash_attention(q, k, v, causal=True, return_lse=True)
+    begins = range(0, N, chunk) if chunk > 3 else list(range(0, N, 37))
+    for begin in begins:
+        end = min(begin + chunk, N)
+        part, lse = mfa.flash_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], causal=True, return_lse=True)
+        assert mx.array_equal(part, whole[:, :, begin:end])
+        assert mx.array_equal(lse, whole_lse[:, :, begin:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_memory_layout(dtype):
+    p = make_problem(4, B=2, Hq=4, Hkv=2, Nq=65, Nk=130, D=40, dtype=dtype, causal=True)
+    digests = set()
+    for layout in ("dense", "bnhd", "gap", "stepped", "reversed", "packed", "column"):
+        case = make_case(p, layout=layout)
+        digests.add(digest(forward_and_gradients(p, case.arrays, case.d_o_array, case.dlse)))
+    assert len(digests) == 1
+
+
+def test_bits_of_a_head_do_not_depend_on_the_other_heads():
+    q, k, v = random_arrays(5, (1, 8, 65, 32), (1, 4, 130, 32), (1, 4, 130, 32))
+    together = mfa.flash_attention(q, k, v)
+    for h in range(4):
+        alone = mfa.flash_attention(q[:, 2 * h : 2 * h + 2], k[:, h : h + 1], v[:, h : h + 1])
+        assert mx.array_equal(together[:, 2 * h : 2 * h + 2], alone)
+
+
+def test_keys_that_no_row_sees_change_no_bit():
+    q, k, v = random_arrays(6, (1, 2, 9, 32), (1, 2, 100, 32), (1, 2, 100, 32))
+    short = mfa.flash_attention(q, k[:, :, :60], v[:, :, :60])
+    assert mx.array_equal(mfa.flash_attention(q, k, v, kv_lengths=mx.array([60])), short)
