@@ -68,7 +68,7 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CpuKernelTraits& cpu
   const int64_t heads = int64_t{p.B} * p.Hkv;
   const int32_t blocks = ceil_div(p.Nk, kKeyBlock);
   plan.rows = int64_t{p.Hq / p.Hkv} * p.Nq;
-  plan.row_tile = cpu.max_row_tile;
+  plan.row_tile = cpu.backward_row_tile;
   plan.row_tiles = ceil_div(plan.rows, plan.row_tile);
   const int32_t wanted = std::clamp<int32_t>(ceil_div(kTasks, heads), 1, kMaxPartitions);
   plan.partition_blocks = std::max(1, ceil_div(blocks, std::min(wanted, std::max(1, blocks))));

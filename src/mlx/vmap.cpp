@@ -60,8 +60,8 @@ Mapped describe_map(const AttentionParams& params, const WantedGradients& wanted
   const bool per_head = is_mapped(at.sinks) || is_mapped(at.alibi) || wanted[static_cast<int>(Gradient::sinks)] ||
                         wanted[static_cast<int>(Gradient::alibi)];
   const bool fits = int64_t{m.V} * (per_head ? m.Hq : m.B) <= std::numeric_limits<int32_t>::max();
-  const bool one_by_one = params.has_seed || (per_head && is_mapped(at.kv_lengths)) || !fits;
-  if (one_by_one && m.V > 0) {
+  const bool one_at_a_time = params.has_seed || (per_head && is_mapped(at.kv_lengths)) || !fits;
+  if (one_at_a_time && m.V > 0) {
     m.fold = Fold::none;
   } else {
     m.fold = per_head ? Fold::heads : Fold::batch;
@@ -86,9 +86,9 @@ mx::array fold(const mx::array& x, int axis, Kind kind, bool separate, const Map
   return mx::flatten(mx::broadcast_to(y, shape, m.stream), target, target + 1, m.stream);
 }
 
-// An output whose axis `target` was grown, with the mapped axis taken out of it again, in front of it.
-mx::array unfold(const mx::array& x, int target, const Mapped& m) {
-  return mx::unflatten(x, target, {m.V, x.shape(target) / m.V}, m.stream);
+// An output whose axis `target` was grown from `extent`, with the mapped axis taken out again, in front of it.
+mx::array unfold(const mx::array& x, int target, int extent, const Mapped& m) {
+  return mx::unflatten(x, target, {m.V, extent}, m.stream);
 }
 
 // `run` for each mapped entry, the results stacked along a new first axis.
@@ -124,7 +124,7 @@ std::pair<std::vector<mx::array>, std::vector<int>> Attention::vmap(const std::v
   for (size_t i = 0; i < inputs.size(); ++i) folded.push_back(fold(inputs[i], axes[i], kinds[i], false, m));
   auto outputs = run(std::move(folded));
   const int target = m.fold == Fold::heads ? 1 : 0;
-  for (auto& out : outputs) out = unfold(out, target, m);
+  for (auto& out : outputs) out = unfold(out, target, target == 1 ? m.Hq : m.B, m);
   std::vector<int> out_axes(outputs.size(), target);
   return {std::move(outputs), std::move(out_axes)};
 }
@@ -151,13 +151,15 @@ std::pair<std::vector<mx::array>, std::vector<int>> AttentionBackward::vmap(cons
     if (!wanted_[g]) continue;
     const int i = input_of(Gradient{g}, at);
     const int target = m.fold == Fold::heads && kinds[i] != Kind::heads ? 1 : 0;
+    mx::Shape given = inputs[i].shape();
+    if (axes[i] >= 0) given.erase(given.begin() + axes[i]);
     auto& out = outputs[next++];
-    out = unfold(out, target, m);
     if (Gradient{g} == Gradient::bias) {
-      // fold() expanded an axis that the bias is broadcast over; its gradient is the sum there.
-      mx::Shape given = inputs[i].shape();
-      if (axes[i] >= 0) given.erase(given.begin() + axes[i]);
-      if (given[target] == 1 && out.shape(target + 1) != 1) out = mx::sum(out, target + 1, true, stream());
+      // fold() expanded the axis if the bias is broadcast over it; the gradient is the sum there.
+      out = unfold(out, target, target == 1 ? m.Hq : m.B, m);
+      if (given[target] == 1) out = mx::sum(out, target + 1, true, stream());
+    } else {
+      out = unfold(out, target, given[target], m);
     }
     out_axes.push_back(target);
   }

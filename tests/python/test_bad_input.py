@@ -91,7 +91,7 @@ MISTAKES = {
     "a negative length": (lambda: {"kv_lengths": mx.array([-1, 3])}, "kv_lengths.*-1"),
     "a length past the keys": (lambda: {"kv_lengths": mx.array([NK + 1, 3])}, "kv_lengths.*8"),
     "a huge length": (lambda: {"kv_lengths": mx.array([2**62, 3], dtype=mx.int64)}, "kv_lengths"),
-    "a huge unsigned length": (lambda: {"kv_lengths": mx.array([2**63, 3], dtype=mx.uint64)}, "kv_lengths"),
+    "a huge unsigned length": (lambda: {"kv_lengths": mx.array(np.array([2**63, 3], np.uint64))}, "kv_lengths"),
     "lengths in a list of a wrong count": (lambda: {"kv_lengths": [1, 2, 3]}, "kv_lengths"),
     "seed of a wrong shape": (lambda: {"dropout_p": 0.5, "dropout_seed": zeros(3, dtype=mx.uint32)}, "dropout_seed"),
     "seed of a wrong dtype": (lambda: {"dropout_p": 0.5, "dropout_seed": zeros(2, dtype=mx.int32)}, "dropout_seed"),

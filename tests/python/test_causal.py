@@ -27,7 +27,10 @@ def test_asking_for_the_lse_does_not_change_the_output(Nq, Nk, causal, route):
     q, k, v = random_arrays(3, (1, 2, Nq, 32), (1, 2, Nk, 32), (1, 2, Nk, 32))
     alone = mfa.flash_attention(q, k, v, causal=causal, backend=route)
     with_lse, _ = mfa.flash_attention(q, k, v, causal=causal, backend=route, return_lse=True)
-    assert mx.array_equal(alone, with_lse)
+    if route == "sdpa":  # MLX's op has no lse: another implementation of the same function answers
+        assert mx.allclose(alone, with_lse, rtol=0, atol=2e-6)
+    else:
+        assert mx.array_equal(alone, with_lse)
 
 
 @routes

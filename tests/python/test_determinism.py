@@ -14,7 +14,7 @@ pytestmark = needs_kernels
 
 PROBLEMS = {
     "prefill": {"B": 2, "Hq": 4, "Hkv": 2, "Nq": 200, "D": 32, "causal": True},
-    "decode": {"B": 3, "Hq": 8, "Hkv": 2, "Nq": 1, "Nk": 3000, "D": 64},
+    "decode": {"B": 2, "Hq": 8, "Hkv": 2, "Nq": 1, "Nk": 1500, "D": 64},
     "everything": {
         "B": 2, "Hq": 4, "Hkv": 2, "Nq": 65, "Nk": 300, "D": 24, "causal": True, "window": (100, -1), "softcap": 3.0,
         "alibi": np.array([0.5, 0.1, 0.0, -0.1]), "bias": np.linspace(-1, 1, 4 * 300).reshape(1, 4, 1, 300),

@@ -44,7 +44,7 @@ def test_strided_masks_are_read_right(view):
     elif view == "offset":
         mask = mx.array(np.pad(p.mask, ((0, 1), (2, 0), (1, 1), (3, 4)), constant_values=True))[:2, 2:, 1:-1, 3:-4]
     elif view == "reversed":
-        mask = mx.array(p.mask[..., ::-1])[..., ::-1]
+        mask = mx.array(p.mask[..., ::-1].copy())[..., ::-1]
     else:
         p.mask = p.mask[:, :1, :, :]
         mask = mx.broadcast_to(mx.array(p.mask), FULL)

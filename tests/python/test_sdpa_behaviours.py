@@ -15,11 +15,9 @@ def sdpa(q, k, v, **options):
 
 def assert_as_good_as_sdpa(p, out, theirs):
     """Both are close to the exact answer: ours by the rule, and no further from theirs than both errors allow."""
-    answer = oracle.exact(p)
-    error = oracle.unfused_errors(p, answer)["o"]
-    oracle.assert_within_rule("o", to_numpy(out), answer.o, error, p.dtype)
-    theirs_error = oracle.max_error(to_numpy(theirs), answer.o)
-    bound = theirs_error + oracle.rule_bound(answer.o, error, p.dtype)
+    rule = oracle.ErrorRule(p)
+    rule.check("o", to_numpy(out), p.dtype)
+    bound = oracle.max_error(to_numpy(theirs), rule.answer.o) + rule.bound("o", p.dtype)
     assert oracle.max_error(to_numpy(out), to_numpy(theirs)) <= bound
 
 

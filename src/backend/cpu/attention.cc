@@ -19,190 +19,145 @@ constexpr double kInlineWork = 2e6;
 // Runs the tasks on the pool, or here when there is too little to share.
 void run(double work, int64_t tasks, TaskRef task) {
   if (work < kInlineWork || tasks == 1) {
-    for (int64_t i = 0; i < tasks; ++i)
-      task(i, 0);
+    for (int64_t i = 0; i < tasks; ++i) task(i, 0);
   } else {
     parallel_for(tasks, task);
   }
 }
 
-double forward_work(const AttentionProblem &p) {
-  return double(p.B) * p.Hq * p.Nq * p.Nk * (double(p.D) + p.Dv);
-}
+double forward_work(const AttentionProblem& p) { return double(p.B) * p.Hq * p.Nq * p.Nk * (double(p.D) + p.Dv); }
 
 size_t checked_product(std::initializer_list<size_t> factors) {
   size_t product = 1;
   for (const size_t f : factors)
-    if (__builtin_mul_overflow(product, f, &product))
-      throw std::bad_alloc();
+    if (__builtin_mul_overflow(product, f, &product)) throw std::bad_alloc();
   return product;
 }
 
 // dsink_h = -sum_(b,i) exp(sink_h - lse_i) (sum_d dO O - dlse_i), in a fixed
 // order.
-void sink_gradient(const AttentionProblem &p, const float *lse,
-                   const float *delta, float *dsinks) {
+void sink_gradient(const AttentionProblem& p, const float* lse, const float* delta, float* dsinks) {
   for (int h = 0; h < p.Hq; ++h) {
     double sum = 0;
     for (int b = 0; b < p.B; ++b) {
       const int64_t first = (int64_t{b} * p.Hq + h) * p.Nq;
       for (int64_t i = first; i < first + p.Nq; ++i)
-        if (p.sinks[h] != -INFINITY)
-          sum -= std::exp(double(p.sinks[h]) - lse[i]) * delta[i];
+        if (p.sinks[h] != -INFINITY) sum -= std::exp(double(p.sinks[h]) - lse[i]) * delta[i];
     }
     dsinks[h] = static_cast<float>(sum);
   }
 }
 
 // Sums the rows' parts over batch, partition and query, in a fixed order.
-void slope_gradient(const AttentionProblem &p, const BackwardPlan &plan,
-                    const float *rows, float *dslopes) {
+void slope_gradient(const AttentionProblem& p, const BackwardPlan& plan, const float* rows, float* dslopes) {
   const int G = p.Hq / p.Hkv;
   for (int h = 0; h < p.Hq; ++h) {
     double sum = 0;
     for (int b = 0; b < p.B; ++b)
       for (int part = 0; part < plan.key_partitions; ++part) {
-        const float *from =
-            rows + ((int64_t{b} * p.Hkv + h / G) * plan.key_partitions + part) *
-                       plan.rows;
-        for (int64_t i = 0; i < p.Nq; ++i)
-          sum += from[i * G + h % G];
+        const float* from = rows + ((int64_t{b} * p.Hkv + h / G) * plan.key_partitions + part) * plan.rows;
+        for (int64_t i = 0; i < p.Nq; ++i) sum += from[i * G + h % G];
       }
     dslopes[h] = static_cast<float>(sum);
   }
 }
 
-} // namespace
+}  // namespace
 
-std::optional<CpuKernelTraits> kernel_traits(std::string *reason) {
-  const KernelTable *table = selected_kernels(reason);
-  if (!table)
-    return std::nullopt;
+std::optional<CpuKernelTraits> kernel_traits(std::string* reason) {
+  const KernelTable* table = selected_kernels(reason);
+  if (!table) return std::nullopt;
   return table->traits;
 }
 
-void attention_forward(const AttentionProblem &p, const AttentionOutputs &out) {
-  const KernelTable &kernels = require_kernels();
+void attention_forward(const AttentionProblem& p, const AttentionOutputs& out) {
+  const KernelTable& kernels = require_kernels();
   const double work = forward_work(p);
   const int threads = work < kInlineWork ? 1 : thread_count();
-  ForwardJob job{&p,
-                 &out,
-                 plan_forward(p, kernels.traits, threads, out.probs != nullptr),
-                 {}};
-  if (job.plan.kernel == ForwardKernel::empty)
-    return;
+  ForwardJob job{&p, &out, plan_forward(p, kernels.traits, threads, out.probs != nullptr), {}};
+  if (job.plan.kernel == ForwardKernel::empty) return;
 
   AlignedBuffer partials;
   const bool merges = job.plan.key_splits > 1;
   if (merges) {
     const int32_t blocks = (p.Nk + kKeyBlock - 1) / kKeyBlock;
     const size_t padded_dv = (static_cast<size_t>(p.Dv) + 15) / 16 * 16;
-    const size_t rows = checked_product(
-        {static_cast<size_t>(p.B), static_cast<size_t>(p.Hkv),
-         static_cast<size_t>(job.plan.row_tiles), static_cast<size_t>(blocks),
-         static_cast<size_t>(job.plan.row_width)});
+    const size_t rows =
+        checked_product({static_cast<size_t>(p.B), static_cast<size_t>(p.Hkv), static_cast<size_t>(job.plan.row_tiles),
+                         static_cast<size_t>(blocks), static_cast<size_t>(job.plan.row_width)});
     const size_t padded_rows = (rows + 15) / 16 * 16;
-    partials = AlignedBuffer(
-        checked_product({padded_rows, padded_dv + 2, sizeof(float)}));
-    job.partials = {partials.floats(), partials.floats() + padded_rows,
-                    partials.floats() + 2 * padded_rows, job.plan.row_width,
-                    blocks};
+    partials = AlignedBuffer(checked_product({padded_rows, padded_dv + 2, sizeof(float)}));
+    job.partials = {partials.floats(), partials.floats() + padded_rows, partials.floats() + 2 * padded_rows,
+                    job.plan.row_width, blocks};
   }
   const size_t scratch = kernels.forward_scratch_bytes(job);
-  run(work, job.plan.tasks, [&](int64_t task, int) {
-    kernels.forward_task(job, task, thread_scratch(scratch));
-  });
+  run(work, job.plan.tasks, [&](int64_t task, int) { kernels.forward_task(job, task, thread_scratch(scratch)); });
   if (merges)
     run(work, int64_t{p.B} * p.Hkv * job.plan.row_tiles,
-        [&](int64_t tile, int) {
-          kernels.merge_task(job, tile, thread_scratch(scratch));
-        });
+        [&](int64_t tile, int) { kernels.merge_task(job, tile, thread_scratch(scratch)); });
 }
 
-void attention_backward(const AttentionProblem &p,
-                        const AttentionGradientInputs &in,
-                        const AttentionGradients &out) {
-  const KernelTable &kernels = require_kernels();
+void attention_backward(const AttentionProblem& p, const AttentionGradientInputs& in, const AttentionGradients& out) {
+  const KernelTable& kernels = require_kernels();
   const double work = 2.5 * forward_work(p);
-  BackwardJob job{&p,      &in,     &out,   plan_backward(p, kernels.traits),
-                  nullptr, nullptr, nullptr};
-  const BackwardPlan &plan = job.plan;
-  const size_t rows =
-      checked_product({static_cast<size_t>(p.B), static_cast<size_t>(p.Hq),
-                       static_cast<size_t>(p.Nq)});
+  BackwardJob job{&p, &in, &out, plan_backward(p, kernels.traits), nullptr, nullptr, nullptr};
+  const BackwardPlan& plan = job.plan;
+  const size_t rows = checked_product({static_cast<size_t>(p.B), static_cast<size_t>(p.Hq), static_cast<size_t>(p.Nq)});
 
   const AlignedBuffer delta(checked_product({rows, sizeof(float)}));
   const int64_t chunk = 1024, row_count = static_cast<int64_t>(rows);
   run(work, (row_count + chunk - 1) / chunk, [&](int64_t i, int) {
-    kernels.delta_rows(job, i * chunk, std::min(row_count, (i + 1) * chunk),
-                       delta.floats());
+    kernels.delta_rows(job, i * chunk, std::min(row_count, (i + 1) * chunk), delta.floats());
   });
   job.delta = delta.floats();
-  if (out.dsinks)
-    sink_gradient(p, in.lse, job.delta, out.dsinks);
+  if (out.dsinks) sink_gradient(p, in.lse, job.delta, out.dsinks);
 
   const size_t tasks = static_cast<size_t>(plan.tasks);
   AlignedBuffer dq_partials, dslope_rows;
   if (out.dq.data) {
-    dq_partials = AlignedBuffer(
-        checked_product({tasks, static_cast<size_t>(plan.row_tiles),
-                         static_cast<size_t>(plan.row_tile),
-                         static_cast<size_t>(p.D), sizeof(float)}));
+    dq_partials =
+        AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.row_tiles), static_cast<size_t>(plan.row_tile),
+                                       static_cast<size_t>(p.D), sizeof(float)}));
     job.dq_partials = dq_partials.floats();
   }
   if (out.dalibi_slopes) {
-    dslope_rows = AlignedBuffer(checked_product(
-        {tasks, static_cast<size_t>(plan.rows), sizeof(float)}));
+    dslope_rows = AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.rows), sizeof(float)}));
     job.dslope_rows = dslope_rows.floats();
   }
   const size_t scratch = kernels.backward_scratch_bytes(job);
   if (out.dq.data || out.dk.data || out.dv.data || out.dalibi_slopes)
-    run(work, plan.tasks, [&](int64_t task, int) {
-      kernels.backward_task(job, task, thread_scratch(scratch));
-    });
+    run(work, plan.tasks, [&](int64_t task, int) { kernels.backward_task(job, task, thread_scratch(scratch)); });
   if (out.dq.data)
-    run(work, int64_t{p.B} * p.Hkv * plan.row_tiles, [&](int64_t tile, int) {
-      kernels.dq_task(job, tile, thread_scratch(scratch));
-    });
-  if (out.dalibi_slopes)
-    slope_gradient(p, plan, dslope_rows.floats(), out.dalibi_slopes);
+    run(work, int64_t{p.B} * p.Hkv * plan.row_tiles,
+        [&](int64_t tile, int) { kernels.dq_task(job, tile, thread_scratch(scratch)); });
+  if (out.dalibi_slopes) slope_gradient(p, plan, dslope_rows.floats(), out.dalibi_slopes);
   if (out.dbias)
-    run(work, kernels.bias_tasks(p), [&](int64_t task, int) {
-      kernels.bias_task(job, task, thread_scratch(scratch));
-    });
+    run(work, kernels.bias_tasks(p), [&](int64_t task, int) { kernels.bias_task(job, task, thread_scratch(scratch)); });
 }
 
 double peak_gflops(bool native_bf16) {
-  const KernelTable &kernels = require_kernels();
+  const KernelTable& kernels = require_kernels();
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   const double operations = kernels.peak_flops(native_bf16, 200000);
-  return operations /
-         std::chrono::duration<double>(Clock::now() - start).count() * 1e-9;
+  return operations / std::chrono::duration<double>(Clock::now() - start).count() * 1e-9;
 }
 
 double read_bandwidth_gbps(size_t bytes) {
-  const KernelTable &kernels = require_kernels();
+  const KernelTable& kernels = require_kernels();
   const size_t count = bytes / sizeof(float), chunk = size_t{1} << 18;
   const AlignedBuffer buffer(bytes);
   const int64_t tasks = static_cast<int64_t>((count + chunk - 1) / chunk);
-  const auto at = [&](int64_t task) {
-    return buffer.floats() + static_cast<size_t>(task) * chunk;
-  };
-  const auto size = [&](int64_t task) {
-    return std::min(chunk, count - static_cast<size_t>(task) * chunk);
-  };
-  parallel_for(tasks, [&](int64_t task, int) {
-    std::fill_n(at(task), size(task), 1.f);
-  });
+  const auto at = [&](int64_t task) { return buffer.floats() + static_cast<size_t>(task) * chunk; };
+  const auto size = [&](int64_t task) { return std::min(chunk, count - static_cast<size_t>(task) * chunk); };
+  parallel_for(tasks, [&](int64_t task, int) { std::fill_n(at(task), size(task), 1.f); });
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   parallel_for(tasks, [&](int64_t task, int) {
     volatile double sum = kernels.read_sum(at(task), size(task));
     static_cast<void>(sum);
   });
-  return double(bytes) /
-         std::chrono::duration<double>(Clock::now() - start).count() * 1e-9;
+  return double(bytes) / std::chrono::duration<double>(Clock::now() - start).count() * 1e-9;
 }
 
-} // namespace mfa::cpu
+}  // namespace mfa::cpu

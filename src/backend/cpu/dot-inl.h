@@ -13,16 +13,13 @@ using VU = hn::Vec<DU>;
 #define MFA_NATIVE_BF16 1
 // acc + a.first * b.first + a.second * b.second in each lane.
 HWY_INLINE VF DotPairs(VF acc, VU a, VU b) {
-  return VF{_mm512_dpbf16_ps(acc.raw, reinterpret_cast<__m512bh>(a.raw),
-                             reinterpret_cast<__m512bh>(b.raw))};
+  return VF{_mm512_dpbf16_ps(acc.raw, reinterpret_cast<__m512bh>(a.raw), reinterpret_cast<__m512bh>(b.raw))};
 }
 // Lane i: (first[i], second[i]) rounded to bfloat16.
 HWY_INLINE VU PackPairs(VF first, VF second) {
-  const __m512i interleave = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-      6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i halves =
-      reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
   return VU{_mm512_permutexvar_epi16(interleave, halves)};
 }
 #else
@@ -31,18 +28,14 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
 // set.
 HWY_INLINE VF DotPairs(VF acc, VU a, VU b) {
   const auto first = [](VU x) { return hn::BitCast(df, hn::ShiftLeft<16>(x)); };
-  const auto second = [](VU x) {
-    return hn::BitCast(df, hn::And(x, hn::Set(du, 0xffff0000u)));
-  };
+  const auto second = [](VU x) { return hn::BitCast(df, hn::And(x, hn::Set(du, 0xffff0000u))); };
   return hn::MulAdd(first(a), first(b), hn::MulAdd(second(a), second(b), acc));
 }
-HWY_INLINE VU RoundToBf16(VF x) { // in the high half
+HWY_INLINE VU RoundToBf16(VF x) {  // in the high half
   const VU bits = hn::BitCast(du, x);
   const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
   const VU rounded = hn::Add(hn::Add(bits, hn::Set(du, 0x7fffu)), odd);
-  const VU chosen =
-      hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)),
-                     hn::Or(bits, hn::Set(du, 0x400000u)), rounded);
+  const VU chosen = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), hn::Or(bits, hn::Set(du, 0x400000u)), rounded);
   return hn::And(chosen, hn::Set(du, 0xffff0000u));
 }
 HWY_INLINE VU PackPairs(VF first, VF second) {
@@ -53,22 +46,19 @@ constexpr bool kNativeBf16 = MFA_NATIVE_BF16;
 
 // The elements of two rows, interleaved: lane i is (first[i], second[i]).
 template <class D32>
-HWY_INLINE hn::Vec<D32> LoadPairs(D32 d32, const bfloat16 *first,
-                                  const bfloat16 *second) {
+HWY_INLINE hn::Vec<D32> LoadPairs(D32 d32, const bfloat16* first, const bfloat16* second) {
   const hn::Rebind<uint16_t, D32> d16;
-  const auto a = hn::PromoteTo(
-      d32, hn::LoadU(d16, reinterpret_cast<const uint16_t *>(first)));
-  const auto b = hn::PromoteTo(
-      d32, hn::LoadU(d16, reinterpret_cast<const uint16_t *>(second)));
+  const auto a = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(first)));
+  const auto b = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(second)));
   return hn::Or(a, hn::ShiftLeft<16>(b));
 }
 
 // Two neighbours of a row as one pair; rows are only 2-byte aligned.
-HWY_INLINE uint32_t PairAt(const bfloat16 *p) {
+HWY_INLINE uint32_t PairAt(const bfloat16* p) {
   uint32_t pair;
   __builtin_memcpy(&pair, p, sizeof(pair));
   return pair;
 }
 
-} // namespace
-} // namespace mfa::cpu::MFA_ISA
+}  // namespace
+}  // namespace mfa::cpu::MFA_ISA

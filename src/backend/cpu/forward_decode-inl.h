@@ -9,22 +9,21 @@ namespace mfa::cpu::MFA_ISA {
 namespace {
 
 constexpr int kMaxDecodeRows = 8;
-constexpr int kScoreStride =
-    kKeyBlock + 16; // room for a whole vector from any key of the block
+constexpr int kScoreStride = kKeyBlock + 16;  // room for a whole vector from any key of the block
 static_assert(kLanes <= 16);
 
 struct DecodeScratch {
   RowTile tile;
   float m[kMaxDecodeRows], l[kMaxDecodeRows];
-  float *q;       // [rows][padded D], scaled to base-2 units
-  float *o;       // [rows][padded Dv]
-  float *s;       // [rows][kScoreStride]
-  float *block_o; // [rows][padded Dv]
+  float* q;        // [rows][padded D], scaled to base-2 units
+  float* o;        // [rows][padded Dv]
+  float* s;        // [rows][kScoreStride]
+  float* block_o;  // [rows][padded Dv]
   size_t bytes;
 
-  DecodeScratch(const AttentionProblem &p, int rows, char *base) {
+  DecodeScratch(const AttentionProblem& p, int rows, char* base) {
     const size_t d = RoundUp(p.D, kLanes), dv = RoundUp(p.Dv, kLanes);
-    float *at = reinterpret_cast<float *>(base);
+    float* at = reinterpret_cast<float*>(base);
     q = at;
     o = q + rows * d;
     s = o + rows * dv;
@@ -33,35 +32,31 @@ struct DecodeScratch {
   }
 };
 
-template <class T> HWY_INLINE void PrefetchRow(const T *row, int width) {
-  const char *at = reinterpret_cast<const char *>(row);
+template <class T>
+HWY_INLINE void PrefetchRow(const T* row, int width) {
+  const char* at = reinterpret_cast<const char*>(row);
   const size_t bytes = static_cast<size_t>(width) * sizeof(T);
-  for (size_t i = 0; i < bytes; i += 64)
-    __builtin_prefetch(at + i);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
 // Channels [d, d + 2 * kLanes) of kLanes rows as pairs.
-HWY_INLINE void LoadPairRows(const bfloat16 *const *rows, int d,
-                             VF (&pairs)[kLanes]) {
+HWY_INLINE void LoadPairRows(const bfloat16* const* rows, int d, VF (&pairs)[kLanes]) {
   const hn::Repartition<uint16_t, DF> d16;
   MFA_UNROLL
   for (int i = 0; i < kLanes; ++i)
-    pairs[i] = hn::BitCast(
-        df, hn::LoadU(d16, reinterpret_cast<const uint16_t *>(rows[i] + d)));
+    pairs[i] = hn::BitCast(df, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(rows[i] + d)));
 }
 
 // S[g][k] for kLanes keys: rows[] point at the keys, q[] at the queries.
 template <int G, class T>
-HWY_INLINE void DecodeScores(const T *const *rows, const float *q,
-                             ptrdiff_t q_stride, int D, float *S,
+HWY_INLINE void DecodeScores(const T* const* rows, const float* q, ptrdiff_t q_stride, int D, float* S,
                              ptrdiff_t s_stride) {
   VF acc[G];
   MFA_UNROLL
-  for (int g = 0; g < G; ++g)
-    acc[g] = hn::Zero(df);
+  for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
   int d = 0;
-  if constexpr (std::is_same_v<T, bfloat16>) { // transposed as pairs, widened
-                                               // afterwards: half the shuffles
+  if constexpr (std::is_same_v<T, bfloat16>) {  // transposed as pairs, widened
+                                                // afterwards: half the shuffles
     for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
       VF pairs[kLanes];
       LoadPairRows(rows, d, pairs);
@@ -73,10 +68,8 @@ HWY_INLINE void DecodeScores(const T *const *rows, const float *q,
         const VF odd = hn::BitCast(df, hn::And(bits, hn::Set(du, 0xffff0000u)));
         MFA_UNROLL
         for (int g = 0; g < G; ++g) {
-          acc[g] = hn::MulAdd(even, hn::Set(df, q[g * q_stride + d + 2 * j]),
-                              acc[g]);
-          acc[g] = hn::MulAdd(odd, hn::Set(df, q[g * q_stride + d + 2 * j + 1]),
-                              acc[g]);
+          acc[g] = hn::MulAdd(even, hn::Set(df, q[g * q_stride + d + 2 * j]), acc[g]);
+          acc[g] = hn::MulAdd(odd, hn::Set(df, q[g * q_stride + d + 2 * j + 1]), acc[g]);
         }
       }
     }
@@ -84,40 +77,33 @@ HWY_INLINE void DecodeScores(const T *const *rows, const float *q,
   for (; d + kLanes <= D; d += kLanes) {
     VF k[kLanes];
     MFA_UNROLL
-    for (int i = 0; i < kLanes; ++i)
-      k[i] = LoadFloat(rows[i] + d);
+    for (int i = 0; i < kLanes; ++i) k[i] = LoadFloat(rows[i] + d);
     Transpose(k);
     MFA_UNROLL
     for (int j = 0; j < kLanes; ++j) {
       MFA_UNROLL
-      for (int g = 0; g < G; ++g)
-        acc[g] = hn::MulAdd(k[j], hn::Set(df, q[g * q_stride + d + j]), acc[g]);
+      for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k[j], hn::Set(df, q[g * q_stride + d + j]), acc[g]);
     }
   }
   for (; d < D; ++d) {
     alignas(64) float column[kLanes];
-    for (int i = 0; i < kLanes; ++i)
-      column[i] = to_float(rows[i][d]);
+    for (int i = 0; i < kLanes; ++i) column[i] = to_float(rows[i][d]);
     const VF k = hn::Load(df, column);
     MFA_UNROLL
-    for (int g = 0; g < G; ++g)
-      acc[g] = hn::MulAdd(k, hn::Set(df, q[g * q_stride + d]), acc[g]);
+    for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k, hn::Set(df, q[g * q_stride + d]), acc[g]);
   }
   MFA_UNROLL
-  for (int g = 0; g < G; ++g)
-    hn::StoreU(acc[g], df, S + g * s_stride);
+  for (int g = 0; g < G; ++g) hn::StoreU(acc[g], df, S + g * s_stride);
 }
 
 // The same with pairs of channels: the products of bfloat16 pairs, in the order
 // of the tiled kernel.
 template <int G>
-HWY_INLINE void DecodePairScores(const bfloat16 *const *rows, const uint32_t *q,
-                                 ptrdiff_t q_stride, int pairs, VF scale,
-                                 float *S, ptrdiff_t s_stride) {
+HWY_INLINE void DecodePairScores(const bfloat16* const* rows, const uint32_t* q, ptrdiff_t q_stride, int pairs,
+                                 VF scale, float* S, ptrdiff_t s_stride) {
   VF acc[G];
   MFA_UNROLL
-  for (int g = 0; g < G; ++g)
-    acc[g] = hn::Zero(df);
+  for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
   int d = 0;
   for (; d + kLanes <= pairs; d += kLanes) {
     VF k[kLanes];
@@ -127,131 +113,114 @@ HWY_INLINE void DecodePairScores(const bfloat16 *const *rows, const uint32_t *q,
     for (int j = 0; j < kLanes; ++j) {
       MFA_UNROLL
       for (int g = 0; g < G; ++g)
-        acc[g] = DotPairs(acc[g], hn::BitCast(du, k[j]),
-                          hn::Set(du, q[g * q_stride + d + j]));
+        acc[g] = DotPairs(acc[g], hn::BitCast(du, k[j]), hn::Set(du, q[g * q_stride + d + j]));
     }
   }
   for (; d < pairs; ++d) {
     alignas(64) uint32_t column[kLanes];
-    for (int i = 0; i < kLanes; ++i)
-      column[i] = PairAt(rows[i] + 2 * d);
+    for (int i = 0; i < kLanes; ++i) column[i] = PairAt(rows[i] + 2 * d);
     MFA_UNROLL
-    for (int g = 0; g < G; ++g)
-      acc[g] = DotPairs(acc[g], hn::Load(du, column),
-                        hn::Set(du, q[g * q_stride + d]));
+    for (int g = 0; g < G; ++g) acc[g] = DotPairs(acc[g], hn::Load(du, column), hn::Set(du, q[g * q_stride + d]));
   }
   MFA_UNROLL
-  for (int g = 0; g < G; ++g)
-    hn::StoreU(hn::Mul(acc[g], scale), df, S + g * s_stride);
+  for (int g = 0; g < G; ++g) hn::StoreU(hn::Mul(acc[g], scale), df, S + g * s_stride);
 }
 
 // out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi);
 // values past `width` are read as zero.
 template <int G, int NV, class T>
-HWY_INLINE void DecodeValues(const T *v, ptrdiff_t v_stride, int lo, int hi,
-                             const float *P, float *out, ptrdiff_t out_stride,
-                             bool prefetch) {
+HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, const float* P, float* out,
+                             ptrdiff_t out_stride, bool prefetch) {
   VF acc[G][NV];
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c)
-      acc[g][c] = hn::Zero(df);
+    for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
   }
-  const T *row = v + lo * v_stride;
+  const T* row = v + lo * v_stride;
   for (int k = lo; k < hi; ++k, row += v_stride) {
-    if (prefetch)
-      PrefetchRow(row + kKeyBlock * v_stride, NV * kLanes);
+    if (prefetch) PrefetchRow(row + kKeyBlock * v_stride, NV * kLanes);
     VF value[NV];
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c)
-      value[c] = LoadFloat(row + c * kLanes);
+    for (int c = 0; c < NV; ++c) value[c] = LoadFloat(row + c * kLanes);
     MFA_UNROLL
     for (int g = 0; g < G; ++g) {
       const VF w = hn::Set(df, P[g * kScoreStride + k]);
       MFA_UNROLL
-      for (int c = 0; c < NV; ++c)
-        acc[g][c] = hn::MulAdd(value[c], w, acc[g][c]);
+      for (int c = 0; c < NV; ++c) acc[g][c] = hn::MulAdd(value[c], w, acc[g][c]);
     }
   }
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c)
-      hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
+    for (int c = 0; c < NV; ++c) hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
   }
 }
 
 // The same for pairs of keys [lo, hi), both even; `P` holds a pair of
 // probabilities for each pair of keys. A key outside [first, last) is not read.
 template <int G, int NV>
-HWY_INLINE void DecodePairValues(const bfloat16 *v, ptrdiff_t v_stride, int lo,
-                                 int hi, int first, int last, const uint32_t *P,
-                                 float *out, ptrdiff_t out_stride,
-                                 bool prefetch) {
+HWY_INLINE void DecodePairValues(const bfloat16* v, ptrdiff_t v_stride, int lo, int hi, int first, int last,
+                                 const uint32_t* P, float* out, ptrdiff_t out_stride, bool prefetch) {
   static constexpr bfloat16 kZeros[NV * kLanes] = {};
   VF acc[G][NV];
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c)
-      acc[g][c] = hn::Zero(df);
+    for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
   }
   for (int k = lo; k < hi; k += 2) {
-    const bfloat16 *even = k >= first ? v + k * v_stride : kZeros;
-    const bfloat16 *odd = k + 1 < last ? v + (k + 1) * v_stride : kZeros;
+    const bfloat16* even = k >= first ? v + k * v_stride : kZeros;
+    const bfloat16* odd = k + 1 < last ? v + (k + 1) * v_stride : kZeros;
     if (prefetch) {
       PrefetchRow(v + (k + kKeyBlock) * v_stride, NV * kLanes);
       PrefetchRow(v + (k + 1 + kKeyBlock) * v_stride, NV * kLanes);
     }
     VU value[NV];
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c)
-      value[c] = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
+    for (int c = 0; c < NV; ++c) value[c] = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
     MFA_UNROLL
     for (int g = 0; g < G; ++g) {
       const VU w = hn::Set(du, P[g * kScoreStride + k / 2]);
       MFA_UNROLL
-      for (int c = 0; c < NV; ++c)
-        acc[g][c] = DotPairs(acc[g][c], value[c], w);
+      for (int c = 0; c < NV; ++c) acc[g][c] = DotPairs(acc[g][c], value[c], w);
     }
   }
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c)
-      hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
+    for (int c = 0; c < NV; ++c) hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
   }
 }
 
 // kPairs: products of bfloat16 pairs.
-template <class T, bool kPairs> class DecodeForward {
-public:
-  DecodeForward(const ForwardJob &job, void *scratch)
-      : job_(job), p_(*job.problem), steps_(p_), rows_(job.plan.rows),
-        d_padded_(RoundUp(p_.D, kLanes)), dv_padded_(RoundUp(p_.Dv, kLanes)),
-        x_(p_, rows_, static_cast<char *>(scratch)) {}
+template <class T, bool kPairs>
+class DecodeForward {
+ public:
+  DecodeForward(const ForwardJob& job, void* scratch)
+      : job_(job),
+        p_(*job.problem),
+        steps_(p_),
+        rows_(job.plan.rows),
+        d_padded_(RoundUp(p_.D, kLanes)),
+        dv_padded_(RoundUp(p_.Dv, kLanes)),
+        x_(p_, rows_, static_cast<char*>(scratch)) {}
 
   void Run(int64_t task) {
-    const ForwardPlan &plan = job_.plan;
+    const ForwardPlan& plan = job_.plan;
     Begin(task / plan.key_splits);
     const int split = static_cast<int>(task % plan.key_splits);
     const int blocks = (p_.Nk + kKeyBlock - 1) / kKeyBlock;
-    const int first = split * plan.split_blocks,
-              last = Min(blocks, first + plan.split_blocks);
-    for (int i = first; i < last; ++i)
-      Block(i);
-    if (plan.key_splits == 1)
-      Finish();
+    const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
+    for (int i = first; i < last; ++i) Block(i);
+    if (plan.key_splits == 1) Finish();
   }
 
   void Merge(int64_t head) {
     Begin(head);
     for (int i = 0; i < job_.partials.blocks; ++i) {
-      const int64_t at =
-          (head_ * job_.partials.blocks + i) * job_.partials.row_width;
-      if (job_.partials.l[at] == -1.f)
-        continue; // the mark of a block without visible keys
+      const int64_t at = (head_ * job_.partials.blocks + i) * job_.partials.row_width;
+      if (job_.partials.l[at] == -1.f) continue;  // the mark of a block without visible keys
       for (int g = 0; g < rows_; ++g)
         MergeRow(g, job_.partials.m[at + g], job_.partials.l[at + g],
                  job_.partials.o + (at + g) * static_cast<int64_t>(dv_padded_));
@@ -261,152 +230,114 @@ public:
 
   size_t scratch_bytes() const { return x_.bytes; }
 
-private:
+ private:
   void Begin(int64_t head) {
     head_ = head;
-    FillRowTile(p_, static_cast<int>(head / p_.Hkv),
-                static_cast<int>(head % p_.Hkv), 0, rows_, rows_, x_.tile);
+    FillRowTile(p_, static_cast<int>(head / p_.Hkv), static_cast<int>(head % p_.Hkv), 0, rows_, rows_, x_.tile);
     for (int g = 0; g < rows_; ++g) {
       x_.m[g] = p_.sinks ? p_.sinks[x_.tile.head[g]] * kLog2e : -kInf;
       x_.l[g] = x_.m[g] == -kInf ? 0.f : 1.f;
-      float *q = x_.q + g * d_padded_;
+      float* q = x_.q + g * d_padded_;
       if constexpr (kPairs) {
-        __builtin_memcpy(
-            q,
-            RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]),
-            p_.D * sizeof(T));
+        __builtin_memcpy(q, RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D * sizeof(T));
         continue;
       }
-      WidenRow(
-          RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]),
-          p_.D, q);
+      WidenRow(RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D, q);
       const VF scale = hn::Set(df, p_.scale * kLog2e);
-      for (int d = 0; d < d_padded_; d += kLanes)
-        hn::Store(hn::Mul(hn::Load(df, q + d), scale), df, q + d);
+      for (int d = 0; d < d_padded_; d += kLanes) hn::Store(hn::Mul(hn::Load(df, q + d), scale), df, q + d);
     }
-    for (int i = 0; i < rows_ * dv_padded_; i += kLanes)
-      hn::Store(hn::Zero(df), df, x_.o + i);
+    for (int i = 0; i < rows_ * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.o + i);
   }
 
   void Block(int index) {
     const int64_t k0 = int64_t{index} * kKeyBlock;
     const int keys = static_cast<int>(Min<int64_t>(kKeyBlock, p_.Nk - k0));
     const BlockKeys seen = KeysOfBlock(x_.tile, 0, rows_, k0, keys);
-    if (seen.empty())
-      return MarkUnseen(index);
+    if (seen.empty()) return MarkUnseen(index);
     const int lo = seen.lo, hi = seen.hi;
-    const T *k = RowPointer<T>(p_.k, x_.tile.b, x_.tile.kv_head, k0);
-    const T *v = RowPointer<T>(p_.v, x_.tile.b, x_.tile.kv_head, k0);
+    const T* k = RowPointer<T>(p_.k, x_.tile.b, x_.tile.kv_head, k0);
+    const T* v = RowPointer<T>(p_.v, x_.tile.b, x_.tile.kv_head, k0);
     const bool prefetch = k0 + 2 * kKeyBlock <= p_.Nk;
 
     for (int k_lo = lo; k_lo < hi; k_lo += kLanes) {
-      const T *rows[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        rows[i] = k + Min(k_lo + i, hi - 1) * p_.k.stride[2];
+      const T* rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = k + Min(k_lo + i, hi - 1) * p_.k.stride[2];
       if (prefetch)
-        for (int i = 0; i < kLanes; ++i)
-          PrefetchRow(rows[i] + kKeyBlock * p_.k.stride[2], p_.D);
+        for (int i = 0; i < kLanes; ++i) PrefetchRow(rows[i] + kKeyBlock * p_.k.stride[2], p_.D);
       ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR {
         if constexpr (kPairs) {
-          const uint32_t *q =
-              reinterpret_cast<const uint32_t *>(x_.q + g * d_padded_);
-          return DecodePairScores<G>(rows, q, d_padded_, p_.D / 2,
-                                     hn::Set(df, p_.scale * kLog2e),
-                                     scores_at(g, k_lo), kScoreStride);
+          const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q + g * d_padded_);
+          return DecodePairScores<G>(rows, q, d_padded_, p_.D / 2, hn::Set(df, p_.scale * kLog2e), scores_at(g, k_lo),
+                                     kScoreStride);
         }
-        DecodeScores<G>(rows, x_.q + g * d_padded_, d_padded_, p_.D,
-                        scores_at(g, k_lo), kScoreStride);
+        DecodeScores<G>(rows, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, k_lo), kScoreStride);
       });
     }
     float m[kMaxDecodeRows], l[kMaxDecodeRows];
     const bool hidden = !seen.full || steps_.bias || steps_.mask;
     for (int g = 0; g < rows_; ++g) {
-      if (!seen.full || steps_.any())
-        ApplySteps(g, k0, lo, hi);
+      if (!seen.full || steps_.any()) ApplySteps(g, k0, lo, hi);
       m[g] = RowMax(scores_at(g, 0), lo, hi);
     }
-    const bool skip_hidden =
-        hidden &&
-        AnyNonFinite(v + lo * p_.v.stride[2], p_.v.stride[2], hi - lo, p_.Dv);
+    const bool skip_hidden = hidden && AnyNonFinite(v + lo * p_.v.stride[2], p_.v.stride[2], hi - lo, p_.Dv);
     if (skip_hidden)
       for (int g = 0; g < rows_; ++g)
-        for (int i = lo; i < hi; ++i)
-          visible_[g][i] = scores_at(g, 0)[i] != -kInf;
-    for (int g = 0; g < rows_; ++g)
-      Exponentials(scores_at(g, 0), lo, hi, m[g]);
+        for (int i = lo; i < hi; ++i) visible_[g][i] = scores_at(g, 0)[i] != -kInf;
+    for (int g = 0; g < rows_; ++g) Exponentials(scores_at(g, 0), lo, hi, m[g]);
     SumRows(lo, hi, l);
     for (int g = 0; g < rows_; ++g) {
-      if (p_.dropout_p > 0.f)
-        ApplyDropout(p_, x_.tile, g, 1, k0, lo, hi, scores_at(g, 0), 1);
-      if constexpr (kPairs)
-        PackProbabilities(scores_at(g, 0), lo, hi);
+      if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g, 1, k0, lo, hi, scores_at(g, 0), 1);
+      if constexpr (kPairs) PackProbabilities(scores_at(g, 0), lo, hi);
     }
     if (HWY_UNLIKELY(skip_hidden)) {
-      for (int g = 0; g < rows_; ++g)
-        VisibleValues(v, g, lo, hi);
+      for (int g = 0; g < rows_; ++g) VisibleValues(v, g, lo, hi);
     } else {
-      ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR {
-        Values<G>(v, p_.v.stride[2], g, lo, hi, prefetch);
-      });
+      ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR { Values<G>(v, p_.v.stride[2], g, lo, hi, prefetch); });
     }
 
     if (job_.plan.key_splits > 1) {
-      const int64_t at =
-          (head_ * job_.partials.blocks + index) * job_.partials.row_width;
+      const int64_t at = (head_ * job_.partials.blocks + index) * job_.partials.row_width;
       for (int g = 0; g < rows_; ++g) {
         job_.partials.m[at + g] = m[g];
         job_.partials.l[at + g] = l[g];
-        float *o =
-            job_.partials.o + (at + g) * static_cast<int64_t>(dv_padded_);
+        float* o = job_.partials.o + (at + g) * static_cast<int64_t>(dv_padded_);
         for (int d = 0; d < dv_padded_; d += kLanes)
           hn::StoreU(hn::Load(df, x_.block_o + g * dv_padded_ + d), df, o + d);
       }
     } else {
-      for (int g = 0; g < rows_; ++g)
-        MergeRow(g, m[g], l[g], x_.block_o + g * dv_padded_);
+      for (int g = 0; g < rows_; ++g) MergeRow(g, m[g], l[g], x_.block_o + g * dv_padded_);
     }
   }
 
-  float *scores_at(int g, int k) { return x_.s + g * kScoreStride + k; }
+  float* scores_at(int g, int k) { return x_.s + g * kScoreStride + k; }
 
   // The steps of ApplyScoreSteps with lanes = keys: the same operations in the
   // same order.
   void ApplySteps(int g, int64_t k0, int lo, int hi) {
     const ScoreTerms terms(p_);
-    const RowTile &t = x_.tile;
+    const RowTile& t = x_.tile;
     const VI lane = hn::Iota(di, 0);
-    const VI begin = hn::Set(di, t.begin[g]), end = hn::Set(di, t.end[g]),
-             pos = hn::Set(di, t.pos[g]);
+    const VI begin = hn::Set(di, t.begin[g]), end = hn::Set(di, t.end[g]), pos = hn::Set(di, t.pos[g]);
     alignas(64) float bias[kLanes];
     alignas(64) int32_t mask[kLanes];
     for (int k = lo; k < hi; k += kLanes) {
       const int n = Min(kLanes, hi - k);
       const VI key = hn::Add(lane, hn::Set(di, static_cast<int32_t>(k0 + k)));
       VF s = hn::LoadU(df, scores_at(g, k));
-      if (steps_.softcap)
-        s = hn::Mul(Tanh(hn::Mul(s, terms.inverse_softcap)), terms.softcap);
-      if (steps_.alibi)
-        s = hn::MulAdd(hn::Set(df, t.slope[g]),
-                       hn::ConvertTo(df, hn::Sub(key, pos)), s);
+      if (steps_.softcap) s = hn::Mul(Tanh(hn::Mul(s, terms.inverse_softcap)), terms.softcap);
+      if (steps_.alibi) s = hn::MulAdd(hn::Set(df, t.slope[g]), hn::ConvertTo(df, hn::Sub(key, pos)), s);
       if (steps_.bias) {
-        const int64_t at = t.b * p_.bias.stride[0] +
-                           t.head[g] * p_.bias.stride[1] +
-                           t.query[g] * p_.bias.stride[2];
+        const int64_t at = t.b * p_.bias.stride[0] + t.head[g] * p_.bias.stride[1] + t.query[g] * p_.bias.stride[2];
         for (int i = 0; i < kLanes; ++i)
-          bias[i] = i < n
-                        ? load_as_float(p_.bias.data, p_.bias.dtype,
-                                        at + (k0 + k + i) * p_.bias.stride[3]) *
-                              kLog2e
-                        : 0.f;
+          bias[i] =
+              i < n ? load_as_float(p_.bias.data, p_.bias.dtype, at + (k0 + k + i) * p_.bias.stride[3]) * kLog2e : 0.f;
         s = hn::Add(s, hn::Load(df, bias));
       }
       auto visible = hn::AndNot(hn::Lt(key, begin), hn::Lt(key, end));
       if (steps_.mask) {
-        const uint8_t *row = p_.mask.data + t.b * p_.mask.stride[0] +
-                             t.head[g] * p_.mask.stride[1] +
-                             t.query[g] * p_.mask.stride[2];
-        for (int i = 0; i < kLanes; ++i)
-          mask[i] = i < n && row[(k0 + k + i) * p_.mask.stride[3]] ? -1 : 0;
+        const uint8_t* row =
+            p_.mask.data + t.b * p_.mask.stride[0] + t.head[g] * p_.mask.stride[1] + t.query[g] * p_.mask.stride[2];
+        for (int i = 0; i < kLanes; ++i) mask[i] = i < n && row[(k0 + k + i) * p_.mask.stride[3]] ? -1 : 0;
         visible = hn::And(visible, hn::MaskFromVec(hn::Load(di, mask)));
       }
       s = hn::IfThenElse(hn::RebindMask(df, visible), s, hn::Set(df, -kInf));
@@ -415,109 +346,88 @@ private:
       } else {
         alignas(64) float out[kLanes];
         hn::Store(s, df, out);
-        for (int i = 0; i < n; ++i)
-          scores_at(g, k)[i] = out[i];
+        for (int i = 0; i < n; ++i) scores_at(g, k)[i] = out[i];
       }
     }
   }
 
-  static float RowMax(const float *S, int lo, int hi) {
+  static float RowMax(const float* S, int lo, int hi) {
     VF max = hn::Set(df, -kInf);
     int k = lo;
-    for (; k + kLanes <= hi; k += kLanes)
-      max = hn::Max(hn::LoadU(df, S + k), max);
+    for (; k + kLanes <= hi; k += kLanes) max = hn::Max(hn::LoadU(df, S + k), max);
     float out = hn::GetLane(hn::MaxOfLanes(df, max));
-    for (; k < hi; ++k)
-      out = S[k] > out ? S[k] : out;
+    for (; k < hi; ++k) out = S[k] > out ? S[k] : out;
     return out;
   }
 
   // S becomes exp2(S - m).
-  static void Exponentials(float *S, int lo, int hi, float m) {
+  static void Exponentials(float* S, int lo, int hi, float m) {
     constexpr bool kHalf = sizeof(T) == 2;
     const VF safe = hn::Set(df, m == -kInf ? 0.f : m);
     int k = lo;
-    for (; k + kLanes <= hi; k += kLanes)
-      hn::StoreU(Exp2<kHalf>(hn::Sub(hn::LoadU(df, S + k), safe)), df, S + k);
-    for (; k < hi; ++k)
-      S[k] = hn::GetLane(Exp2<kHalf>(hn::Sub(hn::Set(df, S[k]), safe)));
+    for (; k + kLanes <= hi; k += kLanes) hn::StoreU(Exp2<kHalf>(hn::Sub(hn::LoadU(df, S + k), safe)), df, S + k);
+    for (; k < hi; ++k) S[k] = hn::GetLane(Exp2<kHalf>(hn::Sub(hn::Set(df, S[k]), safe)));
   }
 
   // The sum of each row in the order of the keys; four rows at a time hide the
   // latency of the additions.
-  void SumRows(int lo, int hi, float *sums) {
+  void SumRows(int lo, int hi, float* sums) {
     ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR {
       float sum[G] = {};
       for (int k = lo; k < hi; ++k) {
         MFA_UNROLL
-        for (int i = 0; i < G; ++i)
-          sum[i] += scores_at(g + i, 0)[k];
+        for (int i = 0; i < G; ++i) sum[i] += scores_at(g + i, 0)[k];
       }
-      for (int i = 0; i < G; ++i)
-        sums[g + i] = sum[i];
+      for (int i = 0; i < G; ++i) sums[g + i] = sum[i];
     });
   }
 
   // S becomes pairs of bfloat16, pair t in place t; keys outside [lo, hi) count
   // as zero.
-  static void PackProbabilities(float *S, int lo, int hi) {
+  static void PackProbabilities(float* S, int lo, int hi) {
     const int pair_lo = lo & ~1, pair_hi = RoundUp(hi, 2);
-    if (pair_lo < lo)
-      S[pair_lo] = 0.f;
-    if (pair_hi > hi)
-      S[hi] = 0.f;
-    uint32_t *out = reinterpret_cast<uint32_t *>(S);
+    if (pair_lo < lo) S[pair_lo] = 0.f;
+    if (pair_hi > hi) S[hi] = 0.f;
+    uint32_t* out = reinterpret_cast<uint32_t*>(S);
     for (int k = pair_lo; k < pair_hi; k += 2) {
-      const uint32_t pair =
-          to_bfloat16(S[k]).bits | uint32_t{to_bfloat16(S[k + 1]).bits} << 16;
+      const uint32_t pair = to_bfloat16(S[k]).bits | uint32_t{to_bfloat16(S[k + 1]).bits} << 16;
       __builtin_memcpy(out + k / 2, &pair, sizeof(pair));
     }
   }
 
   template <int G>
-  void PairValues(const T *v, ptrdiff_t stride, int g, int lo, int hi,
-                  bool prefetch) {
-    const int pair_lo = lo & ~1, pair_hi = RoundUp(hi, 2),
-              whole = p_.Dv / kLanes;
-    const uint32_t *P = reinterpret_cast<const uint32_t *>(scores_at(g, 0));
-    float *out = x_.block_o + g * dv_padded_;
+  void PairValues(const T* v, ptrdiff_t stride, int g, int lo, int hi, bool prefetch) {
+    const int pair_lo = lo & ~1, pair_hi = RoundUp(hi, 2), whole = p_.Dv / kLanes;
+    const uint32_t* P = reinterpret_cast<const uint32_t*>(scores_at(g, 0));
+    float* out = x_.block_o + g * dv_padded_;
     ForRowTiles<8 / G>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-      DecodePairValues<G, NV>(v + c * kLanes, stride, pair_lo, pair_hi, lo, hi,
-                              P, out + c * kLanes, dv_padded_, prefetch);
+      DecodePairValues<G, NV>(v + c * kLanes, stride, pair_lo, pair_hi, lo, hi, P, out + c * kLanes, dv_padded_,
+                              prefetch);
     });
     const int rest = p_.Dv - whole * kLanes;
-    if (rest == 0)
-      return;
+    if (rest == 0) return;
     bfloat16 tail[kKeyBlock * kLanes] = {};
     for (int k = lo; k < hi; ++k)
-      __builtin_memcpy(tail + k * kLanes, v + k * stride + whole * kLanes,
-                       rest * sizeof(T));
-    DecodePairValues<G, 1>(tail, kLanes, pair_lo, pair_hi, lo, hi, P,
-                           out + whole * kLanes, dv_padded_, false);
+      __builtin_memcpy(tail + k * kLanes, v + k * stride + whole * kLanes, rest * sizeof(T));
+    DecodePairValues<G, 1>(tail, kLanes, pair_lo, pair_hi, lo, hi, P, out + whole * kLanes, dv_padded_, false);
   }
 
   template <int G>
-  void Values(const T *v, ptrdiff_t stride, int g, int lo, int hi,
-              bool prefetch) {
-    if constexpr (kPairs)
-      return PairValues<G>(v, stride, g, lo, hi, prefetch);
+  void Values(const T* v, ptrdiff_t stride, int g, int lo, int hi, bool prefetch) {
+    if constexpr (kPairs) return PairValues<G>(v, stride, g, lo, hi, prefetch);
     constexpr int kVectors = 2 * kTileRows / G < 8 ? 2 * kTileRows / G : 8;
     const int whole = p_.Dv / kLanes;
-    const float *P = scores_at(g, 0);
-    float *out = x_.block_o + g * dv_padded_;
+    const float* P = scores_at(g, 0);
+    float* out = x_.block_o + g * dv_padded_;
     ForRowTiles<kVectors>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-      DecodeValues<G, NV>(v + c * kLanes, stride, lo, hi, P, out + c * kLanes,
-                          dv_padded_, prefetch);
+      DecodeValues<G, NV>(v + c * kLanes, stride, lo, hi, P, out + c * kLanes, dv_padded_, prefetch);
     });
-    if (whole * kLanes == p_.Dv)
-      return;
+    if (whole * kLanes == p_.Dv) return;
     for (int i = g; i < g + G; ++i) {
       hn::Store(hn::Zero(df), df, x_.block_o + i * dv_padded_ + whole * kLanes);
       for (int d = whole * kLanes; d < p_.Dv; ++d) {
         float sum = 0.f;
-        for (int k = lo; k < hi; ++k)
-          sum = __builtin_fmaf(to_float(v[k * stride + d]), scores_at(i, 0)[k],
-                               sum);
+        for (int k = lo; k < hi; ++k) sum = __builtin_fmaf(to_float(v[k * stride + d]), scores_at(i, 0)[k], sum);
         x_.block_o[i * dv_padded_ + d] = sum;
       }
     }
@@ -526,14 +436,12 @@ private:
   // For blocks that hold non-finite values: those of keys that the row does not
   // see are replaced by zero, which leaves the order and the rounding of the
   // others as they are.
-  void VisibleValues(const T *v, int g, int lo, int hi) {
-    const AlignedBuffer clean(static_cast<size_t>(kKeyBlock) *
-                              static_cast<size_t>(p_.Dv) * sizeof(T));
-    T *rows = static_cast<T *>(clean.data());
+  void VisibleValues(const T* v, int g, int lo, int hi) {
+    const AlignedBuffer clean(static_cast<size_t>(kKeyBlock) * static_cast<size_t>(p_.Dv) * sizeof(T));
+    T* rows = static_cast<T*>(clean.data());
     for (int k = lo; k < hi; ++k) {
       if (visible_[g][k]) {
-        __builtin_memcpy(rows + k * p_.Dv, v + k * p_.v.stride[2],
-                         p_.Dv * sizeof(T));
+        __builtin_memcpy(rows + k * p_.Dv, v + k * p_.v.stride[2], p_.Dv * sizeof(T));
       } else {
         __builtin_memset(rows + k * p_.Dv, 0, p_.Dv * sizeof(T));
       }
@@ -541,7 +449,7 @@ private:
     Values<1>(rows, p_.Dv, g, lo, hi, false);
   }
 
-  void MergeRow(int g, float block_m, float block_l, const float *block_o) {
+  void MergeRow(int g, float block_m, float block_l, const float* block_o) {
     alignas(64) float m[kLanes], l[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       m[i] = x_.m[g];
@@ -551,42 +459,35 @@ private:
     MergeState(m, l, hn::Set(df, block_m), hn::Set(df, block_l), a, b);
     x_.m[g] = m[0];
     x_.l[g] = l[0];
-    float *o = x_.o + g * dv_padded_;
+    float* o = x_.o + g * dv_padded_;
     for (int d = 0; d < dv_padded_; d += kLanes)
-      hn::Store(hn::MulAdd(hn::Load(df, o + d), a,
-                           hn::Mul(hn::LoadU(df, block_o + d), b)),
-                df, o + d);
+      hn::Store(hn::MulAdd(hn::Load(df, o + d), a, hn::Mul(hn::LoadU(df, block_o + d), b)), df, o + d);
   }
 
   void MarkUnseen(int block) {
     if (job_.plan.key_splits > 1)
-      job_.partials
-          .l[(head_ * job_.partials.blocks + block) * job_.partials.row_width] =
-          -1.f;
+      job_.partials.l[(head_ * job_.partials.blocks + block) * job_.partials.row_width] = -1.f;
   }
 
   void Finish() {
-    const RowTile &t = x_.tile;
+    const RowTile& t = x_.tile;
     for (int g = 0; g < rows_; ++g) {
       const float inverse = x_.l[g] == 0.f ? 0.f : 1.f / x_.l[g];
-      T *out = RowPointer<T>(job_.out->o, t.b, t.head[g], t.query[g]);
-      const float *o = x_.o + g * dv_padded_;
+      T* out = RowPointer<T>(job_.out->o, t.b, t.head[g], t.query[g]);
+      const float* o = x_.o + g * dv_padded_;
       const VF f = hn::Set(df, inverse);
       int d = 0;
-      for (; d + kLanes <= p_.Dv; d += kLanes)
-        StoreFloat(hn::MulAdd(hn::Load(df, o + d), f, hn::Zero(df)), out + d);
-      for (; d < p_.Dv; ++d)
-        StoreScalar(o[d] * inverse + 0.f, out + d);
+      for (; d + kLanes <= p_.Dv; d += kLanes) StoreFloat(hn::MulAdd(hn::Load(df, o + d), f, hn::Zero(df)), out + d);
+      for (; d < p_.Dv; ++d) StoreScalar(o[d] * inverse + 0.f, out + d);
       if (job_.out->lse) {
         const float lse2 = x_.l[g] == 0.f ? -kInf : x_.m[g] + ::log2f(x_.l[g]);
-        job_.out->lse[(int64_t{t.b} * p_.Hq + t.head[g]) * p_.Nq + t.query[g]] =
-            lse2 * kLn2;
+        job_.out->lse[(int64_t{t.b} * p_.Hq + t.head[g]) * p_.Nq + t.query[g]] = lse2 * kLn2;
       }
     }
   }
 
-  const ForwardJob &job_;
-  const AttentionProblem &p_;
+  const ForwardJob& job_;
+  const AttentionProblem& p_;
   const ScoreSteps steps_;
   const int rows_, d_padded_, dv_padded_;
   DecodeScratch x_;
@@ -594,5 +495,5 @@ private:
   bool visible_[kMaxDecodeRows][kKeyBlock];
 };
 
-} // namespace
-} // namespace mfa::cpu::MFA_ISA
+}  // namespace
+}  // namespace mfa::cpu::MFA_ISA

@@ -12,8 +12,8 @@ namespace mfa::cpu {
 namespace {
 
 struct Candidate {
-  const char *name;
-  const KernelTable *kernels; // null: not built
+  const char* name;
+  const KernelTable* kernels;  // null: not built
   bool runs;
 };
 
@@ -23,16 +23,12 @@ std::vector<Candidate> candidates() {
   std::vector<Candidate> out;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") &&
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") &&
-                    __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #if defined(MFA_HAVE_AVX512_BF16)
   const Candidate pairs{"avx512_bf16", &kernels_avx512_bf16(), bf16};
 #else
@@ -43,8 +39,7 @@ std::vector<Candidate> candidates() {
 #else
   const Candidate wide{"avx512", nullptr, avx512};
 #endif
-  out = __builtin_cpu_is("amd") ? std::vector{pairs, wide}
-                                : std::vector{wide, pairs};
+  out = __builtin_cpu_is("amd") ? std::vector{pairs, wide} : std::vector{wide, pairs};
 #if defined(MFA_HAVE_AVX2)
   out.push_back({"avx2", &kernels_avx2(), avx2});
 #else
@@ -60,18 +55,15 @@ std::vector<Candidate> candidates() {
   return out;
 }
 
-std::atomic<const KernelTable *> chosen{nullptr};
+std::atomic<const KernelTable*> chosen{nullptr};
 
 // The kernels called `name`; throws if they cannot run here.
-const KernelTable *find(const std::string &name, const char *function) {
+const KernelTable* find(const std::string& name, const char* function) {
   std::string names;
-  for (const Candidate &c : candidates()) {
+  for (const Candidate& c : candidates()) {
     if (name == c.name) {
-      check(c.kernels, function,
-            "an instruction set of this build was expected; got ", name,
-            ", which was not built");
-      check(c.runs, function,
-            "an instruction set of this processor was expected; got ", name);
+      check(c.kernels, function, "an instruction set of this build was expected; got ", name, ", which was not built");
+      check(c.runs, function, "an instruction set of this processor was expected; got ", name);
       return c.kernels;
     }
     names += names.empty() ? c.name : std::string(", ") + c.name;
@@ -80,14 +72,14 @@ const KernelTable *find(const std::string &name, const char *function) {
   return nullptr;
 }
 
-const KernelTable *best(std::string *reason) {
-  for (const Candidate &c : candidates())
-    if (c.kernels && c.runs)
-      return c.kernels;
+const KernelTable* best(std::string* reason) {
+  for (const Candidate& c : candidates())
+    if (c.kernels && c.runs) return c.kernels;
   if (reason) {
 #if defined(__x86_64__)
-    *reason = "the CPU kernels need AVX2, FMA, BMI2 and F16C, which this "
-              "processor lacks";
+    *reason =
+        "the CPU kernels need AVX2, FMA, BMI2 and F16C, which this "
+        "processor lacks";
 #else
     *reason = "no CPU kernels were built for this processor";
 #endif
@@ -95,37 +87,32 @@ const KernelTable *best(std::string *reason) {
   return nullptr;
 }
 
-} // namespace
+}  // namespace
 
-const KernelTable *selected_kernels(std::string *reason) {
-  if (const KernelTable *kernels = chosen.load(std::memory_order_acquire))
-    return kernels;
-  const char *name = std::getenv("MFA_CPU_ISA");
-  const KernelTable *kernels =
-      name && *name ? find(name, "MFA_CPU_ISA") : best(reason);
+const KernelTable* selected_kernels(std::string* reason) {
+  if (const KernelTable* kernels = chosen.load(std::memory_order_acquire)) return kernels;
+  const char* name = std::getenv("MFA_CPU_ISA");
+  const KernelTable* kernels = name && *name ? find(name, "MFA_CPU_ISA") : best(reason);
   chosen.store(kernels, std::memory_order_release);
   return kernels;
 }
 
-const KernelTable &require_kernels() {
+const KernelTable& require_kernels() {
   std::string reason;
-  const KernelTable *kernels = selected_kernels(&reason);
-  if (!kernels)
-    throw std::runtime_error(reason);
+  const KernelTable* kernels = selected_kernels(&reason);
+  if (!kernels) throw std::runtime_error(reason);
   return *kernels;
 }
 
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> out;
-  for (const Candidate &c : candidates())
-    if (c.kernels && c.runs)
-      out.emplace_back(c.name);
+  for (const Candidate& c : candidates())
+    if (c.kernels && c.runs) out.emplace_back(c.name);
   return out;
 }
 
-void set_isa(const std::string &isa) {
-  chosen.store(isa.empty() ? nullptr : find(isa, "set_isa"),
-               std::memory_order_release);
+void set_isa(const std::string& isa) {
+  chosen.store(isa.empty() ? nullptr : find(isa, "set_isa"), std::memory_order_release);
 }
 
-} // namespace mfa::cpu
+}  // namespace mfa::cpu

@@ -9,9 +9,9 @@ namespace mfa::cpu {
 
 // The selected kernels, or null; `reason`, if given, then says why. Throws
 // std::invalid_argument if MFA_CPU_ISA is unknown or cannot run here.
-const KernelTable *selected_kernels(std::string *reason = nullptr);
+const KernelTable* selected_kernels(std::string* reason = nullptr);
 
 // The selected kernels; throws std::runtime_error if there are none.
-const KernelTable &require_kernels();
+const KernelTable& require_kernels();
 
-} // namespace mfa::cpu
+}  // namespace mfa::cpu

@@ -17,8 +17,7 @@
 #include "backend/cpu/peak-inl.h"
 // clang-format on
 
-static_assert(HWY_STATIC_TARGET == MFA_ISA_TARGET,
-              "the flags of this unit do not select its instruction set");
+static_assert(HWY_STATIC_TARGET == MFA_ISA_TARGET, "the flags of this unit do not select its instruction set");
 
 namespace mfa::cpu {
 namespace MFA_ISA {
@@ -26,12 +25,12 @@ namespace {
 
 // Calls f with the kernel object of the plan.
 template <class F>
-HWY_INLINE void WithForward(const ForwardJob &job, void *scratch, const F &f) {
+HWY_INLINE void WithForward(const ForwardJob& job, void* scratch, const F& f) {
   if (job.plan.kernel == ForwardKernel::tiled) {
     TiledForward kernel(job, scratch);
     return f(kernel);
   }
-  WithType(job.problem->dtype, [&]<class T>(T *) {
+  WithType(job.problem->dtype, [&]<class T>(T*) {
     if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
       if (job.plan.native_bf16) {
         DecodeForward<T, true> kernel(job, scratch);
@@ -43,40 +42,34 @@ HWY_INLINE void WithForward(const ForwardJob &job, void *scratch, const F &f) {
   });
 }
 
-size_t ForwardScratchBytes(const ForwardJob &job) {
+size_t ForwardScratchBytes(const ForwardJob& job) {
   size_t bytes = 0;
-  WithForward(job, nullptr,
-              [&](auto &kernel) { bytes = kernel.scratch_bytes(); });
+  WithForward(job, nullptr, [&](auto& kernel) { bytes = kernel.scratch_bytes(); });
   return bytes;
 }
-void ForwardTask(const ForwardJob &job, int64_t task, void *scratch) {
-  WithForward(job, scratch, [&](auto &kernel) { kernel.Run(task); });
+void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
+  WithForward(job, scratch, [&](auto& kernel) { kernel.Run(task); });
 }
-void MergeTask(const ForwardJob &job, int64_t tile, void *scratch) {
-  WithForward(job, scratch, [&](auto &kernel) { kernel.Merge(tile); });
+void MergeTask(const ForwardJob& job, int64_t tile, void* scratch) {
+  WithForward(job, scratch, [&](auto& kernel) { kernel.Merge(tile); });
 }
 
-size_t BackwardScratchBytes(const BackwardJob &job) {
-  return Backward(job, nullptr).scratch_bytes();
+size_t BackwardScratchBytes(const BackwardJob& job) { return Backward(job, nullptr).scratch_bytes(); }
+void DeltaTask(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
+  WithType(job.problem->dtype, [&]<class T>(T*) { DeltaRows<T>(job, begin, end, delta); });
 }
-void DeltaTask(const BackwardJob &job, int64_t begin, int64_t end,
-               float *delta) {
-  WithType(job.problem->dtype,
-           [&]<class T>(T *) { DeltaRows<T>(job, begin, end, delta); });
-}
-void BackwardTask(const BackwardJob &job, int64_t task, void *scratch) {
-  Backward(job, scratch).Run(task);
-}
-void QueryGradientTask(const BackwardJob &job, int64_t tile, void *scratch) {
+void BackwardTask(const BackwardJob& job, int64_t task, void* scratch) { Backward(job, scratch).Run(task); }
+void QueryGradientTask(const BackwardJob& job, int64_t tile, void* scratch) {
   Backward(job, scratch).ReduceQueries(tile);
 }
-int64_t BiasTasks(const AttentionProblem &p) { return BiasRegions(p).tasks(); }
+int64_t BiasTasks(const AttentionProblem& p) { return BiasRegions(p).tasks(); }
 
 constexpr KernelTable kTable = {
     .traits = {.isa = MFA_ISA_NAME,
                .lanes = kLanes,
                .tile_vectors = kTileVectors,
                .max_row_tile = kMaxRowTile,
+               .backward_row_tile = kBackwardRowTile,
                .max_decode_rows = Min(kMaxDecodeRows, kLanes / 2),
                .native_bf16 = kNativeBf16},
     .forward_scratch_bytes = ForwardScratchBytes,
@@ -92,9 +85,9 @@ constexpr KernelTable kTable = {
     .read_sum = ReadSum,
 };
 
-} // namespace
-} // namespace MFA_ISA
+}  // namespace
+}  // namespace MFA_ISA
 
-const KernelTable &MFA_ISA_TABLE() { return MFA_ISA::kTable; }
+const KernelTable& MFA_ISA_TABLE() { return MFA_ISA::kTable; }
 
-} // namespace mfa::cpu
+}  // namespace mfa::cpu

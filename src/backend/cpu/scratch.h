@@ -5,43 +5,50 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace mfa::cpu {
 
-// Owns `bytes` uninitialised bytes. Throws std::bad_alloc if they cannot be
-// had.
+// Owns `bytes` uninitialised bytes. Throws std::bad_alloc if they cannot be had.
 class AlignedBuffer {
-public:
+ public:
   AlignedBuffer() = default;
-  explicit AlignedBuffer(size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
-    if (bytes_ < bytes)
-      throw std::bad_alloc();
-    if (bytes_ == 0)
-      return;
-    data_.reset(std::aligned_alloc(64, bytes_));
-    if (!data_)
-      throw std::bad_alloc();
+  explicit AlignedBuffer(size_t bytes, size_t alignment = 64)
+      : bytes_((bytes + alignment - 1) / alignment * alignment) {
+    if (bytes_ < bytes) throw std::bad_alloc();
+    if (bytes_ == 0) return;
+    data_.reset(std::aligned_alloc(alignment, bytes_));
+    if (!data_) throw std::bad_alloc();
   }
-  void *data() const { return data_.get(); }
-  float *floats() const { return static_cast<float *>(data_.get()); }
+  void* data() const { return data_.get(); }
+  float* floats() const { return static_cast<float*>(data_.get()); }
   size_t bytes() const { return bytes_; }
 
-private:
+ private:
   struct Free {
-    void operator()(void *p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
   std::unique_ptr<void, Free> data_;
   size_t bytes_ = 0;
 };
 
-// The calling thread's working memory, at least `bytes`, kept for the next call
-// (a few hundred kB a thread). It is not cleared and stays valid until the
-// thread's next call.
-inline void *thread_scratch(size_t bytes) {
+// The calling thread's working memory, at least `bytes`, kept for the next call. It is not cleared and stays valid
+// until the thread's next call. It lies on a huge page where the system has them: the kernels fill most of the L2
+// cache, and small pages, scattered in physical memory, would compete for its sets.
+inline void* thread_scratch(size_t bytes) {
   static thread_local AlignedBuffer buffer;
-  if (buffer.bytes() < bytes)
-    buffer = AlignedBuffer(bytes);
+  if (buffer.bytes() < bytes) {
+    constexpr size_t kHugePage = size_t{2} << 20;
+    const size_t pages = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    buffer = AlignedBuffer();  // frees the old one first
+    buffer = AlignedBuffer(pages, kHugePage);
+#if defined(__linux__)
+    madvise(buffer.data(), pages, MADV_HUGEPAGE);  // advice: without it the memory works as well
+#endif
+  }
   return buffer.data();
 }
 
-} // namespace mfa::cpu
+}  // namespace mfa::cpu

@@ -38,12 +38,12 @@ constexpr DI di;
 constexpr DU du;
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 
-// Register tiles: kTileRows broadcast rows by kTileVectors vectors leave room
-// for the operands.
+// Register tiles: kTileRows broadcast rows by kTileVectors vectors leave room for the operands. Head dims and key
+// blocks are mostly multiples of kTileRows: the remainders would run at a fraction of the speed.
 #if HWY_TARGET == HWY_AVX2
-constexpr int kTileRows = 6, kTileVectors = 2; // 16 registers
+constexpr int kTileRows = 4, kTileVectors = 3;  // 16 registers
 #else
-constexpr int kTileRows = 8, kTileVectors = 3; // 32 registers
+constexpr int kTileRows = 8, kTileVectors = 3;  // 32 registers
 #endif
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -52,81 +52,79 @@ constexpr float kLn2 = 0.693147180559945309417f;
 
 // std::min and std::max would leave weak symbols compiled for this instruction
 // set in the program.
-template <class T> HWY_INLINE constexpr T Min(T a, T b) {
+template <class T>
+HWY_INLINE constexpr T Min(T a, T b) {
   return b < a ? b : a;
 }
-template <class T> HWY_INLINE constexpr T Max(T a, T b) {
+template <class T>
+HWY_INLINE constexpr T Max(T a, T b) {
   return a < b ? b : a;
 }
 // Calls f with a null pointer of the element type.
-template <class F> HWY_INLINE auto WithType(DType dtype, const F &f) {
+template <class F>
+HWY_INLINE auto WithType(DType dtype, const F& f) {
   switch (dtype) {
-  case DType::f16:
-    return f(static_cast<float16 *>(nullptr));
-  case DType::bf16:
-    return f(static_cast<bfloat16 *>(nullptr));
-  default:
-    return f(static_cast<float *>(nullptr));
+    case DType::f16:
+      return f(static_cast<float16*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<bfloat16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
   }
 }
-HWY_INLINE constexpr int RoundUp(int x, int to) {
-  return (x + to - 1) / to * to;
-}
+HWY_INLINE constexpr int RoundUp(int x, int to) { return (x + to - 1) / to * to; }
 
 // ---- loads and stores
 // -------------------------------------------------------------------------------------------
-template <class D> HWY_INLINE hn::Vec<D> LoadFloat(D d, const float *p) {
+template <class D>
+HWY_INLINE hn::Vec<D> LoadFloat(D d, const float* p) {
   return hn::LoadU(d, p);
 }
-template <class D> HWY_INLINE hn::Vec<D> LoadFloat(D d, const bfloat16 *p) {
+template <class D>
+HWY_INLINE hn::Vec<D> LoadFloat(D d, const bfloat16* p) {
   const hn::Rebind<uint16_t, D> d16;
   const hn::Rebind<uint32_t, D> d32;
-  const auto bits =
-      hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t *>(p)));
+  const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
   return hn::BitCast(d, hn::ShiftLeft<16>(bits));
 }
-template <class D> HWY_INLINE hn::Vec<D> LoadFloat(D d, const float16 *p) {
+template <class D>
+HWY_INLINE hn::Vec<D> LoadFloat(D d, const float16* p) {
   const hn::Rebind<hwy::float16_t, D> d16;
-  return hn::PromoteTo(
-      d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t *>(p)));
+  return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
 }
-template <class T> HWY_INLINE VF LoadFloat(const T *p) {
+template <class T>
+HWY_INLINE VF LoadFloat(const T* p) {
   return LoadFloat(df, p);
 }
 
-HWY_INLINE void StoreFloat(VF x, float *p) { hn::StoreU(x, df, p); }
-HWY_INLINE void StoreFloat(VF x, float16 *p) {
+HWY_INLINE void StoreFloat(VF x, float* p) { hn::StoreU(x, df, p); }
+HWY_INLINE void StoreFloat(VF x, float16* p) {
   const hn::Rebind<hwy::float16_t, DF> d16;
-  hn::StoreU(hn::DemoteTo(d16, x), d16, reinterpret_cast<hwy::float16_t *>(p));
+  hn::StoreU(hn::DemoteTo(d16, x), d16, reinterpret_cast<hwy::float16_t*>(p));
 }
-HWY_INLINE void
-StoreFloat(VF x, bfloat16 *p) { // round to nearest even; NaN stays a quiet NaN
+HWY_INLINE void StoreFloat(VF x, bfloat16* p) {  // round to nearest even; NaN stays a quiet NaN
   const hn::Rebind<uint16_t, DF> d16;
   const auto bits = hn::BitCast(du, x);
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
-  const auto rounded =
-      hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(du, 0x7fffu)), odd));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(bits, hn::Set(du, 0x7fffu)), odd));
   const auto quiet = hn::ShiftRight<16>(hn::Or(bits, hn::Set(du, 0x400000u)));
-  const auto chosen =
-      hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded);
-  hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, chosen)), d16,
-             reinterpret_cast<uint16_t *>(p));
+  const auto chosen = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded);
+  hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, chosen)), d16, reinterpret_cast<uint16_t*>(p));
 }
 
-HWY_INLINE void StoreScalar(float x, float *p) { *p = x; }
-HWY_INLINE void StoreScalar(float x, float16 *p) { *p = to_float16(x); }
-HWY_INLINE void StoreScalar(float x, bfloat16 *p) { *p = to_bfloat16(x); }
+HWY_INLINE void StoreScalar(float x, float* p) { *p = x; }
+HWY_INLINE void StoreScalar(float x, float16* p) { *p = to_float16(x); }
+HWY_INLINE void StoreScalar(float x, bfloat16* p) { *p = to_bfloat16(x); }
 
 // Widens `n` elements; `out` is aligned and padded to whole vectors, the
 // padding is zeroed.
-template <class T> HWY_INLINE void WidenRow(const T *in, int n, float *out) {
+template <class T>
+HWY_INLINE void WidenRow(const T* in, int n, float* out) {
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    hn::Store(LoadFloat(in + i), df, out + i);
+  for (; i + kLanes <= n; i += kLanes) hn::Store(LoadFloat(in + i), df, out + i);
   if (i < n) {
     hn::Store(hn::Zero(df), df, out + i);
-    for (; i < n; ++i)
-      out[i] = to_float(in[i]);
+    for (; i < n; ++i) out[i] = to_float(in[i]);
   }
 }
 
@@ -136,13 +134,10 @@ template <class T> HWY_INLINE void WidenRow(const T *in, int n, float *out) {
 HWY_INLINE void Transpose(VF (&v)[kLanes]) {
   const hn::Repartition<double, DF> dd;
   MFA_UNROLL
-  for (int g = 0; g < kLanes; g += 4) { // 4 x 4 inside each 128-bit block
-    const auto a = hn::InterleaveLower(df, v[g], v[g + 1]),
-               b = hn::InterleaveUpper(df, v[g], v[g + 1]);
-    const auto c = hn::InterleaveLower(df, v[g + 2], v[g + 3]),
-               d = hn::InterleaveUpper(df, v[g + 2], v[g + 3]);
-    const auto ad = hn::BitCast(dd, a), bd = hn::BitCast(dd, b),
-               cd = hn::BitCast(dd, c), d2 = hn::BitCast(dd, d);
+  for (int g = 0; g < kLanes; g += 4) {  // 4 x 4 inside each 128-bit block
+    const auto a = hn::InterleaveLower(df, v[g], v[g + 1]), b = hn::InterleaveUpper(df, v[g], v[g + 1]);
+    const auto c = hn::InterleaveLower(df, v[g + 2], v[g + 3]), d = hn::InterleaveUpper(df, v[g + 2], v[g + 3]);
+    const auto ad = hn::BitCast(dd, a), bd = hn::BitCast(dd, b), cd = hn::BitCast(dd, c), d2 = hn::BitCast(dd, d);
     v[g] = hn::BitCast(df, hn::InterleaveLower(dd, ad, cd));
     v[g + 1] = hn::BitCast(df, hn::InterleaveUpper(dd, ad, cd));
     v[g + 2] = hn::BitCast(df, hn::InterleaveLower(dd, bd, d2));
@@ -159,10 +154,8 @@ HWY_INLINE void Transpose(VF (&v)[kLanes]) {
   MFA_UNROLL
   for (int j = 0; j < 4; ++j) {
     const VF a = v[j], b = v[4 + j], c = v[8 + j], d = v[12 + j];
-    const VF ac_lo = hn::ConcatLowerLower(df, c, a),
-             bd_lo = hn::ConcatLowerLower(df, d, b);
-    const VF ac_hi = hn::ConcatUpperUpper(df, c, a),
-             bd_hi = hn::ConcatUpperUpper(df, d, b);
+    const VF ac_lo = hn::ConcatLowerLower(df, c, a), bd_lo = hn::ConcatLowerLower(df, d, b);
+    const VF ac_hi = hn::ConcatUpperUpper(df, c, a), bd_hi = hn::ConcatUpperUpper(df, d, b);
     v[j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(bd_lo), ac_lo);
     v[4 + j] = hn::OddEvenBlocks(bd_lo, hn::SwapAdjacentBlocks(ac_lo));
     v[8 + j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(bd_hi), ac_hi);
@@ -174,49 +167,40 @@ HWY_INLINE void Transpose(VF (&v)[kLanes]) {
 // out[c * ld + r] = rows[r][c] * factor for r < kLanes, c < n: the transpose of
 // kLanes rows, widened.
 template <class T>
-HWY_INLINE void PackTransposed(const T *const *rows, int n, float factor,
-                               float *out, ptrdiff_t ld) {
+HWY_INLINE void PackTransposed(const T* const* rows, int n, float factor, float* out, ptrdiff_t ld) {
   const VF f = hn::Set(df, factor);
   int c = 0;
   for (; c + kLanes <= n; c += kLanes) {
     VF v[kLanes];
     MFA_UNROLL
-    for (int r = 0; r < kLanes; ++r)
-      v[r] = LoadFloat(rows[r] + c);
+    for (int r = 0; r < kLanes; ++r) v[r] = LoadFloat(rows[r] + c);
     Transpose(v);
     MFA_UNROLL
-    for (int r = 0; r < kLanes; ++r)
-      hn::Store(hn::Mul(v[r], f), df, out + (c + r) * ld);
+    for (int r = 0; r < kLanes; ++r) hn::Store(hn::Mul(v[r], f), df, out + (c + r) * ld);
   }
   for (; c < n; ++c)
-    for (int r = 0; r < kLanes; ++r)
-      out[c * ld + r] = to_float(rows[r][c]) * factor;
+    for (int r = 0; r < kLanes; ++r) out[c * ld + r] = to_float(rows[r][c]) * factor;
 }
 
 // rows[r][c] = in[c * ld + r] * factor[r] for r < count <= kLanes, c < n. The
 // added zero turns -0 into +0, so that a row's bits do not depend on blocks
 // that contribute nothing to it.
 template <class T>
-HWY_INLINE void UnpackTransposed(const float *in, ptrdiff_t ld, int n,
-                                 const float *factor, T *const *rows,
-                                 int count) {
+HWY_INLINE void UnpackTransposed(const float* in, ptrdiff_t ld, int n, const float* factor, T* const* rows, int count) {
   const VF f = hn::LoadU(df, factor);
   int c = 0;
   for (; c + kLanes <= n; c += kLanes) {
     VF v[kLanes];
     MFA_UNROLL
-    for (int r = 0; r < kLanes; ++r)
-      v[r] = hn::MulAdd(hn::Load(df, in + (c + r) * ld), f, hn::Zero(df));
+    for (int r = 0; r < kLanes; ++r) v[r] = hn::MulAdd(hn::Load(df, in + (c + r) * ld), f, hn::Zero(df));
     Transpose(v);
     // A static trip count keeps v in registers; only real rows are stored.
     MFA_UNROLL
     for (int r = 0; r < kLanes; ++r)
-      if (r < count)
-        StoreFloat(v[r], rows[r] + c);
+      if (r < count) StoreFloat(v[r], rows[r] + c);
   }
   for (; c < n; ++c)
-    for (int r = 0; r < count; ++r)
-      StoreScalar(in[c * ld + r] * factor[r] + 0.f, rows[r] + c);
+    for (int r = 0; r < count; ++r) StoreScalar(in[c * ld + r] * factor[r] + 0.f, rows[r] + c);
 }
 
 // ---- functions
@@ -225,9 +209,9 @@ HWY_INLINE void UnpackTransposed(const float *in, ptrdiff_t ld, int n,
 // or 3e-6 with `kHalf`, which is enough for results in 16 bits. Results below
 // 2^-126 and x = -inf give 0; NaN stays NaN (the order of the operands of Max
 // matters for that on x86).
-template <bool kHalf = false> HWY_INLINE VF Exp2(VF x) {
-  const VF magic =
-      hn::Set(df, 12582912.f); // 1.5 * 2^23: adding it rounds to an integer
+template <bool kHalf = false>
+HWY_INLINE VF Exp2(VF x) {
+  const VF magic = hn::Set(df, 12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   x = hn::Max(hn::Set(df, -127.f), x);
   const VF shifted = hn::Add(x, magic);
   const VF f = hn::Sub(x, hn::Sub(shifted, magic));
@@ -247,8 +231,7 @@ template <bool kHalf = false> HWY_INLINE VF Exp2(VF x) {
   p = hn::MulAdd(p, f, hn::Set(df, 1.f));
   // The integer sits in the low bits of `shifted`; 127 + n in the exponent
   // field makes 2^n, and 0 for n = -127.
-  const auto power = hn::Add(hn::ShiftLeft<23>(hn::BitCast(di, shifted)),
-                             hn::Set(di, 127 << 23));
+  const auto power = hn::Add(hn::ShiftLeft<23>(hn::BitCast(di, shifted)), hn::Set(di, 127 << 23));
   return hn::Mul(p, hn::BitCast(df, power));
 }
 
@@ -262,30 +245,24 @@ HWY_INLINE VF Tanh(VF x) {
   p = hn::MulAdd(p, x2, hn::Set(df, 0.13331441581249237f));
   p = hn::MulAdd(p, x2, hn::Set(df, -0.3333328068256378f));
   const VF near = hn::MulAdd(hn::Mul(p, x2), x, x);
-  const VF e = Exp2(hn::Mul(
-      a, hn::Set(df, -2.f * kLog2e))); // in (0, 1]: no overflow for large |x|
-  const VF far =
-      hn::Div(hn::Sub(hn::Set(df, 1.f), e), hn::Add(hn::Set(df, 1.f), e));
-  return hn::IfThenElse(hn::Lt(a, hn::Set(df, 0.625f)), near,
-                        hn::CopySign(far, x));
+  const VF e = Exp2(hn::Mul(a, hn::Set(df, -2.f * kLog2e)));  // in (0, 1]: no overflow for large |x|
+  const VF far = hn::Div(hn::Sub(hn::Set(df, 1.f), e), hn::Add(hn::Set(df, 1.f), e));
+  return hn::IfThenElse(hn::Lt(a, hn::Set(df, 0.625f)), near, hn::CopySign(far, x));
 }
 
 // True if any of the rows [0, n) x [0, width) holds a NaN or an infinity.
 template <class T>
-HWY_INLINE bool AnyNonFinite(const T *data, ptrdiff_t stride, int n,
-                             int width) {
+HWY_INLINE bool AnyNonFinite(const T* data, ptrdiff_t stride, int n, int width) {
   VF sum = hn::Zero(df);
   float tail = 0.f;
   for (int i = 0; i < n; ++i) {
-    const T *row = data + i * stride;
+    const T* row = data + i * stride;
     int c = 0;
-    for (; c + kLanes <= width; c += kLanes)
-      sum = hn::MulAdd(LoadFloat(row + c), hn::Zero(df), sum);
-    for (; c < width; ++c)
-      tail += to_float(row[c]) * 0.f;
+    for (; c + kLanes <= width; c += kLanes) sum = hn::MulAdd(LoadFloat(row + c), hn::Zero(df), sum);
+    for (; c < width; ++c) tail += to_float(row[c]) * 0.f;
   }
   return !hn::AllTrue(df, hn::Eq(sum, sum)) || tail != tail;
 }
 
-} // namespace
-} // namespace mfa::cpu::MFA_ISA
+}  // namespace
+}  // namespace mfa::cpu::MFA_ISA

@@ -11,59 +11,62 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-HWY_INLINE VF BroadcastStep(const float *a) { return hn::Set(df, *a); }
-HWY_INLINE VF LoadStep(const float *b) { return hn::Load(df, b); }
+HWY_INLINE VF BroadcastStep(const float* a) { return hn::Set(df, *a); }
+HWY_INLINE VF LoadStep(const float* b) { return hn::Load(df, b); }
 HWY_INLINE VF Accumulate(VF a, VF b, VF acc) { return hn::MulAdd(a, b, acc); }
-HWY_INLINE VU BroadcastStep(const bfloat16 *a) {
-  return hn::Set(du, PairAt(a));
-}
-HWY_INLINE VU LoadStep(const uint32_t *b) { return hn::Load(du, b); }
+HWY_INLINE VU BroadcastStep(const bfloat16* a) { return hn::Set(du, PairAt(a)); }
+HWY_INLINE VU LoadStep(const uint32_t* b) { return hn::Load(du, b); }
 HWY_INLINE VF Accumulate(VU a, VU b, VF acc) { return DotPairs(acc, a, b); }
 
 // Elements of a step: one float or a pair of bfloat16.
-template <class A> constexpr int kPack = sizeof(A) == 2 ? 2 : 1;
+template <class A>
+constexpr int kPack = sizeof(A) == 2 ? 2 : 1;
 
 // Where a(r, i) lies: rows apart and steps adjacent (a row of K), or rows
 // adjacent and steps apart (a panel of V).
 struct StepsAdjacent {
-  ptrdiff_t row; // elements
-  template <class A> HWY_INLINE const A *At(const A *a, int r) const {
+  ptrdiff_t row;  // elements
+  template <class A>
+  HWY_INLINE const A* At(const A* a, int r) const {
     return a + r * row;
   }
-  template <class A> HWY_INLINE ptrdiff_t Step() const { return kPack<A>; }
+  template <class A>
+  HWY_INLINE ptrdiff_t Step() const {
+    return kPack<A>;
+  }
 };
 struct RowsAdjacent {
-  ptrdiff_t step; // elements
-  template <class A> HWY_INLINE const A *At(const A *a, int r) const {
+  ptrdiff_t step;  // elements
+  template <class A>
+  HWY_INLINE const A* At(const A* a, int r) const {
     return a + r * kPack<A>;
   }
-  template <class A> HWY_INLINE ptrdiff_t Step() const { return step; }
+  template <class A>
+  HWY_INLINE ptrdiff_t Step() const {
+    return step;
+  }
 };
 
 // Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps.
 template <int MR, int NR, class A, class B, class Layout, class Store>
-HWY_INLINE void MultiplyTile(const A *HWY_RESTRICT a, Layout layout,
-                             const B *HWY_RESTRICT b, ptrdiff_t b_step, int n,
-                             const Store &store) {
+HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HWY_RESTRICT b, ptrdiff_t b_step, int n,
+                             const Store& store) {
   VF acc[MR][NR];
   MFA_UNROLL
   for (int r = 0; r < MR; ++r) {
     MFA_UNROLL
-    for (int c = 0; c < NR; ++c)
-      acc[r][c] = hn::Zero(df);
+    for (int c = 0; c < NR; ++c) acc[r][c] = hn::Zero(df);
   }
-  MFA_UNROLL_4 // for the branch predictor more than for the adder
+  MFA_UNROLL_4  // for the branch predictor more than for the adder
       for (int i = 0; i < n; ++i) {
     decltype(LoadStep(b)) bv[NR];
     MFA_UNROLL
-    for (int c = 0; c < NR; ++c)
-      bv[c] = LoadStep(b + c * kLanes);
+    for (int c = 0; c < NR; ++c) bv[c] = LoadStep(b + c * kLanes);
     MFA_UNROLL
     for (int r = 0; r < MR; ++r) {
       const auto av = BroadcastStep(layout.At(a, r));
       MFA_UNROLL
-      for (int c = 0; c < NR; ++c)
-        acc[r][c] = Accumulate(av, bv[c], acc[r][c]);
+      for (int c = 0; c < NR; ++c) acc[r][c] = Accumulate(av, bv[c], acc[r][c]);
     }
     a += layout.template Step<A>();
     b += b_step;
@@ -71,90 +74,65 @@ HWY_INLINE void MultiplyTile(const A *HWY_RESTRICT a, Layout layout,
   MFA_UNROLL
   for (int r = 0; r < MR; ++r) {
     MFA_UNROLL
-    for (int c = 0; c < NR; ++c)
-      store(r, c, acc[r][c]);
+    for (int c = 0; c < NR; ++c) store(r, c, acc[r][c]);
   }
 }
 
-// A panel of columns: out[(c / kTileRows) * panel_stride + r * kTileRows + c %
-// kTileRows] = rows[r][c], so that a tile that broadcasts kTileRows adjacent
-// columns of each row reads memory in order (rows a power of two apart would
-// share a few cache sets). Columns up to the next multiple of kTileRows are
-// zero. Writes kLanes floats past a panel's end.
-constexpr ptrdiff_t PanelStride(int rows) {
-  return static_cast<ptrdiff_t>(rows) * kTileRows + 16;
-}
+// A panel of columns: out[(c / kTileRows) * panel_stride + r * kTileRows + c % kTileRows] = rows[r][c], so that a tile
+// that broadcasts kTileRows adjacent columns of each row reads memory in order (rows a power of two apart would share
+// a few cache sets). Columns up to the next multiple of kTileRows are zero.
+constexpr ptrdiff_t PanelStride(int rows) { return static_cast<ptrdiff_t>(rows) * kTileRows + 16; }
 constexpr size_t PanelFloats(int rows, int columns) {
-  return static_cast<size_t>(PanelStride(rows)) *
-         static_cast<size_t>((columns + kTileRows - 1) / kTileRows);
+  return static_cast<size_t>(PanelStride(rows)) * static_cast<size_t>((columns + kTileRows - 1) / kTileRows);
 }
 template <class T>
-HWY_INLINE void PackPanels(const T *in, ptrdiff_t stride, int lo, int hi,
-                           int columns, ptrdiff_t panel_stride, float *out) {
-  static_assert(kTileRows <= 8);
-  const hn::CappedTag<float, 8> d8;
-  for (int r = lo; r < hi; ++r) {
-    const T *row = in + r * stride;
-    float *to = out + r * kTileRows;
-    int c = 0;
-    if constexpr (hn::MaxLanes(d8) >= kTileRows) {
-      // Whole vectors: what runs over into the next row of the panel is
-      // overwritten when that row comes.
-      for (; c + 8 <= columns; c += kTileRows, to += panel_stride)
-        hn::StoreU(LoadFloat(d8, row + c), d8, to);
-    }
-    for (; c < columns; c += kTileRows, to += panel_stride) {
-      if (columns >= 8 &&
-          hn::MaxLanes(d8) == 8) { // the last 8 columns, moved to the front and
-                                   // followed by zeros
-        alignas(32) float tail[16];
-        hn::Store(LoadFloat(d8, row + columns - 8), d8, tail);
-        hn::Store(hn::Zero(d8), d8, tail + 8);
-        hn::StoreU(hn::LoadU(d8, tail + 8 - (columns - c)), d8, to);
-      } else {
+HWY_INLINE void PackPanels(const T* in, ptrdiff_t stride, int lo, int hi, int columns, ptrdiff_t panel_stride,
+                           float* out) {
+  const hn::CappedTag<float, kTileRows> d;
+  // Panel after panel: the stores stay in few cache lines, and loads overlap where stores would wait for each other.
+  for (int c = 0; c < columns; c += kTileRows, out += panel_stride) {
+    if (hn::MaxLanes(d) == kTileRows && c + kTileRows <= columns) {
+      MFA_UNROLL_4
+      for (int r = lo; r < hi; ++r) hn::StoreU(LoadFloat(d, in + r * stride + c), d, out + r * kTileRows);
+    } else {
+      for (int r = lo; r < hi; ++r)
         for (int i = 0; i < kTileRows; ++i)
-          to[i] = c + i < columns ? to_float(row[c + i]) : 0.f;
-      }
+          out[r * kTileRows + i] = c + i < columns ? to_float(in[r * stride + c + i]) : 0.f;
     }
   }
 }
-
 // The same of bfloat16 rows taken in pairs (2t, 2t + 1) for t in [lo / 2, hi /
 // 2), lo and hi even: out[...][(t * kTileRows + c % kTileRows) * 2 + i] =
 // rows[2t + i][c]. Rows outside [first, last) count as zero.
-HWY_INLINE void PackPairPanels(const bfloat16 *in, ptrdiff_t stride, int lo,
-                               int hi, int first, int last, int columns,
-                               ptrdiff_t panel_stride, bfloat16 *out) {
-  const hn::CappedTag<uint32_t, 8> d8;
-  constexpr bool kWhole =
-      kTileRows == 8 && hn::MaxLanes(d8) == 8; // one vector a panel row
-  static constexpr bfloat16 kZeros[8] = {};
-  for (int r = lo; r < hi; r += 2) {
-    const bfloat16 *rows[2] = {r >= first ? in + r * stride : nullptr,
-                               r + 1 < last ? in + (r + 1) * stride : nullptr};
-    bfloat16 *to = out + r * kTileRows;
-    int c = 0;
-    for (; kWhole && c + 8 <= columns; c += 8, to += panel_stride)
-      hn::StoreU(LoadPairs(d8, rows[0] ? rows[0] + c : kZeros,
-                           rows[1] ? rows[1] + c : kZeros),
-                 d8, reinterpret_cast<uint32_t *>(to));
-    for (; c < columns; c += kTileRows, to += panel_stride)
-      for (int i = 0; i < kTileRows; ++i)
-        for (int j = 0; j < 2; ++j)
-          to[2 * i + j] =
-              rows[j] && c + i < columns ? rows[j][c + i] : bfloat16{0};
+HWY_INLINE void PackPairPanels(const bfloat16* in, ptrdiff_t stride, int lo, int hi, int first, int last, int columns,
+                               ptrdiff_t panel_stride, bfloat16* out) {
+  const hn::CappedTag<uint32_t, kTileRows> d;
+  static constexpr bfloat16 kZeros[kTileRows] = {};
+  for (int c = 0; c < columns; c += kTileRows, out += panel_stride) {
+    const bool whole = hn::MaxLanes(d) == kTileRows && c + kTileRows <= columns;
+    for (int r = lo; r < hi; r += 2) {
+      const bfloat16* even = r >= first ? in + r * stride + c : nullptr;
+      const bfloat16* odd = r + 1 < last ? in + (r + 1) * stride + c : nullptr;
+      bfloat16* to = out + r * kTileRows;
+      if (whole) {
+        hn::StoreU(LoadPairs(d, even ? even : kZeros, odd ? odd : kZeros), d, reinterpret_cast<uint32_t*>(to));
+      } else {
+        for (int i = 0; i < kTileRows; ++i) {
+          to[2 * i] = even && c + i < columns ? even[i] : bfloat16{0};
+          to[2 * i + 1] = odd && c + i < columns ? odd[i] : bfloat16{0};
+        }
+      }
+    }
   }
 }
 
 // Calls f.template operator()<MR>(r) for row tiles that cover [0, n): full
 // tiles, then halves.
 template <int MR, class F>
-HWY_INLINE void ForRowTiles(int r, int n, const F &f) {
-  for (; r + MR <= n; r += MR)
-    f.template operator()<MR>(r);
-  if constexpr (MR > 1)
-    ForRowTiles<MR / 2>(r, n, f);
+HWY_INLINE void ForRowTiles(int r, int n, const F& f) {
+  for (; r + MR <= n; r += MR) f.template operator()<MR>(r);
+  if constexpr (MR > 1) ForRowTiles<MR / 2>(r, n, f);
 }
 
-} // namespace
-} // namespace mfa::cpu::MFA_ISA
+}  // namespace
+}  // namespace mfa::cpu::MFA_ISA

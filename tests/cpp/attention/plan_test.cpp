@@ -15,7 +15,7 @@ CpuKernelTraits traits(int32_t lanes, int32_t tile_vectors, int32_t max_row_tile
   cpu.isa = "test";
   cpu.lanes = lanes;
   cpu.tile_vectors = tile_vectors;
-  cpu.max_row_tile = max_row_tile;
+  cpu.max_row_tile = cpu.backward_row_tile = max_row_tile;
   cpu.max_decode_rows = max_decode_rows;
   cpu.native_bf16 = bf16;
   return cpu;
