@@ -3,6 +3,8 @@
 # The units use Highway's headers only: static targets, chosen by the compiler flags, so nothing of Highway is linked.
 # Highway takes a target only if every feature it expects is enabled; AES, PCLMUL, BMI and F16C are listed for that.
 
+set(MFA_CPU_ISAS "" CACHE STRING "Instruction sets to build (avx2;avx512;avx512_bf16;neon); empty = all of the processor")
+
 find_path(MFA_HIGHWAY_INCLUDE_DIR hwy/highway.h)
 if(NOT MFA_HIGHWAY_INCLUDE_DIR)
   include(FetchContent)
@@ -22,7 +24,7 @@ include(CheckCXXCompilerFlag)
 function(mfa_add_cpu_kernels target isa)
   set(source "${PROJECT_SOURCE_DIR}/src/backend/cpu/kernels_${isa}.cc")
   string(TOUPPER "${isa}" ISA)
-  if(NOT EXISTS "${source}")
+  if(NOT EXISTS "${source}" OR (MFA_CPU_ISAS AND NOT isa IN_LIST MFA_CPU_ISAS))
     return()
   endif()
   if(ARGN)
