@@ -92,7 +92,7 @@ def test_diagnostics_describe_the_installation():
     assert d["version"] == mfa.__version__
     assert d["mlx_version"] == mx.__version__
     assert d["cpu"]["available"] == mfa.is_mfa_available()
-    assert d["platform"] == {"is_m3_plus": False, "has_nax": False} or d["platform"]["is_m3_plus"] in (True, False)
+    assert set(d["platform"]) == {"is_m3_plus", "has_nax"}
     assert set(d["calls"]) == {"mfa_cpu", "mlx_sdpa", "composed"}
     json.dumps(d)
 

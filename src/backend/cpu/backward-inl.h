@@ -335,7 +335,7 @@ class Backward {
       return;
     }
     const int vectors = padded / kLanes;
-    ForRowTiles<kTileVectors>(0, vectors, [&]<int NR>(int c0) HWY_ATTR {
+    ForRowTiles<kChannelVectors>(0, vectors, [&]<int NR>(int c0) HWY_ATTR {
       AccumulateKeyColumns<NR>(A, rows + c0 * kLanes, padded, keys, out + c0 * kLanes);
     });
   }
@@ -343,7 +343,7 @@ class Backward {
   template <int NR>
   HWY_NOINLINE void AccumulateKeyColumns(const float* A, const float* rows, int padded, const BlockKeys& keys,
                                          float* out) {
-    ForRowTiles<kTileRows>(keys.lo, keys.hi, [&]<int MR>(int k) HWY_ATTR {
+    ForRowTiles<kChannelRows>(keys.lo, keys.hi, [&]<int MR>(int k) HWY_ATTR {
       MultiplyTile<MR, NR>(A + k * kBackwardRowTile, StepsAdjacent{kBackwardRowTile}, rows, padded, width_,
                            [&](int r, int c, VF acc) HWY_ATTR {
                              float* at = out + (k + r) * padded + c * kLanes;

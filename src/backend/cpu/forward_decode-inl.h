@@ -19,6 +19,7 @@ struct DecodeScratch {
   float* o;        // [rows][padded Dv]
   float* s;        // [rows][kScoreStride]
   float* block_o;  // [rows][padded Dv]
+  float* keys;     // [padded D][kLanes], transposed
   size_t bytes;
 
   DecodeScratch(const AttentionProblem& p, int rows, char* base) {
@@ -28,7 +29,8 @@ struct DecodeScratch {
     o = q + rows * d;
     s = o + rows * dv;
     block_o = s + static_cast<size_t>(rows) * kScoreStride;
-    bytes = (rows * (d + 2 * dv + kScoreStride)) * sizeof(float);
+    keys = block_o + rows * dv;
+    bytes = (rows * (d + 2 * dv + kScoreStride) + d * kLanes) * sizeof(float);
   }
 };
 
@@ -37,6 +39,28 @@ HWY_INLINE void PrefetchRow(const T* row, int width) {
   const char* at = reinterpret_cast<const char*>(row);
   const size_t bytes = static_cast<size_t>(width) * sizeof(T);
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+// out[d][i] = rows[i][d] for kLanes rows: where there are too few registers to use a transposed block for all queries.
+template <class T>
+HWY_INLINE void TransposeKeys(const T* const* rows, int D, float* out) {
+  PackTransposed(rows, D, 1.f, out, kLanes);
+}
+
+// S[g][k] for kLanes keys from their transpose.
+template <int G>
+HWY_INLINE void DecodeScoresOf(const float* keys, const float* q, ptrdiff_t q_stride, int D, float* S,
+                               ptrdiff_t s_stride) {
+  VF acc[G];
+  MFA_UNROLL
+  for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
+  for (int d = 0; d < D; ++d) {
+    const VF k = hn::Load(df, keys + d * kLanes);
+    MFA_UNROLL
+    for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k, hn::Set(df, q[g * q_stride + d]), acc[g]);
+  }
+  MFA_UNROLL
+  for (int g = 0; g < G; ++g) hn::StoreU(acc[g], df, S + g * s_stride);
 }
 
 // Channels [d, d + 2 * kLanes) of kLanes rows as pairs.
@@ -126,11 +150,23 @@ HWY_INLINE void DecodePairScores(const bfloat16* const* rows, const uint32_t* q,
   for (int g = 0; g < G; ++g) hn::StoreU(hn::Mul(acc[g], scale), df, S + g * s_stride);
 }
 
+// The values of the next block, fetched evenly by the passes over the channels of this one: pass c of `passes` fetches
+// the rows k with k % passes in [c, c + share). None if width is 0.
+struct NextBlock {
+  int width = 0, passes = 1, pass = 0, share = 1;
+  template <class T>
+  HWY_INLINE void Fetch(const T* row, int k) const {
+    if (width == 0) return;
+    const int turn = k % passes;
+    if (turn >= pass && turn < pass + share) PrefetchRow(row, width);
+  }
+};
+
 // out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi);
 // values past `width` are read as zero.
 template <int G, int NV, class T>
 HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, const float* P, float* out,
-                             ptrdiff_t out_stride, bool prefetch) {
+                             ptrdiff_t out_stride, const NextBlock& next) {
   VF acc[G][NV];
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
@@ -139,7 +175,7 @@ HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, con
   }
   const T* row = v + lo * v_stride;
   for (int k = lo; k < hi; ++k, row += v_stride) {
-    if (prefetch) PrefetchRow(row + kKeyBlock * v_stride, NV * kLanes);
+    next.Fetch(row + kKeyBlock * v_stride, k);
     VF value[NV];
     MFA_UNROLL
     for (int c = 0; c < NV; ++c) value[c] = LoadFloat(row + c * kLanes);
@@ -161,7 +197,7 @@ HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, con
 // probabilities for each pair of keys. A key outside [first, last) is not read.
 template <int G, int NV>
 HWY_INLINE void DecodePairValues(const bfloat16* v, ptrdiff_t v_stride, int lo, int hi, int first, int last,
-                                 const uint32_t* P, float* out, ptrdiff_t out_stride, bool prefetch) {
+                                 const uint32_t* P, float* out, ptrdiff_t out_stride, const NextBlock& next) {
   static constexpr bfloat16 kZeros[NV * kLanes] = {};
   VF acc[G][NV];
   MFA_UNROLL
@@ -172,10 +208,8 @@ HWY_INLINE void DecodePairValues(const bfloat16* v, ptrdiff_t v_stride, int lo, 
   for (int k = lo; k < hi; k += 2) {
     const bfloat16* even = k >= first ? v + k * v_stride : kZeros;
     const bfloat16* odd = k + 1 < last ? v + (k + 1) * v_stride : kZeros;
-    if (prefetch) {
-      PrefetchRow(v + (k + kKeyBlock) * v_stride, NV * kLanes);
-      PrefetchRow(v + (k + 1 + kKeyBlock) * v_stride, NV * kLanes);
-    }
+    next.Fetch(v + (k + kKeyBlock) * v_stride, k);
+    next.Fetch(v + (k + 1 + kKeyBlock) * v_stride, k + 1);
     VU value[NV];
     MFA_UNROLL
     for (int c = 0; c < NV; ++c) value[c] = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
@@ -264,7 +298,16 @@ class DecodeForward {
       for (int i = 0; i < kLanes; ++i) rows[i] = k + Min(k_lo + i, hi - 1) * p_.k.stride[2];
       if (prefetch)
         for (int i = 0; i < kLanes; ++i) PrefetchRow(rows[i] + kKeyBlock * p_.k.stride[2], p_.D);
-      ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR {
+      if constexpr (!kPairs && kTileRows < kMaxDecodeRows) {
+        if (rows_ > kTileRows) {
+          TransposeKeys(rows, p_.D, x_.keys);
+          ForRowTiles<kMaxDecodeRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
+            DecodeScoresOf<G>(x_.keys, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, k_lo), kScoreStride);
+          });
+          continue;
+        }
+      }
+      ForRowTiles<kTileRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
         if constexpr (kPairs) {
           const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q + g * d_padded_);
           return DecodePairScores<G>(rows, q, d_padded_, p_.D / 2, hn::Set(df, p_.scale * kLog2e), scores_at(g, k_lo),
@@ -292,7 +335,8 @@ class DecodeForward {
     if (HWY_UNLIKELY(skip_hidden)) {
       for (int g = 0; g < rows_; ++g) VisibleValues(v, g, lo, hi);
     } else {
-      ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR { Values<G>(v, p_.v.stride[2], g, lo, hi, prefetch); });
+      ForRowTiles<kMaxDecodeRows>(
+          0, rows_, [&]<int G>(int g) HWY_ATTR { Values<G>(v, p_.v.stride[2], g, lo, hi, prefetch && g == 0); });
     }
 
     if (job_.plan.key_splits > 1) {
@@ -400,27 +444,29 @@ class DecodeForward {
     const int pair_lo = lo & ~1, pair_hi = RoundUp(hi, 2), whole = p_.Dv / kLanes;
     const uint32_t* P = reinterpret_cast<const uint32_t*>(scores_at(g, 0));
     float* out = x_.block_o + g * dv_padded_;
-    ForRowTiles<8 / G>(0, whole, [&]<int NV>(int c) HWY_ATTR {
+    ForRowTiles<kMaxDecodeRows / G>(0, whole, [&]<int NV>(int c) HWY_ATTR {
       DecodePairValues<G, NV>(v + c * kLanes, stride, pair_lo, pair_hi, lo, hi, P, out + c * kLanes, dv_padded_,
-                              prefetch);
+                              NextBlock{prefetch ? p_.Dv : 0, whole, c, NV});
     });
     const int rest = p_.Dv - whole * kLanes;
     if (rest == 0) return;
     bfloat16 tail[kKeyBlock * kLanes] = {};
     for (int k = lo; k < hi; ++k)
       __builtin_memcpy(tail + k * kLanes, v + k * stride + whole * kLanes, rest * sizeof(T));
-    DecodePairValues<G, 1>(tail, kLanes, pair_lo, pair_hi, lo, hi, P, out + whole * kLanes, dv_padded_, false);
+    DecodePairValues<G, 1>(tail, kLanes, pair_lo, pair_hi, lo, hi, P, out + whole * kLanes, dv_padded_, NextBlock{});
   }
 
   template <int G>
   void Values(const T* v, ptrdiff_t stride, int g, int lo, int hi, bool prefetch) {
     if constexpr (kPairs) return PairValues<G>(v, stride, g, lo, hi, prefetch);
-    constexpr int kVectors = 2 * kTileRows / G < 8 ? 2 * kTileRows / G : 8;
+    constexpr int kAccumulators = kTileRows * kTileVectors;
+    constexpr int kVectors = kAccumulators / G < 8 ? kAccumulators / G : 8;
     const int whole = p_.Dv / kLanes;
     const float* P = scores_at(g, 0);
     float* out = x_.block_o + g * dv_padded_;
     ForRowTiles<kVectors>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-      DecodeValues<G, NV>(v + c * kLanes, stride, lo, hi, P, out + c * kLanes, dv_padded_, prefetch);
+      DecodeValues<G, NV>(v + c * kLanes, stride, lo, hi, P, out + c * kLanes, dv_padded_,
+                          NextBlock{prefetch ? p_.Dv : 0, whole, c, NV});
     });
     if (whole * kLanes == p_.Dv) return;
     for (int i = g; i < g + G; ++i) {

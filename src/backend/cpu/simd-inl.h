@@ -41,9 +41,11 @@ constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 // Register tiles: kTileRows broadcast rows by kTileVectors vectors leave room for the operands. Head dims and key
 // blocks are mostly multiples of kTileRows: the remainders would run at a fraction of the speed.
 #if HWY_TARGET == HWY_AVX2
-constexpr int kTileRows = 4, kTileVectors = 3;  // 16 registers
+constexpr int kTileRows = 4, kTileVectors = 3;        // 16 registers
+constexpr int kChannelRows = 6, kChannelVectors = 2;  // where lanes are channels: head dims are even numbers of vectors
 #else
 constexpr int kTileRows = 8, kTileVectors = 3;  // 32 registers
+constexpr int kChannelRows = 6, kChannelVectors = 4;
 #endif
 
 constexpr float kInf = std::numeric_limits<float>::infinity();

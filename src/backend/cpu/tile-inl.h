@@ -126,12 +126,11 @@ HWY_INLINE void PackPairPanels(const bfloat16* in, ptrdiff_t stride, int lo, int
   }
 }
 
-// Calls f.template operator()<MR>(r) for row tiles that cover [0, n): full
-// tiles, then halves.
+// Calls f.template operator()<MR>(r) for row tiles that cover [r, n): full tiles, then powers of two.
 template <int MR, class F>
 HWY_INLINE void ForRowTiles(int r, int n, const F& f) {
   for (; r + MR <= n; r += MR) f.template operator()<MR>(r);
-  if constexpr (MR > 1) ForRowTiles<MR / 2>(r, n, f);
+  if constexpr (MR > 1) ForRowTiles<(MR > 4 ? 4 : MR > 2 ? 2 : 1)>(r, n, f);
 }
 
 }  // namespace
