@@ -51,7 +51,6 @@ endfunction()
 
 # Adds every instruction set of the processor that is built for.
 function(mfa_add_all_cpu_kernels target)
-  mfa_add_cpu_kernels(${target} baseline)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     set(avx2 -mavx2 -mfma -mbmi -mbmi2 -mf16c -maes -mpclmul)
     set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd -mprefer-vector-width=512)

@@ -16,7 +16,7 @@ inline constexpr int32_t kKeyBlock = 256;
 
 // What an instruction set offers to the planner.
 struct CpuKernelTraits {
-  const char* isa = "";           // "avx2", "avx512", "avx512_bf16", "neon", "baseline"
+  const char* isa = "";           // "avx2", "avx512", "avx512_bf16", "neon"
   int32_t lanes = 0;              // float32 lanes of a vector
   int32_t tile_vectors = 0;       // vectors across a full register tile: a column group has lanes * tile_vectors rows
   int32_t max_row_tile = 0;       // most query rows of a task

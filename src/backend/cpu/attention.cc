@@ -12,8 +12,7 @@
 namespace mfa::cpu {
 namespace {
 
-// Work below this many multiply-adds is done before a sleeping thread would
-// have woken up.
+// Work below this many multiply-adds is done before a sleeping thread would have woken up.
 constexpr double kInlineWork = 2e6;
 
 // Runs the tasks on the pool, or here when there is too little to share.
@@ -34,8 +33,7 @@ size_t checked_product(std::initializer_list<size_t> factors) {
   return product;
 }
 
-// dsink_h = -sum_(b,i) exp(sink_h - lse_i) (sum_d dO O - dlse_i), in a fixed
-// order.
+// dsink_h = -sum_(b,i) exp(sink_h - lse_i) (sum_d dO O - dlse_i), in a fixed order.
 void sink_gradient(const AttentionProblem& p, const float* lse, const float* delta, float* dsinks) {
   for (int h = 0; h < p.Hq; ++h) {
     double sum = 0;

@@ -1,13 +1,10 @@
-// backward-inl.h: gradients of attention, lanes = query rows for the scores,
-// channels for dK and dV.
+// backward-inl.h: gradients of attention, lanes = query rows for the scores, channels for dK and dV.
 //
-// A task owns a range of keys of one KV head. For each block of keys it walks
-// the row tiles that see them, recomputes
+// A task owns a range of keys of one KV head. For each block of keys it walks the row tiles that see them, recomputes
 //   P = exp2(S - lse),   dS = P (dP - delta),   dP = dO V^T
-// and accumulates dV += P^T dO, dK += dS^T Q and dQ += dS K. dK and dV stay in
-// the task; dQ goes to the task's own partial, summed in a fixed order
-// afterwards, so that no result depends on the number of threads. Source: Dao
-// et al., arXiv:2205.14135, section B.
+// and accumulates dV += P^T dO, dK += dS^T Q and dQ += dS K. dK and dV stay in the task; dQ goes to the task's own
+// partial, summed in a fixed order afterwards, so that no result depends on the number of threads. Source: Dao et al.,
+// arXiv:2205.14135, section B.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -17,8 +14,7 @@ constexpr ptrdiff_t kKeyPanel = PanelStride(kBackwardKeys);
 
 struct BackwardScratch {
   RowTile tile;
-  alignas(64) float lse[kBackwardRowTile];  // base-2; +inf for rows that see nothing,
-                                            // so that P = 0
+  alignas(64) float lse[kBackwardRowTile];  // base-2; +inf for rows that see nothing, so that P = 0
   alignas(64) float delta[kBackwardRowTile];
   float *qt, *dot;  // [group][D][width] base-2 units, [group][Dv][width]
   float *q, *d_o;   // [row][padded D] natural units, [row][padded Dv]
@@ -163,8 +159,7 @@ class Backward {
     if (job_.out->dq.data) PackPanels(k_, k_stride_, 0, keys, p_.D, kKeyPanel, x_.k_panels);
   }
 
-  // Packs the rows of the tile. Rows that see no key have no gradient: they are
-  // zero here, whatever they hold.
+  // Packs the rows of the tile. Rows that see no key have no gradient: they are zero here, whatever they hold.
   void LoadRows() {
     const RowTile& t = x_.tile;
     const VF scale = hn::Set(df, p_.scale);
@@ -228,8 +223,7 @@ class Backward {
           for (int r = 0; r < width_; r += kLanes) {
             const ptrdiff_t at = k * kBackwardRowTile + r;
             const VF ds = hn::Load(df, x_.dp + at);
-            // dS is exactly 0 where nothing is visible, and the derivative
-            // there may be NaN.
+            // dS is exactly 0 where nothing is visible, and the derivative there may be NaN.
             hn::Store(hn::IfThenElse(hn::Eq(ds, hn::Zero(df)), ds, hn::Mul(ds, hn::Load(df, x_.dr + at))), df,
                       x_.dp + at);
           }
@@ -239,8 +233,8 @@ class Backward {
     WriteKeys(k0, keys);
   }
 
-  // P into s and dS (before softcap's derivative) into dp, for the rows of a
-  // column group and the keys that the tile sees; zero where not visible.
+  // P into s and dS (before softcap's derivative) into dp, for the rows of a column group and the keys that the tile
+  // sees; zero where not visible.
   void Scores(int g0, int64_t k0, const BlockKeys& keys) {
     const int vectors = Min(kGroupRows, width_ - g0) / kLanes;
     if (vectors == 1) {
@@ -324,8 +318,7 @@ class Backward {
   // out[k][d] += sum_r A[k][r] * rows[r][d]
   void AccumulateKeys(const float* A, const float* rows, int padded, int width, const BlockKeys& keys, bool skip_zero,
                       float* out) {
-    if (HWY_UNLIKELY(skip_zero)) {  // non-finite rows must not reach keys that
-                                    // do not see them
+    if (HWY_UNLIKELY(skip_zero)) {  // non-finite rows must not reach keys that do not see them
       for (int k = keys.lo; k < keys.hi; ++k)
         for (int r = 0; r < width_; ++r) {
           const float weight = A[k * kBackwardRowTile + r];

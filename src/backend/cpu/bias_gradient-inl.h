@@ -1,9 +1,7 @@
-// bias_gradient-inl.h: the gradient of an additive bias, dS summed over the
-// axes that the bias is broadcast along.
+// bias_gradient-inl.h: the gradient of an additive bias, dS summed over the axes that the bias is broadcast along.
 //
-// A task owns a region of the gradient and walks everything that is broadcast
-// onto it in a fixed order, recomputing dS, so the result needs no memory
-// beyond itself and does not depend on the number of threads.
+// A task owns a region of the gradient and walks everything that is broadcast onto it in a fixed order, recomputing dS,
+// so the result needs no memory beyond itself and does not depend on the number of threads.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -14,8 +12,7 @@ struct BiasRegions {
       keys;                    // extents of the gradient; 1 where broadcast
   int query_chunk, key_chunk;  // of a region
   int64_t query_chunks, key_chunks,
-      groups;  // regions along queries, keys, heads (one a KV head, or one for
-               // all)
+      groups;  // regions along queries, keys, heads (one a KV head, or one for all)
 
   explicit BiasRegions(const AttentionProblem& p) {
     batches = p.bias.stride[0] ? p.B : 1;

@@ -1,8 +1,6 @@
-// dot-inl.h: products of bfloat16 pairs where the processor has them.
-// Highway 1.0.3 lacks the instruction.
+// dot-inl.h: products of bfloat16 pairs where the processor has them. Highway 1.0.3 lacks the instruction.
 //
-// A pair is two bfloat16 in the 32 bits of a lane, the first in the low half.
-// The packed results round to nearest even.
+// A pair is two bfloat16 in the 32 bits of a lane, the first in the low half. The packed results round to nearest even.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -24,8 +22,7 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
 }
 #else
 #define MFA_NATIVE_BF16 0
-// The same results, slower: for code that is compiled for every instruction
-// set.
+// The same results, slower: for code that is compiled for every instruction set.
 HWY_INLINE VF DotPairs(VF acc, VU a, VU b) {
   const auto first = [](VU x) { return hn::BitCast(df, hn::ShiftLeft<16>(x)); };
   const auto second = [](VU x) { return hn::BitCast(df, hn::And(x, hn::Set(du, 0xffff0000u))); };

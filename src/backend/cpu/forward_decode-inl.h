@@ -1,9 +1,7 @@
-// forward_decode-inl.h: attention forward for few query rows: lanes = keys for
-// the scores, channels for the output.
+// forward_decode-inl.h: attention forward for few query rows: lanes = keys for the scores, channels for the output.
 //
-// Keys are transposed in registers and the products accumulate in the same
-// order as in the tiled kernel, so a row has the same bits in both.
-// Memory-bound: each key block is prefetched one block ahead.
+// Keys are transposed in registers and the products accumulate in the same order as in the tiled kernel, so a row has
+// the same bits in both. Memory-bound: each key block is prefetched one block ahead.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -79,8 +77,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, const float* q, ptrdiff_t q_s
   MFA_UNROLL
   for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
   int d = 0;
-  if constexpr (std::is_same_v<T, bfloat16>) {  // transposed as pairs, widened
-                                                // afterwards: half the shuffles
+  if constexpr (std::is_same_v<T, bfloat16>) {  // transposed as pairs, widened afterwards: half the shuffles
     for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
       VF pairs[kLanes];
       LoadPairRows(rows, d, pairs);
@@ -120,8 +117,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, const float* q, ptrdiff_t q_s
   for (int g = 0; g < G; ++g) hn::StoreU(acc[g], df, S + g * s_stride);
 }
 
-// The same with pairs of channels: the products of bfloat16 pairs, in the order
-// of the tiled kernel.
+// The same with pairs of channels: the products of bfloat16 pairs, in the order of the tiled kernel.
 template <int G>
 HWY_INLINE void DecodePairScores(const bfloat16* const* rows, const uint32_t* q, ptrdiff_t q_stride, int pairs,
                                  VF scale, float* S, ptrdiff_t s_stride) {
@@ -162,8 +158,7 @@ struct NextBlock {
   }
 };
 
-// out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi);
-// values past `width` are read as zero.
+// out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi); values past `width` are read as zero.
 template <int G, int NV, class T>
 HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, const float* P, float* out,
                              ptrdiff_t out_stride, const NextBlock& next) {
@@ -193,8 +188,8 @@ HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, con
   }
 }
 
-// The same for pairs of keys [lo, hi), both even; `P` holds a pair of
-// probabilities for each pair of keys. A key outside [first, last) is not read.
+// The same for pairs of keys [lo, hi), both even; `P` holds a pair of probabilities for each pair of keys. A key
+// outside [first, last) is not read.
 template <int G, int NV>
 HWY_INLINE void DecodePairValues(const bfloat16* v, ptrdiff_t v_stride, int lo, int hi, int first, int last,
                                  const uint32_t* P, float* out, ptrdiff_t out_stride, const NextBlock& next) {
@@ -355,8 +350,7 @@ class DecodeForward {
 
   float* scores_at(int g, int k) { return x_.s + g * kScoreStride + k; }
 
-  // The steps of ApplyScoreSteps with lanes = keys: the same operations in the
-  // same order.
+  // The steps of ApplyScoreSteps with lanes = keys: the same operations in the same order.
   void ApplySteps(int g, int64_t k0, int lo, int hi) {
     const ScoreTerms terms(p_);
     const RowTile& t = x_.tile;
@@ -413,8 +407,7 @@ class DecodeForward {
     for (; k < hi; ++k) S[k] = hn::GetLane(Exp2<kHalf>(hn::Sub(hn::Set(df, S[k]), safe)));
   }
 
-  // The sum of each row in the order of the keys; four rows at a time hide the
-  // latency of the additions.
+  // The sum of each row in the order of the keys; four rows at a time hide the latency of the additions.
   void SumRows(int lo, int hi, float* sums) {
     ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR {
       float sum[G] = {};
@@ -426,8 +419,7 @@ class DecodeForward {
     });
   }
 
-  // S becomes pairs of bfloat16, pair t in place t; keys outside [lo, hi) count
-  // as zero.
+  // S becomes pairs of bfloat16, pair t in place t; keys outside [lo, hi) count as zero.
   static void PackProbabilities(float* S, int lo, int hi) {
     const int pair_lo = lo & ~1, pair_hi = RoundUp(hi, 2);
     if (pair_lo < lo) S[pair_lo] = 0.f;
@@ -479,9 +471,8 @@ class DecodeForward {
     }
   }
 
-  // For blocks that hold non-finite values: those of keys that the row does not
-  // see are replaced by zero, which leaves the order and the rounding of the
-  // others as they are.
+  // For blocks that hold non-finite values: those of keys that the row does not see are replaced by zero, which leaves
+  // the order and the rounding of the others as they are.
   void VisibleValues(const T* v, int g, int lo, int hi) {
     const AlignedBuffer clean(static_cast<size_t>(kKeyBlock) * static_cast<size_t>(p_.Dv) * sizeof(T));
     T* rows = static_cast<T*>(clean.data());

@@ -1,18 +1,15 @@
 // forward_tiled-inl.h: attention forward with lanes = query rows.
 //
-// A task owns up to kMaxRowTile rows of one KV head and walks the key blocks
-// they see. For each column group of rows
+// A task owns up to kMaxRowTile rows of one KV head and walks the key blocks they see. For each column group of rows
 //   S = K Q^T (transposed scores)  ->  P = exp2(S - block max)  ->  O^T = a O^T
 //   + b (V^T P)
-// Each block is reduced on its own and merged in order with weights a, b, so a
-// row's bits depend on its keys alone. Source: Dao et al., arXiv:2205.14135;
-// Milakov & Gimelshein, arXiv:1805.02867.
+// Each block is reduced on its own and merged in order with weights a, b, so a row's bits depend on its keys alone.
+// Source: Dao et al., arXiv:2205.14135; Milakov & Gimelshein, arXiv:1805.02867.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-// Running maximum (base-2) and sum of each row, and the weights that a block's
-// merge gives to the old and new parts.
+// Running maximum (base-2) and sum of each row, and the weights that a block's merge gives to the old and new parts.
 struct RowState {
   alignas(64) float m[kMaxRowTile];
   alignas(64) float l[kMaxRowTile];
@@ -39,8 +36,7 @@ struct ForwardScratch {
   float* s;       // [kKeyBlock][width], scores, then probabilities
   float* bias;    // [kKeyBlock][width]
   int32_t* mask;  // [kKeyBlock][width]
-  uint8_t* seen;  // [kKeyBlock][width], which scores are visible; only for
-                  // non-finite values
+  uint8_t* seen;  // [kKeyBlock][width], which scores are visible; only for non-finite values
   float* k;       // [kKeyBlock][padded D], widened keys
   float* v;       // panels of [kKeyBlock] rows, Dv columns
   size_t bytes;
@@ -67,8 +63,7 @@ struct ForwardScratch {
   }
 };
 
-// Keys or values of a block as float rows: in place for float32, else widened
-// into `scratch`.
+// Keys or values of a block as float rows: in place for float32, else widened into `scratch`.
 template <class T>
 HWY_INLINE const float* WidenBlock(const TensorRef& x, int b, int h, int64_t k0, int lo, int hi, int width,
                                    float* scratch, ptrdiff_t* stride) {
@@ -93,8 +88,7 @@ struct KeyBlock {
   const bfloat16* k16;  // the same for native bfloat16: rows in place and panels of pairs
   ptrdiff_t k16_stride;
   const bfloat16* v16;
-  // The next block in memory, fetched into the cache while this one is
-  // computed; null at the end.
+  // The next block in memory, fetched into the cache while this one is computed; null at the end.
   const char *next_k, *next_v;
   ptrdiff_t next_k_stride, next_v_stride;  // bytes
   int k_bytes, v_bytes;                    // of a row
@@ -105,9 +99,8 @@ HWY_INLINE const A* PanelColumn(const A* panels, int key, int channel) {
   return panels + channel / kTileRows * kValuePanel + key * kTileRows + channel % kTileRows * kPack<A>;
 }
 
-// MultiplyTile for a block that holds non-finite values: for each row (lane)
-// the values of keys that it does not see are replaced by zero, which leaves
-// the order and the rounding of the others as they are.
+// MultiplyTile for a block that holds non-finite values: for each row (lane) the values of keys that it does not see
+// are replaced by zero, which leaves the order and the rounding of the others as they are.
 template <int MR, int NR, class A, class B, class Store>
 HWY_INLINE void MultiplyVisibleTile(const A* a, int lo, const B* b, int n, const uint8_t* seen, const Store& store) {
   constexpr int kWidth = NR * kLanes;
@@ -138,8 +131,7 @@ class TiledForward {
 
   void Run(int64_t task) {
     const ForwardPlan& plan = job_.plan;
-    // Tiles in descending order: under a causal mask the last rows see the most
-    // keys, so they start first.
+    // Tiles in descending order: under a causal mask the last rows see the most keys, so they start first.
     const int split = static_cast<int>(task % plan.key_splits);
     const int64_t head_tile = task / plan.key_splits, heads = int64_t{p_.B} * p_.Hkv;
     SelectRows(head_tile % heads, plan.row_tiles - 1 - static_cast<int>(head_tile / heads));
@@ -150,8 +142,7 @@ class TiledForward {
     if (plan.key_splits == 1) Finish();
   }
 
-  // Merges the partial results of a row tile in the order of the blocks and
-  // writes the outputs.
+  // Merges the partial results of a row tile in the order of the blocks and writes the outputs.
   void Merge(int64_t tile) {
     SelectRows(tile / job_.plan.row_tiles, static_cast<int>(tile % job_.plan.row_tiles));
     MergePartials();
@@ -167,8 +158,7 @@ class TiledForward {
     tile_width_ = RoundUp(count, kLanes);
     FillRowTile(p_, static_cast<int>(head / p_.Hkv), static_cast<int>(head % p_.Hkv), first, count, tile_width_,
                 x_.tile);
-    for (int r = 0; r < tile_width_; ++r) {  // a sink is a key without a value,
-                                             // merged before the first block
+    for (int r = 0; r < tile_width_; ++r) {  // a sink is a key without a value, merged before the first block
       x_.state.m[r] = p_.sinks ? p_.sinks[x_.tile.head[r]] * kLog2e : -kInf;
       x_.state.l[r] = x_.state.m[r] == -kInf ? 0.f : 1.f;
     }
@@ -256,8 +246,7 @@ class TiledForward {
         MarkUnseen(block.index, g0);
         continue;
       }
-      // An odd bound of a pair lets the product touch a key that the group does
-      // not see.
+      // An odd bound of a pair lets the product touch a key that the group does not see.
       const bool odd = block.v16 && (keys.lo % 2 || keys.hi % 2);
       const bool hides = !keys.full || steps_.mask || steps_.bias || odd;
       if (hides && nonfinite < 0) nonfinite = NonFiniteValues(block, all);
@@ -336,8 +325,7 @@ class TiledForward {
     }
   }
 
-  // A block that a group does not see has no partial result: the mark is a pair
-  // that no row can have.
+  // A block that a group does not see has no partial result: the mark is a pair that no row can have.
   void MarkUnseen(int block, int g0) {
     if (job_.plan.key_splits == 1) return;
     const int64_t at = PartialIndex(block) * job_.partials.row_width + g0;

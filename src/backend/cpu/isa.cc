@@ -17,8 +17,7 @@ struct Candidate {
   bool runs;
 };
 
-// Best first. Intel's processors multiply bfloat16 pairs at half the rate of
-// float32, AMD's at twice that rate.
+// Best first. Intel's processors multiply bfloat16 pairs at half the rate of float32, AMD's at twice that rate.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> out;
 #if defined(__x86_64__)

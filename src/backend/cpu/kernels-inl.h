@@ -1,6 +1,5 @@
-// kernels-inl.h: the body of every kernels_<isa>.cc: one source, compiled once
-// for each instruction set. The including file defines MFA_ISA (the namespace),
-// MFA_ISA_NAME and MFA_ISA_TARGET (Highway's static target).
+// kernels-inl.h: the body of every kernels_<isa>.cc: one source, compiled once for each instruction set. The including
+// file defines MFA_ISA (the namespace), MFA_ISA_NAME and MFA_ISA_TARGET (Highway's static target).
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/scratch.h"
 

@@ -1,5 +1,4 @@
-// kernels.h: what each instruction set's translation unit offers to the
-// dispatcher in attention.cc.
+// kernels.h: what each instruction set's translation unit offers to the dispatcher in attention.cc.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +9,8 @@
 
 namespace mfa::cpu {
 
-// Results of single key blocks, kept when the keys of a row are split over
-// tasks. For each (b * Hkv + hkv, row tile, key block): `m`, `l` [row_width]
-// and `o` [Dv * row_width], in the layout of the kernel that wrote them.
+// Results of single key blocks, kept when the keys of a row are split over tasks. For each (b * Hkv + hkv, row tile,
+// key block): `m`, `l` [row_width] and `o` [Dv * row_width], in the layout of the kernel that wrote them.
 struct BlockPartials {
   float* m = nullptr;
   float* l = nullptr;
@@ -34,14 +32,11 @@ struct BackwardJob {
   const AttentionGradients* out;
   BackwardPlan plan;
   const float* delta;  // [B, Hq, Nq]: sum_d dO O - dlse
-  float* dq_partials;  // [B * Hkv, key_partitions, row_tiles, D, row_tile],
-                       // transposed tiles, float32
-  float* dslope_rows;  // [B * Hkv, key_partitions, rows]: sum_j dS (j - pos), or
-                       // null
+  float* dq_partials;  // [B * Hkv, key_partitions, row_tiles, D, row_tile], transposed tiles, float32
+  float* dslope_rows;  // [B * Hkv, key_partitions, rows]: sum_j dS (j - pos), or null
 };
 
-// The entry points of one instruction set. `scratch` is 64-byte aligned and has
-// the size that *_scratch_bytes says.
+// The entry points of one instruction set. `scratch` is 64-byte aligned and has the size that *_scratch_bytes says.
 struct KernelTable {
   CpuKernelTraits traits;
   size_t (*forward_scratch_bytes)(const ForwardJob&);

@@ -1,5 +1,4 @@
-// peak-inl.h: what the machine can do: multiply-adds from registers and a
-// sequential read. Denominators of benchmarks.
+// peak-inl.h: what the machine can do: multiply-adds from registers and a sequential read. Denominators of benchmarks.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -27,10 +26,8 @@ double PeakFlops(bool native_bf16, int64_t iterations) {
     MFA_NO_UNROLL
     for (int64_t n = 0; n < iterations; ++n) {
 #if HWY_ARCH_X86
-      __asm__ volatile(""
-                       : "+v"(x.raw),
-                         "+v"(y.raw));  // the operands may have changed: no
-                                        // hoisting, no folding
+      __asm__ volatile("" : "+v"(x.raw),
+                            "+v"(y.raw));  // the operands may have changed: no hoisting, no folding
 #else
       __asm__ volatile("" : "+w"(x.raw), "+w"(y.raw));
 #endif

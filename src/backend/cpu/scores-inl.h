@@ -1,6 +1,5 @@
-// scores-inl.h: rows of a tile and what happens to their scores between the two
-// products: softcap, ALiBi, bias, visibility, dropout. Scores are in base-2
-// units (natural units times log2 e), transposed: S[key][row].
+// scores-inl.h: rows of a tile and what happens to their scores between the two products: softcap, ALiBi, bias,
+// visibility, dropout. Scores are in base-2 units (natural units times log2 e), transposed: S[key][row].
 #include "attention/visibility.h"
 #include "common/philox.h"
 
@@ -12,9 +11,8 @@ constexpr int kBackwardRowTile = 96;  // of a step of the backward, which keeps 
 constexpr int kGroupRows = kLanes * kTileVectors;  // rows of a full column group
 static_assert(kMaxRowTile % kGroupRows == 0 && kBackwardRowTile % kGroupRows == 0);
 
-// Rows of one (batch entry, KV head): row r is query r / G of head r % G of the
-// group, so that the heads of a group share the keys they load and rows next to
-// each other see nearly the same keys.
+// Rows of one (batch entry, KV head): row r is query r / G of head r % G of the group, so that the heads of a group
+// share the keys they load and rows next to each other see nearly the same keys.
 struct RowTile {
   int b = 0, kv_head = 0;
   int count = 0;  // real rows; lanes past them repeat the last row
@@ -56,8 +54,7 @@ HWY_INLINE T* RowPointer(const MutableTensorRef& x, int b, int h, int64_t n) {
   return static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
 }
 
-// The keys [lo, hi) of a block that some row of lanes [r0, r0 + width) sees,
-// and whether all rows see all of them.
+// The keys [lo, hi) of a block that some row of lanes [r0, r0 + width) sees, and whether all rows see all of them.
 struct BlockKeys {
   int lo = 0, hi = 0;  // relative to the block
   bool full = true;
@@ -79,8 +76,7 @@ HWY_INLINE BlockKeys KeysOfBlock(const RowTile& t, int r0, int width, int64_t k0
   return out;
 }
 
-// Which steps the scores of a problem need beyond the product and the
-// intervals.
+// Which steps the scores of a problem need beyond the product and the intervals.
 struct ScoreSteps {
   bool softcap, alibi, bias, mask;
   explicit ScoreSteps(const AttentionProblem& p)
@@ -117,8 +113,7 @@ HWY_INLINE void PackBias(const AttentionProblem& p, const RowTile& t, int r0, in
   PackBiasRows<bfloat16>(p, t, r0, key, n, out, ld);
 }
 
-// out[k][lane] = all ones where the boolean mask shows the key, else 0. Returns
-// whether any is visible.
+// out[k][lane] = all ones where the boolean mask shows the key, else 0. Returns whether any is visible.
 HWY_INLINE bool PackMask(const AttentionProblem& p, const RowTile& t, int r0, int64_t key, int n, int32_t* out,
                          ptrdiff_t ld) {
   const uint8_t* rows[kLanes];
@@ -147,19 +142,17 @@ HWY_INLINE bool PackMask(const AttentionProblem& p, const RowTile& t, int r0, in
   return any;
 }
 
-// The per-element step, shared by every layout: `key_minus_pos` and the terms
-// are vectors of matching lanes.
+// The per-element step, shared by every layout: `key_minus_pos` and the terms are vectors of matching lanes.
 struct ScoreTerms {
   VF softcap, inverse_softcap;  // base-2 units
   explicit ScoreTerms(const AttentionProblem& p)
       : softcap(hn::Set(df, p.softcap * kLog2e)), inverse_softcap(hn::Set(df, 1.f / (p.softcap * kLog2e))) {}
 };
 
-// Applies the steps to S[k * ld + c * kLanes ...] for keys [lo, hi) of the
-// block at k0 and NR vectors of rows from r0, hides what is not visible, and
-// raises `row_max`. `bias` and `mask` are panels whose key 0 is `lo`, with
-// leading dimension NR * kLanes. With `derivative`, stores there d(capped
-// score) / d(score) for the backward (leading dimension ld).
+// Applies the steps to S[k * ld + c * kLanes ...] for keys [lo, hi) of the block at k0 and NR vectors of rows from r0,
+// hides what is not visible, and raises `row_max`. `bias` and `mask` are panels whose key 0 is `lo`, with leading
+// dimension NR * kLanes. With `derivative`, stores there d(capped score) / d(score) for the backward (leading dimension
+// ld).
 template <int NR>
 HWY_INLINE void ApplyScoreSteps(const AttentionProblem& p, const ScoreSteps& steps, const RowTile& t, int r0,
                                 int64_t k0, int lo, int hi, const float* bias, const int32_t* mask, float* S,
@@ -192,8 +185,7 @@ HWY_INLINE void ApplyScoreSteps(const AttentionProblem& p, const ScoreSteps& ste
   }
 }
 
-// Multiplies P[k * ld + r] by the dropout factor of its (row, key): 0 or 1 / (1
-// - p).
+// Multiplies P[k * ld + r] by the dropout factor of its (row, key): 0 or 1 / (1 - p).
 HWY_INLINE void ApplyDropout(const AttentionProblem& p, const RowTile& t, int r0, int rows, int64_t k0, int lo, int hi,
                              float* P, ptrdiff_t ld) {
   const uint64_t threshold = dropout_threshold(p.dropout_p);

@@ -1,7 +1,5 @@
-// simd-inl.h: vector helpers of one instruction set: loads and stores of the
-// three element types, transposes, exp2, tanh. Included once by each
-// kernels_<isa>.cc, inside which everything has internal linkage or the unit's
-// namespace.
+// simd-inl.h: vector helpers of one instruction set: loads and stores of the three element types, transposes, exp2,
+// tanh. Included once by each kernels_<isa>.cc, inside which everything has internal linkage or the unit's namespace.
 #define HWY_COMPILE_ONLY_STATIC
 #include <hwy/highway.h>
 
@@ -52,8 +50,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
 
-// std::min and std::max would leave weak symbols compiled for this instruction
-// set in the program.
+// std::min and std::max would leave weak symbols compiled for this instruction set in the program.
 template <class T>
 HWY_INLINE constexpr T Min(T a, T b) {
   return b < a ? b : a;
@@ -118,8 +115,7 @@ HWY_INLINE void StoreScalar(float x, float* p) { *p = x; }
 HWY_INLINE void StoreScalar(float x, float16* p) { *p = to_float16(x); }
 HWY_INLINE void StoreScalar(float x, bfloat16* p) { *p = to_bfloat16(x); }
 
-// Widens `n` elements; `out` is aligned and padded to whole vectors, the
-// padding is zeroed.
+// Widens `n` elements; `out` is aligned and padded to whole vectors, the padding is zeroed.
 template <class T>
 HWY_INLINE void WidenRow(const T* in, int n, float* out) {
   int i = 0;
@@ -166,8 +162,7 @@ HWY_INLINE void Transpose(VF (&v)[kLanes]) {
 #endif
 }
 
-// out[c * ld + r] = rows[r][c] * factor for r < kLanes, c < n: the transpose of
-// kLanes rows, widened.
+// out[c * ld + r] = rows[r][c] * factor for r < kLanes, c < n: the transpose of kLanes rows, widened.
 template <class T>
 HWY_INLINE void PackTransposed(const T* const* rows, int n, float factor, float* out, ptrdiff_t ld) {
   const VF f = hn::Set(df, factor);
@@ -184,9 +179,8 @@ HWY_INLINE void PackTransposed(const T* const* rows, int n, float factor, float*
     for (int r = 0; r < kLanes; ++r) out[c * ld + r] = to_float(rows[r][c]) * factor;
 }
 
-// rows[r][c] = in[c * ld + r] * factor[r] for r < count <= kLanes, c < n. The
-// added zero turns -0 into +0, so that a row's bits do not depend on blocks
-// that contribute nothing to it.
+// rows[r][c] = in[c * ld + r] * factor[r] for r < count <= kLanes, c < n. The added zero turns -0 into +0, so that a
+// row's bits do not depend on blocks that contribute nothing to it.
 template <class T>
 HWY_INLINE void UnpackTransposed(const float* in, ptrdiff_t ld, int n, const float* factor, T* const* rows, int count) {
   const VF f = hn::LoadU(df, factor);
@@ -231,14 +225,12 @@ HWY_INLINE VF Exp2(VF x) {
     p = hn::MulAdd(p, f, hn::Set(df, 0.6931470036506653f));
   }
   p = hn::MulAdd(p, f, hn::Set(df, 1.f));
-  // The integer sits in the low bits of `shifted`; 127 + n in the exponent
-  // field makes 2^n, and 0 for n = -127.
+  // The integer sits in the low bits of `shifted`; 127 + n in the exponent field makes 2^n, and 0 for n = -127.
   const auto power = hn::Add(hn::ShiftLeft<23>(hn::BitCast(di, shifted)), hn::Set(di, 127 << 23));
   return hn::Mul(p, hn::BitCast(df, power));
 }
 
-// tanh to 1.2e-7 relative: an odd polynomial near zero, where 1 - 2 / (e^2x +
-// 1) would cancel.
+// tanh to 1.2e-7 relative: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
 HWY_INLINE VF Tanh(VF x) {
   const VF a = hn::Abs(x), x2 = hn::Mul(x, x);
   VF p = hn::Set(df, -0.005704985931515694f);

@@ -1,12 +1,10 @@
-// tile-inl.h: the register tile that every matrix product of the CPU backend is
-// made of.
+// tile-inl.h: the register tile that every matrix product of the CPU backend is made of.
 //
 //   acc[r][lane] = sum_i a(r, i) * b[i * b_step + lane],  r < MR, lane < NR *
 //   kLanes, i < n, in the order of i
 //
-// a is broadcast from memory, so it is read where it lies: keys and values are
-// never packed. b is a packed panel. With bfloat16 operands a step multiplies a
-// pair: a holds them next to each other and b has one pair in each 32-bit lane.
+// a is broadcast from memory, so it is read where it lies: keys and values are never packed. b is a packed panel. With
+// bfloat16 operands a step multiplies a pair: a holds them next to each other and b has one pair in each 32-bit lane.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -22,8 +20,7 @@ HWY_INLINE VF Accumulate(VU a, VU b, VF acc) { return DotPairs(acc, a, b); }
 template <class A>
 constexpr int kPack = sizeof(A) == 2 ? 2 : 1;
 
-// Where a(r, i) lies: rows apart and steps adjacent (a row of K), or rows
-// adjacent and steps apart (a panel of V).
+// Where a(r, i) lies: rows apart and steps adjacent (a row of K), or rows adjacent and steps apart (a panel of V).
 struct StepsAdjacent {
   ptrdiff_t row;  // elements
   template <class A>
@@ -79,8 +76,8 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
 }
 
 // A panel of columns: out[(c / kTileRows) * panel_stride + r * kTileRows + c % kTileRows] = rows[r][c], so that a tile
-// that broadcasts kTileRows adjacent columns of each row reads memory in order (rows a power of two apart would share
-// a few cache sets). Columns up to the next multiple of kTileRows are zero.
+// that broadcasts kTileRows adjacent columns of each row reads memory in order (rows a power of two apart would share a
+// few cache sets). Columns up to the next multiple of kTileRows are zero.
 constexpr ptrdiff_t PanelStride(int rows) { return static_cast<ptrdiff_t>(rows) * kTileRows + 16; }
 constexpr size_t PanelFloats(int rows, int columns) {
   return static_cast<size_t>(PanelStride(rows)) * static_cast<size_t>((columns + kTileRows - 1) / kTileRows);
@@ -101,9 +98,8 @@ HWY_INLINE void PackPanels(const T* in, ptrdiff_t stride, int lo, int hi, int co
     }
   }
 }
-// The same of bfloat16 rows taken in pairs (2t, 2t + 1) for t in [lo / 2, hi /
-// 2), lo and hi even: out[...][(t * kTileRows + c % kTileRows) * 2 + i] =
-// rows[2t + i][c]. Rows outside [first, last) count as zero.
+// The same of bfloat16 rows taken in pairs (2t, 2t + 1) for t in [lo / 2, hi / 2), lo and hi even: out[...][(t *
+// kTileRows + c % kTileRows) * 2 + i] = rows[2t + i][c]. Rows outside [first, last) count as zero.
 HWY_INLINE void PackPairPanels(const bfloat16* in, ptrdiff_t stride, int lo, int hi, int first, int last, int columns,
                                ptrdiff_t panel_stride, bfloat16* out) {
   const hn::CappedTag<uint32_t, kTileRows> d;
