@@ -19,9 +19,6 @@ find_package(MLX ${MFA_MLX_VERSION} EXACT CONFIG REQUIRED HINTS "${MLX_ROOT}" NO
 # ---- libmfa.so ------------------------------------------------------------------------------------------------------
 file(GLOB mlx_sources CONFIGURE_DEPENDS src/mlx/*.cpp)
 file(GLOB public_headers CONFIGURE_DEPENDS include/mfa/*.h)
-if(NOT mlx_sources)
-  return()
-endif()
 add_library(mfa SHARED ${mlx_sources})
 add_library(mfa::mfa ALIAS mfa)
 mfa_compile_options(mfa)
@@ -29,6 +26,9 @@ target_include_directories(mfa PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/in
 target_compile_definitions(mfa PRIVATE MFA_VERSION="${PROJECT_VERSION}" MFA_MLX_VERSION="${MFA_MLX_VERSION}")
 target_compile_features(mfa PUBLIC cxx_std_20)
 target_link_libraries(mfa PUBLIC mlx PRIVATE mfa_core)
+if(NOT APPLE AND NOT MFA_SANITIZE)
+  target_link_options(mfa PRIVATE -Wl,-z,defs)  # a missing symbol is an error here, not when a user imports it
+endif()
 # Wheels hold no symbolic links, so the library carries no version in its name.
 set_target_properties(mfa PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
                                      INSTALL_RPATH "$ORIGIN/../../mlx/lib")
@@ -45,8 +45,8 @@ install(FILES "${PROJECT_BINARY_DIR}/mfaConfig.cmake" "${PROJECT_BINARY_DIR}/mfa
 install(EXPORT mfaTargets NAMESPACE mfa:: DESTINATION share/cmake/mfa COMPONENT library)
 
 # ---- _ext -----------------------------------------------------------------------------------------------------------
-file(GLOB binding_sources CONFIGURE_DEPENDS python/bindings/*.cpp)
-if(MFA_BUILD_PYTHON AND binding_sources)
+if(MFA_BUILD_PYTHON)
+  file(GLOB binding_sources CONFIGURE_DEPENDS python/bindings/*.cpp)
   if(NOT nanobind_ROOT)
     execute_process(COMMAND "${Python_EXECUTABLE}" -m nanobind --cmake_dir OUTPUT_VARIABLE nanobind_ROOT
                     OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
@@ -60,9 +60,8 @@ if(MFA_BUILD_PYTHON AND binding_sources)
   set_target_properties(_ext PROPERTIES INSTALL_RPATH "$ORIGIN/lib;$ORIGIN/../mlx/lib")
   install(TARGETS _ext LIBRARY DESTINATION . COMPONENT python)
 
-  file(GLOB stub_patterns CONFIGURE_DEPENDS python/bindings/*.pat)
   nanobind_add_stub(_ext_stub MODULE _ext OUTPUT "${PROJECT_BINARY_DIR}/_ext.pyi" PYTHON_PATH $<TARGET_FILE_DIR:_ext>
-                    PATTERN_FILE ${stub_patterns} DEPENDS _ext)
+                    DEPENDS _ext)
   configure_file(python/bindings/_build_info.py.in _build_info.py @ONLY)
   install(FILES "${PROJECT_BINARY_DIR}/_ext.pyi" "${PROJECT_BINARY_DIR}/_build_info.py" DESTINATION . COMPONENT python)
 endif()

@@ -169,7 +169,7 @@ class Backward {
       const int64_t index = (int64_t{t.b} * p_.Hq + t.head[r]) * p_.Nq + t.query[r];
       const float lse = job_.in->lse[index];
       const bool live = r < t.count && t.begin[r] < t.end[r] && lse != -kInf;
-      x_.lse[r] = live ? lse * kLog2e : kInf;
+      x_.lse[r] = live ? Base2Lse(lse) : kInf;
       x_.delta[r] = live ? job_.delta[index] : 0.f;
       if (live) {
         WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
@@ -318,12 +318,15 @@ class Backward {
   // out[k][d] += sum_r A[k][r] * rows[r][d]
   void AccumulateKeys(const float* A, const float* rows, int padded, int width, const BlockKeys& keys, bool skip_zero,
                       float* out) {
-    if (HWY_UNLIKELY(skip_zero)) {  // non-finite rows must not reach keys that do not see them
+    if (HWY_UNLIKELY(skip_zero)) {  // non-finite rows must not reach keys that do not see them; the sums are the tile's
       for (int k = keys.lo; k < keys.hi; ++k)
-        for (int r = 0; r < width_; ++r) {
-          const float weight = A[k * kBackwardRowTile + r];
-          if (weight == 0.f) continue;
-          for (int d = 0; d < width; ++d) out[k * padded + d] += weight * rows[r * padded + d];
+        for (int d = 0; d < width; ++d) {
+          float sum = 0.f;
+          for (int r = 0; r < width_; ++r) {
+            const float weight = A[k * kBackwardRowTile + r];
+            if (weight != 0.f) sum = __builtin_fmaf(weight, rows[r * padded + d], sum);
+          }
+          out[k * padded + d] += sum;
         }
       return;
     }
@@ -348,25 +351,15 @@ class Backward {
   // dQ^T[d][r] += sum_k K[k][d] dS[k][r]
   void AccumulateQueries(int tile, int64_t k0, int keys, bool skip_zero) {
     float* out = PartialTile(partition_, tile);
-    if (HWY_UNLIKELY(skip_zero)) {
-      for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
-        const int width = Min(kGroupRows, width_ - g0);
-        for (int r = 0; r < width; ++r)
-          for (int k = x_.tile.begin[g0 + r] < k0 ? 0 : static_cast<int>(x_.tile.begin[g0 + r] - k0);
-               k < keys && k0 + k < x_.tile.end[g0 + r]; ++k) {
-            const float weight = x_.dp[k * kBackwardRowTile + g0 + r];
-            if (weight == 0.f) continue;
-            for (int d = 0; d < p_.D; ++d)
-              out[static_cast<ptrdiff_t>(g0) * p_.D + d * width + r] += weight * k_[k * k_stride_ + d];
-          }
-      }
-      return;
-    }
     for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
       const int vectors = Min(kGroupRows, width_ - g0) / kLanes;
       float* to = out + static_cast<ptrdiff_t>(g0) * p_.D;
       const BlockKeys seen = KeysOfBlock(x_.tile, g0, vectors * kLanes, k0, keys);
       if (seen.empty()) continue;
+      if (HWY_UNLIKELY(skip_zero)) {
+        AccumulateVisibleQueries(g0, vectors * kLanes, seen, to);
+        continue;
+      }
       if (vectors == 1) {
         AccumulateQueryGroup<1>(g0, seen, to);
       } else if (vectors == 2) {
@@ -375,6 +368,19 @@ class Backward {
         AccumulateQueryGroup<kTileVectors>(g0, seen, to);
       }
     }
+  }
+
+  // For blocks with non-finite keys, which must not reach rows that do not see them; the sums are the tile's.
+  void AccumulateVisibleQueries(int g0, int width, const BlockKeys& keys, float* out) {
+    for (int d = 0; d < p_.D; ++d)
+      for (int r = 0; r < width; ++r) {
+        float sum = 0.f;
+        for (int k = keys.lo; k < keys.hi; ++k) {
+          const float weight = x_.dp[k * kBackwardRowTile + g0 + r];
+          if (weight != 0.f) sum = __builtin_fmaf(k_[k * k_stride_ + d], weight, sum);
+        }
+        out[static_cast<ptrdiff_t>(d) * width + r] += sum;
+      }
   }
 
   template <int NR>
