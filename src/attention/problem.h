@@ -63,6 +63,8 @@ struct AttentionOutputs {
   MutableTensorRef o;      // [B, Hq, Nq, Dv]
   float* lse = nullptr;    // [B, Hq, Nq] dense, natural log; -inf for a row that sees no key and has no sink
   float* probs = nullptr;  // [B, Hq, Nq, Nk] dense, before dropout; null unless wanted (the one O(Nq Nk) output)
+  // Write lse / ln 2, what the kernels keep: a natural lse is rounded once more, which the backward would see.
+  bool lse_base2 = false;
 };
 
 // What the backward reads beside the problem: the forward's results and the cotangents.
@@ -70,7 +72,8 @@ struct AttentionGradientInputs {
   TensorRef o;                  // [B, Hq, Nq, Dv]
   TensorRef d_o;                // [B, Hq, Nq, Dv]
   const float* lse = nullptr;   // [B, Hq, Nq] dense
-  const float* dlse = nullptr;  // [B, Hq, Nq] dense, or null: no cotangent
+  const float* dlse = nullptr;  // [B, Hq, Nq] dense, or null: no cotangent; always of the natural lse
+  bool lse_base2 = false;       // `lse` is lse / ln 2
 };
 
 // Every gradient is optional (null = not wanted). q, k, v gradients are in the problem's dtype, the others float32.

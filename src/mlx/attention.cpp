@@ -1,5 +1,6 @@
 #include "mlx/attention.h"
 
+#include <numbers>
 #include <stdexcept>
 
 #include "backend/cpu/attention.h"
@@ -53,7 +54,7 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   for (auto& out : outputs) allocate(out);
   auto evaluated = evaluate(params_, inputs, stream());
   AttentionOutputs out{mutable_tensor_ref(outputs[0]), outputs[1].data<float>(),
-                       params_.returns_probs ? outputs[2].data<float>() : nullptr};
+                       params_.returns_probs ? outputs[2].data<float>() : nullptr, /*lse_base2=*/true};
   // MLX holds the inputs and outputs until this has run.
   mx::cpu::get_command_encoder(stream()).dispatch(
       [evaluated, out]() { cpu::attention_forward(evaluated.with_seed(), out); });
@@ -82,6 +83,9 @@ std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals, con
     }
   }
 
+  // The second output is lse / ln 2; both ways to the gradients take the cotangent of the natural lse.
+  std::vector<mx::array> natural = cotangents;
+  natural[1] = mx::multiply(cotangents[1], mx::array(std::numbers::log2e_v<float>), stream());
   std::vector<mx::array> gradients;  // of the inputs in `differentiable`
   if (params_.returns_probs) {
     // The forward has stored all probabilities already, so their cotangent may be as large.
@@ -92,10 +96,10 @@ std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals, con
     };
     std::vector<mx::array> changing;
     for (const int i : differentiable) changing.push_back(primals[i]);
-    if (!changing.empty()) gradients = mx::vjp(forward, changing, cotangents).second;
+    if (!changing.empty()) gradients = mx::vjp(forward, changing, natural).second;
   } else if (!differentiable.empty()) {
     std::vector<mx::array> inputs = primals;
-    inputs.insert(inputs.end(), {outputs[0], outputs[1], cotangents[0], cotangents[1]});
+    inputs.insert(inputs.end(), {outputs[0], outputs[1], natural[0], natural[1]});
     const auto computed = AttentionBackward::make(stream(), params_, wanted, std::move(inputs));
     for (const int i : differentiable) {
       int position = 0;
@@ -156,6 +160,7 @@ void AttentionBackward::eval_cpu(const std::vector<mx::array>& inputs, std::vect
   in.o = tensor_ref(with_dense_last_axis(inputs[first], stream()));
   in.lse = with_dense_rows(inputs[first + 1], stream()).data<float>();
   in.d_o = tensor_ref(with_dense_last_axis(inputs[first + 2], stream()));
+  in.lse_base2 = true;
   in.dlse = with_dense_rows(inputs[first + 3], stream()).data<float>();
 
   AttentionGradients out;

@@ -10,8 +10,8 @@
 
 namespace mfa {
 
-// Inputs: as InputLayout says. Outputs: o [B, Hq, Nq, Dv], lse float32 [B, Hq, Nq] and, if params.returns_probs, probs
-// float32 [B, Hq, Nq, Nk].
+// Inputs: as InputLayout says. Outputs: o [B, Hq, Nq, Dv], lse / ln 2 float32 [B, Hq, Nq] and, if params.returns_probs,
+// probs float32 [B, Hq, Nq, Nk].
 class Attention : public mx::Primitive {
  public:
   Attention(mx::Stream stream, const AttentionParams& params) : Primitive(stream), params_(params) {}

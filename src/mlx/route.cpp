@@ -2,6 +2,7 @@
 #include "mlx/route.h"
 
 #include <atomic>
+#include <numbers>
 #include <stdexcept>
 
 #include "attention/plan.h"
@@ -10,6 +11,7 @@
 #include "mlx/attention.h"
 #include "mlx/composed.h"
 #include "mlx/fast.h"
+#include "mlx/ops.h"
 
 namespace mfa {
 namespace {
@@ -31,8 +33,11 @@ std::vector<mx::array> launch(Request request, Backend backend, const WantedOutp
   const Route route = choose(request, backend, wanted);
   calls[static_cast<int>(route)].fetch_add(1, std::memory_order_relaxed);
   switch (route) {
-    case Route::mfa_cpu:
-      return Attention::make(request.stream, request.params, std::move(request.inputs));
+    case Route::mfa_cpu: {
+      auto outputs = Attention::make(request.stream, request.params, std::move(request.inputs));
+      if (wanted.lse) outputs[1] = mx::multiply(outputs[1], mx::array(std::numbers::ln2_v<float>), request.stream);
+      return outputs;
+    }
     case Route::mlx_sdpa:
       return {mlx_sdpa(request)};
     case Route::composed:

@@ -34,13 +34,14 @@ size_t checked_product(std::initializer_list<size_t> factors) {
 }
 
 // dsink_h = -sum_(b,i) exp(sink_h - lse_i) (sum_d dO O - dlse_i), in a fixed order.
-void sink_gradient(const AttentionProblem& p, const float* lse, const float* delta, float* dsinks) {
+void sink_gradient(const AttentionProblem& p, const AttentionGradientInputs& in, const float* delta, float* dsinks) {
+  const double to_natural = in.lse_base2 ? 0.693147180559945309417 : 1.0;
   for (int h = 0; h < p.Hq; ++h) {
     double sum = 0;
     for (int b = 0; b < p.B; ++b) {
       const int64_t first = (int64_t{b} * p.Hq + h) * p.Nq;
       for (int64_t i = first; i < first + p.Nq; ++i)
-        if (p.sinks[h] != -INFINITY) sum -= std::exp(double(p.sinks[h]) - lse[i]) * delta[i];
+        if (p.sinks[h] != -INFINITY) sum -= std::exp(double(p.sinks[h]) - in.lse[i] * to_natural) * delta[i];
     }
     dsinks[h] = static_cast<float>(sum);
   }
@@ -108,7 +109,7 @@ void attention_backward(const AttentionProblem& p, const AttentionGradientInputs
     kernels.delta_rows(job, i * chunk, std::min(row_count, (i + 1) * chunk), delta.floats());
   });
   job.delta = delta.floats();
-  if (out.dsinks) sink_gradient(p, in.lse, job.delta, out.dsinks);
+  if (out.dsinks) sink_gradient(p, in, job.delta, out.dsinks);
 
   const size_t tasks = static_cast<size_t>(plan.tasks);
   AlignedBuffer dq_partials, dslope_rows;

@@ -169,7 +169,7 @@ class Backward {
       const int64_t index = (int64_t{t.b} * p_.Hq + t.head[r]) * p_.Nq + t.query[r];
       const float lse = job_.in->lse[index];
       const bool live = r < t.count && t.begin[r] < t.end[r] && lse != -kInf;
-      x_.lse[r] = live ? Base2Lse(lse) : kInf;
+      x_.lse[r] = !live ? kInf : job_.in->lse_base2 ? lse : Base2Lse(lse);
       x_.delta[r] = live ? job_.delta[index] : 0.f;
       if (live) {
         WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
@@ -297,9 +297,10 @@ class Backward {
         const VF s = hn::Load(df, s_at);
         const VF prob = Exp2(hn::Sub(s, lse[c]));
         const VF ds = hn::Mul(prob, hn::Sub(hn::Load(df, dp_at), delta[c]));
-        hn::Store(prob, df, s_at);
-        // A hidden key's dP may be NaN; its dS is zero.
-        hn::Store(hn::IfThenElse(hn::Eq(s, hn::Set(df, -kInf)), hn::Zero(df), ds), df, dp_at);
+        // Of a hidden key dP may be NaN, and P too where the row's lse is: both count as zero.
+        const MF hidden = hn::Eq(s, hn::Set(df, -kInf));
+        hn::Store(hn::IfThenZeroElse(hidden, prob), df, s_at);
+        hn::Store(hn::IfThenZeroElse(hidden, ds), df, dp_at);
       }
     }
   }

@@ -518,7 +518,8 @@ class DecodeForward {
       for (; d < p_.Dv; ++d) StoreScalar(o[d] * inverse + 0.f, out + d);
       if (job_.out->lse) {
         const float lse2 = x_.l[g] == 0.f ? -kInf : x_.m[g] + ::log2f(x_.l[g]);
-        job_.out->lse[(int64_t{t.b} * p_.Hq + t.head[g]) * p_.Nq + t.query[g]] = NaturalLse(lse2);
+        job_.out->lse[(int64_t{t.b} * p_.Hq + t.head[g]) * p_.Nq + t.query[g]] =
+            job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
       }
     }
   }

@@ -320,7 +320,7 @@ class TiledForward {
     });
     for (int r = 0; r < x_.tile.count; ++r) {
       const float lse2 = x_.state.l[r] == 0.f ? -kInf : x_.state.m[r] + ::log2f(x_.state.l[r]);
-      if (job_.out->lse) job_.out->lse[LseIndex(r)] = NaturalLse(lse2);
+      if (job_.out->lse) job_.out->lse[LseIndex(r)] = job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
       if (job_.out->probs) NormaliseProbabilities(r, lse2);
     }
   }

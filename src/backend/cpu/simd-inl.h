@@ -49,8 +49,7 @@ constexpr int kChannelRows = 6, kChannelVectors = 4;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896340736f;
 
-// The log-sum-exp leaves in natural units and comes back for the backward: in double, so that it comes back as it was
-// or next to it. An error in it is a relative error of every recomputed probability.
+// Conversions in double, since an error of the log-sum-exp is a relative error of every probability recomputed from it.
 HWY_INLINE float NaturalLse(float lse2) { return static_cast<float>(lse2 * 0.693147180559945309417); }
 HWY_INLINE float Base2Lse(float lse) { return static_cast<float>(lse * 1.44269504088896340736); }
 
