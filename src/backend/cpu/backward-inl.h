@@ -134,6 +134,7 @@ class Backward {
   }
 
   void ClearPartials() {
+    if (job_.plan.rows == 0) return;
     const int64_t size = int64_t{row_tiles()} * p_.D * job_.plan.row_tile;
     if (job_.out->dq.data) __builtin_memset(PartialTile(partition_, 0), 0, static_cast<size_t>(size) * sizeof(float));
     if (job_.dslope_rows) __builtin_memset(SlopeRows(), 0, static_cast<size_t>(job_.plan.rows) * sizeof(float));
