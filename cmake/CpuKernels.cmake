@@ -40,7 +40,10 @@ function(mfa_add_cpu_kernels target isa)
   mfa_compile_options(${unit})
   target_include_directories(${unit} PRIVATE "${PROJECT_SOURCE_DIR}/src")
   target_include_directories(${unit} SYSTEM PRIVATE "${MFA_HIGHWAY_INCLUDE_DIR}")
-  target_compile_options(${unit} PRIVATE -O3 ${ARGN})
+  target_compile_options(${unit} PRIVATE ${ARGN})
+  if(NOT MFA_SANITIZE)  # instrumented kernels take minutes to optimise; they keep the build type's level
+    target_compile_options(${unit} PRIVATE -O3)
+  endif()
   # Highway's debug assertions call into its library, which is not linked.
   target_compile_definitions(${unit} PRIVATE HWY_IS_DEBUG_BUILD=0 MFA_HAVE_${ISA}=1)
   set_target_properties(${unit} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden
