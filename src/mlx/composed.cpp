@@ -41,7 +41,7 @@ Positions positions(const AttentionProblem& p, const mx::array* kv_lengths, cons
 
 // Which keys each row sees, bool, broadcastable to the scores; nullopt if all rows see all keys.
 std::optional<mx::array> visibility(const AttentionProblem& p, const Positions& at, bool has_lengths,
-                                    const mx::array* mask, const Graph& g) {
+                                    const mx::array* mask, const mx::array* bias, const Graph& g) {
   std::optional<mx::array> visible;
   auto require = [&](const mx::array& x) { visible = visible ? mx::logical_and(*visible, x, g.s) : x; };
   if (has_lengths) require(mx::less(at.key, at.lengths, g.s));
@@ -49,6 +49,7 @@ std::optional<mx::array> visibility(const AttentionProblem& p, const Positions& 
   if (p.window_left >= 0) require(mx::greater_equal(at.key, g.sub(at.row, mx::array(p.window_left)), g.s));
   if (p.window_right >= 0) require(mx::less_equal(at.key, g.add(at.row, mx::array(p.window_right)), g.s));
   if (mask) require(*mask);
+  if (bias) require(mx::not_equal(*bias, mx::array(-kInfinity, bias->dtype()), g.s));
   return visible;
 }
 
@@ -119,7 +120,7 @@ std::vector<mx::array> composed_attention(const AttentionParams& params, const s
   const int group_rows = p.Hq / p.Hkv * p.Nq;
   auto q = g.f32(inputs[0]), k = g.f32(inputs[1]), v = g.f32(inputs[2]);
   const Positions pos = positions(p, input(at.kv_lengths), g);
-  const auto visible = visibility(p, pos, params.has_lengths, input(at.mask), g);
+  const auto visible = visibility(p, pos, params.has_lengths, input(at.mask), input(at.bias), g);
   if (visible) {
     k = without_hidden_keys(k, *visible, p, g);
     v = without_hidden_keys(v, *visible, p, g);

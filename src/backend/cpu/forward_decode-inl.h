@@ -6,7 +6,7 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kMaxDecodeRows = 8;
+constexpr int kMaxDecodeRows = kTileRows;     // the scores of all rows fit in the registers
 constexpr int kScoreStride = kKeyBlock + 16;  // room for a whole vector from any key of the block
 static_assert(kLanes <= 16);
 
@@ -17,7 +17,6 @@ struct DecodeScratch {
   float* o;        // [rows][padded Dv]
   float* s;        // [rows][kScoreStride]
   float* block_o;  // [rows][padded Dv]
-  float* keys;     // [padded D][kLanes], transposed
   size_t bytes;
 
   DecodeScratch(const AttentionProblem& p, int rows, char* base) {
@@ -27,8 +26,7 @@ struct DecodeScratch {
     o = q + rows * d;
     s = o + rows * dv;
     block_o = s + static_cast<size_t>(rows) * kScoreStride;
-    keys = block_o + rows * dv;
-    bytes = (rows * (d + 2 * dv + kScoreStride) + d * kLanes) * sizeof(float);
+    bytes = rows * (d + 2 * dv + kScoreStride) * sizeof(float);
   }
 };
 
@@ -37,28 +35,6 @@ HWY_INLINE void PrefetchRow(const T* row, int width) {
   const char* at = reinterpret_cast<const char*>(row);
   const size_t bytes = static_cast<size_t>(width) * sizeof(T);
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-}
-
-// out[d][i] = rows[i][d] for kLanes rows: where there are too few registers to use a transposed block for all queries.
-template <class T>
-HWY_INLINE void TransposeKeys(const T* const* rows, int D, float* out) {
-  PackTransposed(rows, D, 1.f, out, kLanes);
-}
-
-// S[g][k] for kLanes keys from their transpose.
-template <int G>
-HWY_INLINE void DecodeScoresOf(const float* keys, const float* q, ptrdiff_t q_stride, int D, float* S,
-                               ptrdiff_t s_stride) {
-  VF acc[G];
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
-  for (int d = 0; d < D; ++d) {
-    const VF k = hn::Load(df, keys + d * kLanes);
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k, hn::Set(df, q[g * q_stride + d]), acc[g]);
-  }
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) hn::StoreU(acc[g], df, S + g * s_stride);
 }
 
 // Channels [d, d + 2 * kLanes) of kLanes rows as pairs.
@@ -293,15 +269,6 @@ class DecodeForward {
       for (int i = 0; i < kLanes; ++i) rows[i] = k + Min(k_lo + i, hi - 1) * p_.k.stride[2];
       if (prefetch)
         for (int i = 0; i < kLanes; ++i) PrefetchRow(rows[i] + kKeyBlock * p_.k.stride[2], p_.D);
-      if constexpr (!kPairs && kTileRows < kMaxDecodeRows) {
-        if (rows_ > kTileRows) {
-          TransposeKeys(rows, p_.D, x_.keys);
-          ForRowTiles<kMaxDecodeRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
-            DecodeScoresOf<G>(x_.keys, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, k_lo), kScoreStride);
-          });
-          continue;
-        }
-      }
       ForRowTiles<kTileRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
         if constexpr (kPairs) {
           const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q + g * d_padded_);
@@ -364,14 +331,16 @@ class DecodeForward {
       VF s = hn::LoadU(df, scores_at(g, k));
       if (steps_.softcap) s = hn::Mul(Tanh(hn::Mul(s, terms.inverse_softcap)), terms.softcap);
       if (steps_.alibi) s = hn::MulAdd(hn::Set(df, t.slope[g]), hn::ConvertTo(df, hn::Sub(key, pos)), s);
+      auto visible = hn::AndNot(hn::Lt(key, begin), hn::Lt(key, end));
       if (steps_.bias) {
         const int64_t at = t.b * p_.bias.stride[0] + t.head[g] * p_.bias.stride[1] + t.query[g] * p_.bias.stride[2];
         for (int i = 0; i < kLanes; ++i)
           bias[i] =
               i < n ? load_as_float(p_.bias.data, p_.bias.dtype, at + (k0 + k + i) * p_.bias.stride[3]) * kLog2e : 0.f;
-        s = hn::Add(s, hn::Load(df, bias));
+        const VF term = hn::Load(df, bias);
+        s = hn::Add(s, term);
+        visible = hn::And(visible, hn::RebindMask(di, hn::Ne(term, hn::Set(df, -kInf))));
       }
-      auto visible = hn::AndNot(hn::Lt(key, begin), hn::Lt(key, end));
       if (steps_.mask) {
         const uint8_t* row =
             p_.mask.data + t.b * p_.mask.stride[0] + t.head[g] * p_.mask.stride[1] + t.query[g] * p_.mask.stride[2];

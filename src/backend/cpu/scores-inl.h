@@ -6,7 +6,7 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kMaxRowTile = 192;      // query rows of a task: what they share of keys and values is loaded once
+constexpr int kMaxRowTile = 384;      // query rows of a task: what they share of keys and values is loaded once
 constexpr int kBackwardRowTile = 96;  // of a step of the backward, which keeps more for each row
 constexpr int kGroupRows = kLanes * kTileVectors;  // rows of a full column group
 static_assert(kMaxRowTile % kGroupRows == 0 && kBackwardRowTile % kGroupRows == 0);
@@ -173,8 +173,12 @@ HWY_INLINE void ApplyScoreSteps(const AttentionProblem& p, const ScoreSteps& ste
         if (derivative) hn::Store(hn::NegMulAdd(th, th, hn::Set(df, 1.f)), df, derivative + k * ld + c * kLanes);
       }
       if (steps.alibi) s = hn::MulAdd(slope, hn::ConvertTo(df, hn::Sub(key, pos)), s);
-      if (steps.bias) s = hn::Add(s, hn::Load(df, bias + (k - lo) * NR * kLanes + c * kLanes));
       auto visible = hn::AndNot(hn::Lt(key, begin), hn::Lt(key, end));
+      if (steps.bias) {
+        const VF term = hn::Load(df, bias + (k - lo) * NR * kLanes + c * kLanes);
+        s = hn::Add(s, term);
+        visible = hn::And(visible, hn::RebindMask(di, hn::Ne(term, hn::Set(df, -kInf))));
+      }
       if (steps.mask)
         visible = hn::And(visible, hn::MaskFromVec(hn::Load(di, mask + (k - lo) * NR * kLanes + c * kLanes)));
       s = hn::IfThenElse(hn::RebindMask(df, visible), s, hn::Set(df, -kInf));
