@@ -41,7 +41,7 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
   } else {
     // Narrower tiles where full ones would leave threads idle; a row has the same bits in any tile.
     const int32_t group = cpu.lanes * cpu.tile_vectors;
-    int32_t tile = cpu.max_row_tile;
+    int32_t tile = std::clamp(cpu.row_tile_floats / (p.D + p.Dv) / group * group, group, cpu.max_row_tile);
     while (tile > group && heads * ceil_div(plan.rows, tile) < 4 * threads)
       tile = (tile / 2 + group - 1) / group * group;
     plan.row_tile = static_cast<int32_t>(std::min<int64_t>(tile, plan.rows));

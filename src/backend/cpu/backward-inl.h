@@ -9,15 +9,16 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kBackwardKeys = 128;  // keys per block: K, V, dK, dV of a block stay in the L2 cache
+constexpr int kBackwardKeys = 256;  // keys per block: K, V, dK, dV of a block stay in the L2 cache
 constexpr ptrdiff_t kKeyPanel = PanelStride(kBackwardKeys);
+constexpr int kRowPad = 16;  // floats between rows: rows a power of two apart would share a few cache sets
 
 struct BackwardScratch {
   RowTile tile;
   alignas(64) float lse[kBackwardRowTile];  // base-2; +inf for rows that see nothing, so that P = 0
   alignas(64) float delta[kBackwardRowTile];
   float *qt, *dot;  // [group][D][width] base-2 units, [group][Dv][width]
-  float *q, *d_o;   // [row][padded D] natural units, [row][padded Dv]
+  float *q, *d_o;   // [row][padded D + kRowPad], [row][padded Dv + kRowPad]
   float *s, *dp,
       *dr;  // [kBackwardKeys][kBackwardRowTile]: P, dS, derivative of softcap
   float* bias;
@@ -39,8 +40,8 @@ struct BackwardScratch {
     const ScoreSteps steps(p);
     qt = take(d * kBackwardRowTile);
     dot = take(d_v * kBackwardRowTile);
-    q = take(d * kBackwardRowTile);
-    d_o = take(d_v * kBackwardRowTile);
+    q = take((d + kRowPad) * kBackwardRowTile);
+    d_o = take((d_v + kRowPad) * kBackwardRowTile);
     s = take(block);
     dp = take(block);
     dr = take(steps.softcap ? block : 0);
@@ -63,6 +64,8 @@ class Backward {
         steps_(p_),
         d_padded_(RoundUp(p_.D, kLanes)),
         dv_padded_(RoundUp(p_.Dv, kLanes)),
+        q_stride_(d_padded_ + kRowPad),
+        d_o_stride_(dv_padded_ + kRowPad),
         x_(p_, static_cast<char*>(scratch)) {}
 
   size_t scratch_bytes() const { return x_.bytes; }
@@ -74,9 +77,11 @@ class Backward {
     partition_ = static_cast<int>(task / heads);
     const int64_t partition_keys = int64_t{plan.partition_blocks} * kKeyBlock;
     const int64_t first = partition_ * partition_keys, last = Min<int64_t>(p_.Nk, first + partition_keys);
-    ClearPartials();
+    if (job_.dslope_rows) __builtin_memset(SlopeRows(), 0, static_cast<size_t>(plan.rows) * sizeof(float));
     for (int64_t k0 = first; k0 < last; k0 += kBackwardKeys)
-      Keys(k0, static_cast<int>(Min<int64_t>(kBackwardKeys, last - k0)));
+      Keys(k0, static_cast<int>(Min<int64_t>(kBackwardKeys, last - k0)), k0 == first);
+    if (first >= last)
+      for (int tile = 0; tile < row_tiles(); ++tile) ClearPartial(tile);
   }
 
   // Sums the partials of one row tile and writes dq.
@@ -133,11 +138,10 @@ class Backward {
     return job_.dq_partials + index * int64_t{p_.D} * job_.plan.row_tile;
   }
 
-  void ClearPartials() {
-    if (job_.plan.rows == 0) return;
-    const int64_t size = int64_t{row_tiles()} * p_.D * job_.plan.row_tile;
-    if (job_.out->dq.data) __builtin_memset(PartialTile(partition_, 0), 0, static_cast<size_t>(size) * sizeof(float));
-    if (job_.dslope_rows) __builtin_memset(SlopeRows(), 0, static_cast<size_t>(job_.plan.rows) * sizeof(float));
+  void ClearPartial(int tile) {
+    if (!job_.out->dq.data) return;
+    const size_t size = static_cast<size_t>(p_.D) * static_cast<size_t>(job_.plan.row_tile);
+    __builtin_memset(PartialTile(partition_, tile), 0, size * sizeof(float));
   }
   float* SlopeRows() const {
     return job_.dslope_rows + (head_ * job_.plan.key_partitions + partition_) * int64_t{job_.plan.rows};
@@ -163,10 +167,9 @@ class Backward {
   // Packs the rows of the tile. Rows that see no key have no gradient: they are zero here, whatever they hold.
   void LoadRows() {
     const RowTile& t = x_.tile;
-    const VF scale = hn::Set(df, p_.scale);
     for (int r = 0; r < width_; ++r) {
-      float* q = x_.q + r * d_padded_;
-      float* d_o = x_.d_o + r * dv_padded_;
+      float* q = x_.q + r * q_stride_;
+      float* d_o = x_.d_o + r * d_o_stride_;
       const int64_t index = (int64_t{t.b} * p_.Hq + t.head[r]) * p_.Nq + t.query[r];
       const float lse = job_.in->lse[index];
       const bool live = r < t.count && t.begin[r] < t.end[r] && lse != -kInf;
@@ -187,18 +190,17 @@ class Backward {
       for (int r = 0; r < width; r += kLanes) {
         const float *q[kLanes], *d_o[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          q[i] = x_.q + (g0 + r + i) * d_padded_;
-          d_o[i] = x_.d_o + (g0 + r + i) * dv_padded_;
+          q[i] = x_.q + (g0 + r + i) * q_stride_;
+          d_o[i] = x_.d_o + (g0 + r + i) * d_o_stride_;
         }
         PackTransposed(q, p_.D, p_.scale * kLog2e, x_.qt + static_cast<ptrdiff_t>(g0) * p_.D + r, width);
         PackTransposed(d_o, p_.Dv, 1.f, x_.dot + static_cast<ptrdiff_t>(g0) * p_.Dv + r, width);
       }
     }
-    for (int i = 0; i < width_ * d_padded_; i += kLanes)
-      hn::Store(hn::Mul(hn::Load(df, x_.q + i), scale), df, x_.q + i);
   }
 
-  void Keys(int64_t k0, int keys) {
+  // `first`: the partials of dQ hold nothing yet.
+  void Keys(int64_t k0, int keys, bool first) {
     LoadKeys(k0, keys);
     for (int i = 0; i < keys * d_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dk + i);
     for (int i = 0; i < keys * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dv + i);
@@ -206,18 +208,21 @@ class Backward {
     for (int tile = 0; tile < row_tiles(); ++tile) {
       FillTile(tile);
       const BlockKeys seen = KeysOfBlock(x_.tile, 0, width_, k0, keys);
-      if (seen.empty()) continue;
+      if (seen.empty()) {
+        if (first) ClearPartial(tile);
+        continue;
+      }
       LoadRows();
       bool hides = !seen.full || steps_.mask || steps_.bias;
       if (hides && nonfinite < 0) nonfinite = AnyNonFinite(k_, k_stride_, keys, p_.D);
       if (hides && nonfinite <= 0) {
-        hides = AnyNonFinite(x_.q, d_padded_, width_, p_.D) || AnyNonFinite(x_.d_o, dv_padded_, width_, p_.Dv);
+        hides = AnyNonFinite(x_.q, q_stride_, width_, p_.D) || AnyNonFinite(x_.d_o, d_o_stride_, width_, p_.Dv);
       }
       for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0, k0, seen);
       if (job_.dslope_rows) AccumulateSlopes(k0, seen);
       if (job_.out->dv.data) {
         if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, k0, seen.lo, seen.hi, x_.s, kBackwardRowTile);
-        AccumulateKeys(x_.s, x_.d_o, dv_padded_, p_.Dv, seen, hides, x_.dv);
+        AccumulateKeys(x_.s, x_.d_o, d_o_stride_, p_.Dv, seen, hides, x_.dv);
       }
       if (steps_.softcap)
         for (int k = seen.lo; k < seen.hi; ++k)
@@ -228,8 +233,8 @@ class Backward {
             hn::Store(hn::IfThenElse(hn::Eq(ds, hn::Zero(df)), ds, hn::Mul(ds, hn::Load(df, x_.dr + at))), df,
                       x_.dp + at);
           }
-      if (job_.out->dk.data) AccumulateKeys(x_.dp, x_.q, d_padded_, p_.D, seen, hides, x_.dk);
-      if (job_.out->dq.data) AccumulateQueries(tile, k0, keys, hides);
+      if (job_.out->dk.data) AccumulateKeys(x_.dp, x_.q, q_stride_, p_.D, seen, hides, x_.dk);
+      if (job_.out->dq.data) AccumulateQueries(tile, k0, keys, hides, first);
     }
     WriteKeys(k0, keys);
   }
@@ -265,6 +270,7 @@ class Backward {
     const float* qt = x_.qt + static_cast<ptrdiff_t>(g0) * p_.D;
     const float* dot = x_.dot + static_cast<ptrdiff_t>(g0) * p_.Dv;
     ForRowTiles<kTileRows>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
+      PrefetchRows(g0, k, MR, keys);
       MultiplyTile<MR, NR>(k_ + k * k_stride_, StepsAdjacent{k_stride_}, qt, kWidth, p_.D,
                            [&](int r, int c, VF s)
                                HWY_ATTR { hn::Store(s, df, S + (k + r) * kBackwardRowTile + c * kLanes); });
@@ -306,6 +312,32 @@ class Backward {
     }
   }
 
+  // Fetches the share of the next tile's rows, and of its dQ, that falls to tile [k, k + count) of the group's
+  // products: a few lines at a time, as more would fill the queue of outstanding misses.
+  HWY_INLINE void PrefetchRows(int g0, int k, int count, const BlockKeys& keys) const {
+    const int64_t next = first_row_ + job_.plan.row_tile;
+    const int rows = static_cast<int>(Min<int64_t>(job_.plan.row_tile, job_.plan.rows - next));
+    if (rows <= 0) return;
+    const int slots = (width_ + kGroupRows - 1) / kGroupRows * (keys.hi - keys.lo);
+    const int slot = g0 / kGroupRows * (keys.hi - keys.lo) + k - keys.lo;
+    const int G = p_.Hq / p_.Hkv, size = p_.dtype == DType::f32 ? 4 : 2;
+    const auto row = [&](const TensorRef& x, int head, int64_t query, int bytes) HWY_ATTR {
+      const char* at = static_cast<const char*>(x.data) +
+                       (x_.tile.b * x.stride[0] + head * x.stride[1] + query * x.stride[2]) * size;
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    };
+    for (int r = rows * slot / slots; r < rows * (slot + count) / slots; ++r) {
+      const int head = x_.tile.kv_head * G + static_cast<int>((next + r) % G);
+      row(p_.q, head, (next + r) / G, p_.D * size);
+      row(job_.in->d_o, head, (next + r) / G, p_.Dv * size);
+    }
+    if (!job_.out->dq.data) return;
+    const int lines = rows * p_.D / 16;
+    const char* dq =
+        reinterpret_cast<const char*>(PartialTile(partition_, static_cast<int>(next / job_.plan.row_tile)));
+    for (int i = lines * slot / slots; i < lines * (slot + count) / slots; ++i) __builtin_prefetch(dq + i * 64, 1, 2);
+  }
+
   void AccumulateSlopes(int64_t k0, const BlockKeys& keys) {
     const RowTile& t = x_.tile;
     float* rows = SlopeRows() + first_row_;
@@ -318,15 +350,16 @@ class Backward {
   }
 
   // out[k][d] += sum_r A[k][r] * rows[r][d]
-  void AccumulateKeys(const float* A, const float* rows, int padded, int width, const BlockKeys& keys, bool skip_zero,
+  void AccumulateKeys(const float* A, const float* rows, int stride, int width, const BlockKeys& keys, bool skip_zero,
                       float* out) {
+    const int padded = RoundUp(width, kLanes);
     if (HWY_UNLIKELY(skip_zero)) {  // non-finite rows must not reach keys that do not see them; the sums are the tile's
       for (int k = keys.lo; k < keys.hi; ++k)
         for (int d = 0; d < width; ++d) {
           float sum = 0.f;
           for (int r = 0; r < width_; ++r) {
             const float weight = A[k * kBackwardRowTile + r];
-            if (weight != 0.f) sum = __builtin_fmaf(weight, rows[r * padded + d], sum);
+            if (weight != 0.f) sum = __builtin_fmaf(weight, rows[r * stride + d], sum);
           }
           out[k * padded + d] += sum;
         }
@@ -334,15 +367,15 @@ class Backward {
     }
     const int vectors = padded / kLanes;
     ForRowTiles<kChannelVectors>(0, vectors, [&]<int NR>(int c0) HWY_ATTR {
-      AccumulateKeyColumns<NR>(A, rows + c0 * kLanes, padded, keys, out + c0 * kLanes);
+      AccumulateKeyColumns<NR>(A, rows + c0 * kLanes, stride, keys, out + c0 * kLanes, padded);
     });
   }
 
   template <int NR>
-  HWY_NOINLINE void AccumulateKeyColumns(const float* A, const float* rows, int padded, const BlockKeys& keys,
-                                         float* out) {
+  HWY_NOINLINE void AccumulateKeyColumns(const float* A, const float* rows, int stride, const BlockKeys& keys,
+                                         float* out, int padded) {
     ForRowTiles<kChannelRows>(keys.lo, keys.hi, [&]<int MR>(int k) HWY_ATTR {
-      MultiplyTile<MR, NR>(A + k * kBackwardRowTile, StepsAdjacent{kBackwardRowTile}, rows, padded, width_,
+      MultiplyTile<MR, NR>(A + k * kBackwardRowTile, StepsAdjacent{kBackwardRowTile}, rows, stride, width_,
                            [&](int r, int c, VF acc) HWY_ATTR {
                              float* at = out + (k + r) * padded + c * kLanes;
                              hn::Store(hn::Add(hn::Load(df, at), acc), df, at);
@@ -351,23 +384,26 @@ class Backward {
   }
 
   // dQ^T[d][r] += sum_k K[k][d] dS[k][r]
-  void AccumulateQueries(int tile, int64_t k0, int keys, bool skip_zero) {
+  void AccumulateQueries(int tile, int64_t k0, int keys, bool skip_zero, bool first) {
     float* out = PartialTile(partition_, tile);
     for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
       const int vectors = Min(kGroupRows, width_ - g0) / kLanes;
       float* to = out + static_cast<ptrdiff_t>(g0) * p_.D;
       const BlockKeys seen = KeysOfBlock(x_.tile, g0, vectors * kLanes, k0, keys);
-      if (seen.empty()) continue;
+      const bool hidden = seen.empty();
+      if (first && (hidden || skip_zero))
+        for (int i = 0; i < vectors * p_.D; ++i) hn::Store(hn::Zero(df), df, to + i * kLanes);
+      if (hidden) continue;
       if (HWY_UNLIKELY(skip_zero)) {
         AccumulateVisibleQueries(g0, vectors * kLanes, seen, to);
         continue;
       }
       if (vectors == 1) {
-        AccumulateQueryGroup<1>(g0, seen, to);
+        AccumulateQueryGroup<1>(g0, seen, first, to);
       } else if (vectors == 2) {
-        AccumulateQueryGroup<2>(g0, seen, to);
+        AccumulateQueryGroup<2>(g0, seen, first, to);
       } else {
-        AccumulateQueryGroup<kTileVectors>(g0, seen, to);
+        AccumulateQueryGroup<kTileVectors>(g0, seen, first, to);
       }
     }
   }
@@ -386,40 +422,41 @@ class Backward {
   }
 
   template <int NR>
-  HWY_NOINLINE void AccumulateQueryGroup(int g0, const BlockKeys& keys, float* out) {
+  HWY_NOINLINE void AccumulateQueryGroup(int g0, const BlockKeys& keys, bool first, float* out) {
     constexpr int kWidth = NR * kLanes;
     ForRowTiles<kTileRows>(0, p_.D, [&]<int MR>(int d) HWY_ATTR {
       const float* k = x_.k_panels + d / kTileRows * kKeyPanel + keys.lo * kTileRows + d % kTileRows;
       MultiplyTile<MR, NR>(k, RowsAdjacent{kTileRows}, x_.dp + keys.lo * kBackwardRowTile + g0, kBackwardRowTile,
                            keys.hi - keys.lo, [&](int r, int c, VF acc) HWY_ATTR {
                              float* at = out + (d + r) * kWidth + c * kLanes;
-                             hn::Store(hn::Add(hn::Load(df, at), acc), df, at);
+                             hn::Store(first ? acc : hn::Add(hn::Load(df, at), acc), df, at);
                            });
     });
   }
 
   void WriteKeys(int64_t k0, int keys) {
     const int b = static_cast<int>(head_ / p_.Hkv), h = static_cast<int>(head_ % p_.Hkv);
-    const auto write = [&](const MutableTensorRef& to, const float* from, int width, int padded) {
+    const auto write = [&](const MutableTensorRef& to, const float* from, int width, int padded, float factor) {
       if (!to.data) return;
+      const VF f = hn::Set(df, factor);
       WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
         for (int k = 0; k < keys; ++k) {
           T* row = RowPointer<T>(to, b, h, k0 + k);
           const float* x = from + k * padded;
           int d = 0;
-          for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Load(df, x + d), row + d);
-          for (; d < width; ++d) StoreScalar(x[d], row + d);
+          for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Mul(hn::Load(df, x + d), f), row + d);
+          for (; d < width; ++d) StoreScalar(x[d] * factor, row + d);
         }
       });
     };
-    write(job_.out->dk, x_.dk, p_.D, d_padded_);
-    write(job_.out->dv, x_.dv, p_.Dv, dv_padded_);
+    write(job_.out->dk, x_.dk, p_.D, d_padded_, p_.scale);
+    write(job_.out->dv, x_.dv, p_.Dv, dv_padded_, 1.f);
   }
 
   const BackwardJob& job_;
   const AttentionProblem& p_;
   const ScoreSteps steps_;
-  const int d_padded_, dv_padded_;
+  const int d_padded_, dv_padded_, q_stride_, d_o_stride_;
   BackwardScratch x_;
   int64_t head_ = 0, first_row_ = 0;
   int partition_ = 0, width_ = 0;

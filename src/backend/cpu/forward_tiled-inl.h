@@ -110,7 +110,8 @@ HWY_INLINE void MultiplyVisibleTile(const A* a, int lo, const B* b, int n, const
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < MR * kPack<A>; ++j) {
         const int key = lo + i * kPack<A> + j % kPack<A>;
-        clean[i * MR * kPack<A> + j] = seen[key * kWidth + r] ? a[i * kTileRows * kPack<A> + j] : A{};
+        const A* from = RowsInPanels{kValuePanel}.At(a, j / kPack<A>) + i * kTileRows * kPack<A> + j % kPack<A>;
+        clean[i * MR * kPack<A> + j] = seen[key * kWidth + r] ? *from : A{};
       }
     MultiplyTile<MR, 1>(clean, RowsAdjacent{MR * kPack<A>}, b + r / kLanes * kLanes, kWidth, n,
                         [&](int i, int, VF acc) HWY_ATTR {
@@ -133,8 +134,8 @@ class TiledForward {
     const ForwardPlan& plan = job_.plan;
     // Tiles in descending order: under a causal mask the last rows see the most keys, so they start first.
     const int split = static_cast<int>(task % plan.key_splits);
-    const int64_t head_tile = task / plan.key_splits, heads = int64_t{p_.B} * p_.Hkv;
-    SelectRows(head_tile % heads, plan.row_tiles - 1 - static_cast<int>(head_tile / heads));
+    const int64_t head_tile = task / plan.key_splits;
+    SelectRows(head_tile / plan.row_tiles, plan.row_tiles - 1 - static_cast<int>(head_tile % plan.row_tiles));
     PackQueries();
     const int blocks = (p_.Nk + kKeyBlock - 1) / kKeyBlock;
     const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
@@ -362,7 +363,7 @@ class TiledForward {
       hn::Store(s, df, S + k * kWidth + c * kLanes);
       block_m[c] = hn::Max(s, block_m[c]);
     };
-    ForRowTiles<kTileRows>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
+    ForRowTiles<kTallRows<NR>>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
       PrefetchNext(block, g0, k, MR);
       const auto store = [&](int r, int c, VF s) HWY_ATTR { store_scores(k + r, c, s); };
       if constexpr (kPairs) {
@@ -457,10 +458,10 @@ class TiledForward {
       if (HWY_UNLIKELY(skip_hidden)) {
         MultiplyVisibleTile<MR, NR>(v, pair_lo, P, steps, x_.seen, store);
       } else {
-        MultiplyTile<MR, NR>(v, RowsAdjacent{kTileRows * (kPairs ? 2 : 1)}, P, kWidth, steps, store);
+        MultiplyTile<MR, NR>(v, RowsInPanels{kValuePanel}, P, kWidth, steps, store);
       }
     };
-    ForRowTiles<kTileRows>(0, p_.Dv, [&]<int MR>(int d) HWY_ATTR {
+    ForRowTiles<kTallRows<NR>>(0, p_.Dv, [&]<int MR>(int d) HWY_ATTR {
       if constexpr (kPairs) {
         multiply.template operator()<MR>(PanelColumn(block.v16, pair_lo, d), pairs + pair_lo / 2 * kWidth,
                                          (pair_hi - pair_lo) / 2, d);
@@ -486,13 +487,19 @@ class TiledForward {
     }
   }
 
-  // Every column group fetches its share of the next block's rows.
-  void PrefetchNext(const KeyBlock& block, int g0, int k, int rows) const {
-    const int groups = (tile_width_ + kGroupRows - 1) / kGroupRows;
-    if (!block.next_k || k / kTileRows % groups != g0 / kGroupRows) return;
+  // Each of the `groups` column groups fetches its share of the next block's rows, a few lines between two tiles: more
+  // at once would fill the queue of outstanding misses and hold up the loads of the products.
+  HWY_INLINE void PrefetchNext(const KeyBlock& block, int g0, int k, int rows) const {
+    if (!block.next_k) return;
+    const int groups = (tile_width_ + kGroupRows - 1) / kGroupRows, group = g0 / kGroupRows;
+    const auto share = [&](const char* row, int bytes) HWY_ATTR {
+      const int lines = (bytes + 63) / 64;
+      for (int i = lines * group / groups; i < lines * (group + 1) / groups; ++i)
+        __builtin_prefetch(row + i * 64, 0, 2);
+    };
     for (int r = k; r < k + rows; ++r) {
-      for (int i = 0; i < block.k_bytes; i += 64) __builtin_prefetch(block.next_k + r * block.next_k_stride + i, 0, 2);
-      for (int i = 0; i < block.v_bytes; i += 64) __builtin_prefetch(block.next_v + r * block.next_v_stride + i, 0, 2);
+      share(block.next_k + r * block.next_k_stride, block.k_bytes);
+      share(block.next_v + r * block.next_v_stride, block.v_bytes);
     }
   }
 

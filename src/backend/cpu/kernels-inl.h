@@ -68,6 +68,8 @@ constexpr KernelTable kTable = {
                .lanes = kLanes,
                .tile_vectors = kTileVectors,
                .max_row_tile = kMaxRowTile,
+               .row_tile_floats =
+                   kLanes == 16 ? 128 << 10 : 48 << 10,  // processors with 512-bit vectors have 1 MiB or more
                .backward_row_tile = kBackwardRowTile,
                .max_decode_rows = kLanes < 8 ? 2 : kMaxDecodeRows,
                .native_bf16 = kNativeBf16},

@@ -11,16 +11,23 @@
 
 namespace mfa::cpu {
 
-// Owns `bytes` uninitialised bytes. Throws std::bad_alloc if they cannot be had.
+// Owns `bytes` uninitialised bytes. Throws std::bad_alloc if they cannot be had. Large buffers lie on huge pages where
+// the system has them: they are touched for the first time with few page faults.
 class AlignedBuffer {
  public:
+  static constexpr size_t kHugePage = size_t{2} << 20;
+
   AlignedBuffer() = default;
-  explicit AlignedBuffer(size_t bytes, size_t alignment = 64)
-      : bytes_((bytes + alignment - 1) / alignment * alignment) {
+  explicit AlignedBuffer(size_t bytes, bool huge_pages = false) {
+    const size_t alignment = huge_pages || bytes >= 2 * kHugePage ? kHugePage : 64;
+    bytes_ = (bytes + alignment - 1) / alignment * alignment;
     if (bytes_ < bytes) throw std::bad_alloc();
     if (bytes_ == 0) return;
     data_.reset(std::aligned_alloc(alignment, bytes_));
     if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == kHugePage) madvise(data_.get(), bytes_, MADV_HUGEPAGE);  // advice: it works without
+#endif
   }
   void* data() const { return data_.get(); }
   float* floats() const { return static_cast<float*>(data_.get()); }
@@ -40,13 +47,8 @@ class AlignedBuffer {
 inline void* thread_scratch(size_t bytes) {
   static thread_local AlignedBuffer buffer;
   if (buffer.bytes() < bytes) {
-    constexpr size_t kHugePage = size_t{2} << 20;
-    const size_t pages = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     buffer = AlignedBuffer();  // frees the old one first
-    buffer = AlignedBuffer(pages, kHugePage);
-#if defined(__linux__)
-    madvise(buffer.data(), pages, MADV_HUGEPAGE);  // advice: without it the memory works as well
-#endif
+    buffer = AlignedBuffer(bytes, true);
   }
   return buffer.data();
 }

@@ -46,6 +46,10 @@ constexpr int kTileRows = 8, kTileVectors = 3;  // 32 registers
 constexpr int kChannelRows = 6, kChannelVectors = 4;
 #endif
 
+// Rows of a tile of `vectors` vectors: as many multiply-adds in flight whatever its width.
+template <int vectors>
+constexpr int kTallRows = vectors == kTileVectors ? kTileRows : kTileRows * (kTileVectors / vectors);
+
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896340736f;
 
@@ -210,10 +214,15 @@ HWY_INLINE void UnpackTransposed(const float* in, ptrdiff_t ld, int n, const flo
 // matters for that on x86).
 template <bool kHalf = false>
 HWY_INLINE VF Exp2(VF x) {
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  // -inf has the remainder 0, so the polynomial stays finite.
+  const VF f{_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#else
   const VF magic = hn::Set(df, 12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   x = hn::Max(hn::Set(df, -127.f), x);
   const VF shifted = hn::Add(x, magic);
   const VF f = hn::Sub(x, hn::Sub(shifted, magic));
+#endif
   VF p;
   if constexpr (kHalf) {
     p = hn::Set(df, 0.009582852944731712f);
@@ -228,9 +237,14 @@ HWY_INLINE VF Exp2(VF x) {
     p = hn::MulAdd(p, f, hn::Set(df, 0.6931470036506653f));
   }
   p = hn::MulAdd(p, f, hn::Set(df, 1.f));
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  return VF{_mm512_maskz_scalef_ps(normal, p.raw, hn::Sub(x, f).raw)};
+#else
   // The integer sits in the low bits of `shifted`; 127 + n in the exponent field makes 2^n, and 0 for n = -127.
   const auto power = hn::Add(hn::ShiftLeft<23>(hn::BitCast(di, shifted)), hn::Set(di, 127 << 23));
   return hn::Mul(p, hn::BitCast(df, power));
+#endif
 }
 
 // tanh to 1.2e-7 relative: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.

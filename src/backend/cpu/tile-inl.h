@@ -43,6 +43,18 @@ struct RowsAdjacent {
     return step;
   }
 };
+// Rows adjacent in panels of kTileRows, `panel` elements apart.
+struct RowsInPanels {
+  ptrdiff_t panel;
+  template <class A>
+  HWY_INLINE const A* At(const A* a, int r) const {
+    return a + r / kTileRows * panel + r % kTileRows * kPack<A>;
+  }
+  template <class A>
+  HWY_INLINE ptrdiff_t Step() const {
+    return kTileRows * kPack<A>;
+  }
+};
 
 // Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps.
 template <int MR, int NR, class A, class B, class Layout, class Store>
@@ -86,8 +98,19 @@ template <class T>
 HWY_INLINE void PackPanels(const T* in, ptrdiff_t stride, int lo, int hi, int columns, ptrdiff_t panel_stride,
                            float* out) {
   const hn::CappedTag<float, kTileRows> d;
-  // Panel after panel: the stores stay in few cache lines, and loads overlap where stores would wait for each other.
-  for (int c = 0; c < columns; c += kTileRows, out += panel_stride) {
+  constexpr int kPanels = 64 / static_cast<int>(sizeof(T)) / kTileRows;  // of a cache line of input
+  int c = 0;
+  if (hn::MaxLanes(d) == kTileRows) {
+    for (; c + kPanels * kTileRows <= columns; c += kPanels * kTileRows, out += kPanels * panel_stride) {
+      MFA_UNROLL_4
+      for (int r = lo; r < hi; ++r) {
+        MFA_UNROLL
+        for (int i = 0; i < kPanels; ++i)
+          hn::StoreU(LoadFloat(d, in + r * stride + c + i * kTileRows), d, out + i * panel_stride + r * kTileRows);
+      }
+    }
+  }
+  for (; c < columns; c += kTileRows, out += panel_stride) {
     if (hn::MaxLanes(d) == kTileRows && c + kTileRows <= columns) {
       MFA_UNROLL_4
       for (int r = lo; r < hi; ++r) hn::StoreU(LoadFloat(d, in + r * stride + c), d, out + r * kTileRows);
@@ -126,7 +149,7 @@ HWY_INLINE void PackPairPanels(const bfloat16* in, ptrdiff_t stride, int lo, int
 template <int MR, class F>
 HWY_INLINE void ForRowTiles(int r, int n, const F& f) {
   for (; r + MR <= n; r += MR) f.template operator()<MR>(r);
-  if constexpr (MR > 1) ForRowTiles<(MR > 4 ? 4 : MR > 2 ? 2 : 1)>(r, n, f);
+  if constexpr (MR > 1) ForRowTiles<(MR > 8 ? 8 : MR > 4 ? 4 : MR > 2 ? 2 : 1)>(r, n, f);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ CpuKernelTraits traits(int32_t lanes, int32_t tile_vectors, int32_t max_row_tile
   cpu.lanes = lanes;
   cpu.tile_vectors = tile_vectors;
   cpu.max_row_tile = cpu.backward_row_tile = max_row_tile;
+  cpu.row_tile_floats = 48 << 10;
   cpu.max_decode_rows = max_decode_rows;
   cpu.native_bf16 = bf16;
   return cpu;
@@ -104,6 +105,19 @@ TEST(PlanForward, DecodeIsForFewRowsOfAKeyHead) {
   EXPECT_EQ(plan_forward(shape(1, 8, 1, 2, 4096), cpu, 2, false).kernel, ForwardKernel::tiled);
   EXPECT_EQ(plan_forward(shape(1, 8, 8, 4096, 4096), cpu, 2, false).kernel, ForwardKernel::tiled);
   EXPECT_EQ(plan_forward(shape(1, 8, 8, 1, 4096), cpu, 2, true).kernel, ForwardKernel::tiled);
+}
+
+TEST(PlanForward, QueriesAndOutputsOfATileShareTheCacheWithKeys) {
+  const CpuKernelTraits cpu = traits(8, 3, 384, 8, false);
+  const auto tile = [&](int32_t D) {
+    AttentionProblem p = shape(1, 8, 8, 4096, 4096);
+    p.D = p.Dv = D;
+    return plan_forward(p, cpu, 1, false).row_tile;
+  };
+  EXPECT_EQ(tile(32), 384);
+  EXPECT_EQ(tile(64), 384);
+  EXPECT_EQ(tile(128), 192);
+  EXPECT_EQ(tile(576), 24);  // never less than a full column group
 }
 
 TEST(PlanForward, LongKeysOfFewRowsAreSharedByTheThreads) {
