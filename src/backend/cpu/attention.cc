@@ -99,7 +99,7 @@ void attention_forward(const AttentionProblem& p, const AttentionOutputs& out) {
 void attention_backward(const AttentionProblem& p, const AttentionGradientInputs& in, const AttentionGradients& out) {
   const KernelTable& kernels = require_kernels();
   const double work = 2.5 * forward_work(p);
-  BackwardJob job{&p, &in, &out, plan_backward(p, kernels.traits), nullptr, nullptr, nullptr};
+  BackwardJob job{&p, &in, &out, plan_backward(p, kernels.traits), nullptr, nullptr, nullptr, nullptr};
   const BackwardPlan& plan = job.plan;
   const size_t rows = checked_product({static_cast<size_t>(p.B), static_cast<size_t>(p.Hq), static_cast<size_t>(p.Nq)});
 
@@ -112,12 +112,17 @@ void attention_backward(const AttentionProblem& p, const AttentionGradientInputs
   if (out.dsinks) sink_gradient(p, in, job.delta, out.dsinks);
 
   const size_t tasks = static_cast<size_t>(plan.tasks);
-  AlignedBuffer dq_partials, dslope_rows;
+  AlignedBuffer dq_partials, dslope_rows, ds_rows;
   if (out.dq.data) {
     dq_partials =
         AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.row_tiles), static_cast<size_t>(plan.row_tile),
                                        static_cast<size_t>(p.D), sizeof(float)}));
     job.dq_partials = dq_partials.floats();
+    // float32 keeps its outputs exactly enough; the softcap's derivative hides what the rows of dS sum to.
+    if (p.dtype != DType::f32 && p.softcap == 0.f) {
+      ds_rows = AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.rows), sizeof(float)}));
+      job.ds_rows = ds_rows.floats();
+    }
   }
   if (out.dalibi_slopes) {
     dslope_rows = AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.rows), sizeof(float)}));

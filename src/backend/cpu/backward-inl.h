@@ -77,7 +77,8 @@ class Backward {
     partition_ = static_cast<int>(task / heads);
     const int64_t partition_keys = int64_t{plan.partition_blocks} * kKeyBlock;
     const int64_t first = partition_ * partition_keys, last = Min<int64_t>(p_.Nk, first + partition_keys);
-    if (job_.dslope_rows) __builtin_memset(SlopeRows(), 0, static_cast<size_t>(plan.rows) * sizeof(float));
+    for (float* rows : {job_.dslope_rows, job_.ds_rows})
+      if (rows) __builtin_memset(TaskRows(rows), 0, static_cast<size_t>(plan.rows) * sizeof(float));
     for (int64_t k0 = first; k0 < last; k0 += kBackwardKeys)
       Keys(k0, static_cast<int>(Min<int64_t>(kBackwardKeys, last - k0)), k0 == first);
     if (first >= last)
@@ -100,6 +101,7 @@ class Backward {
         hn::Store(part == 0 ? x : hn::Add(hn::Load(df, sum + i), x), df, sum + i);
       }
     }
+    if (job_.ds_rows) CorrectQueries(sum);
     alignas(64) float scale[kLanes];
     for (float& f : scale) f = p_.scale;
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
@@ -143,8 +145,9 @@ class Backward {
     const size_t size = static_cast<size_t>(p_.D) * static_cast<size_t>(job_.plan.row_tile);
     __builtin_memset(PartialTile(partition_, tile), 0, size * sizeof(float));
   }
-  float* SlopeRows() const {
-    return job_.dslope_rows + (head_ * job_.plan.key_partitions + partition_) * int64_t{job_.plan.rows};
+  // This task's part of an array [B * Hkv, key_partitions, rows].
+  float* TaskRows(float* rows) const {
+    return rows + (head_ * job_.plan.key_partitions + partition_) * int64_t{job_.plan.rows};
   }
 
   void FillTile(int tile) {
@@ -220,6 +223,7 @@ class Backward {
       }
       for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0, k0, seen);
       if (job_.dslope_rows) AccumulateSlopes(k0, seen);
+      if (job_.ds_rows) AccumulateRowSums(seen);
       if (job_.out->dv.data) {
         if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, k0, seen.lo, seen.hi, x_.s, kBackwardRowTile);
         AccumulateKeys(x_.s, x_.d_o, d_o_stride_, p_.Dv, seen, hides, x_.dv);
@@ -340,12 +344,47 @@ class Backward {
 
   void AccumulateSlopes(int64_t k0, const BlockKeys& keys) {
     const RowTile& t = x_.tile;
-    float* rows = SlopeRows() + first_row_;
+    float* rows = TaskRows(job_.dslope_rows) + first_row_;
     for (int r = 0; r < t.count; ++r) {
       float sum = 0.f;
       for (int k = keys.lo; k < keys.hi; ++k)
         sum += x_.dp[k * kBackwardRowTile + r] * static_cast<float>(static_cast<int32_t>(k0) + k - t.pos[r]);
       rows[r] += sum;
+    }
+  }
+
+  void AccumulateRowSums(const BlockKeys& keys) {
+    float* rows = TaskRows(job_.ds_rows) + first_row_;
+    alignas(64) float sums[kLanes];
+    for (int r = 0; r < width_; r += kLanes) {
+      VF sum = hn::Zero(df);
+      for (int k = keys.lo; k < keys.hi; ++k) sum = hn::Add(sum, hn::Load(df, x_.dp + k * kBackwardRowTile + r));
+      hn::Store(sum, df, sums);
+      for (int i = 0; i < Min(kLanes, x_.tile.count - r); ++i) rows[r + i] += sums[i];
+    }
+  }
+
+  // Takes from dQ^T what the rounding of the output has put into it: see key_mean-inl.h.
+  void CorrectQueries(float* sum) {
+    const RowTile& t = x_.tile;
+    for (int r = 0; r < t.count; ++r) {
+      const int64_t index = (int64_t{t.b} * p_.Hq + t.head[r]) * p_.Nq + t.query[r];
+      const float lse = job_.in->lse[index];
+      if (t.begin[r] >= t.end[r] || lse == -kInf) continue;
+      float total = 0.f;
+      for (int part = 0; part < job_.plan.key_partitions; ++part)
+        total += job_.ds_rows[(head_ * job_.plan.key_partitions + part) * int64_t{job_.plan.rows} + first_row_ + r];
+      const float to_natural = job_.in->lse_base2 ? 0.6931471805599453f : 1.f;
+      const float sink = p_.sinks ? ::expf(p_.sinks[t.head[r]] - lse * to_natural) : 0.f;
+      const float expected = (job_.in->dlse ? job_.in->dlse[index] : 0.f) + job_.delta[index] * sink;
+      const float excess = (total - expected) * (1.f - sink);
+      float* mean = x_.q;
+      bool any = false;
+      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR { any = MeanOfVisibleKeys<T>(p_, t, r, mean); });
+      if (!any) continue;
+      const int g0 = r / kGroupRows * kGroupRows, width = Min(kGroupRows, width_ - g0);
+      float* column = sum + static_cast<ptrdiff_t>(g0) * p_.D + (r - g0);
+      for (int d = 0; d < p_.D; ++d) column[d * width] -= excess * mean[d];
     }
   }
 

@@ -11,6 +11,7 @@
 #include "backend/cpu/scores-inl.h"
 #include "backend/cpu/forward_tiled-inl.h"
 #include "backend/cpu/forward_decode-inl.h"
+#include "backend/cpu/key_mean-inl.h"
 #include "backend/cpu/backward-inl.h"
 #include "backend/cpu/bias_gradient-inl.h"
 #include "backend/cpu/peak-inl.h"

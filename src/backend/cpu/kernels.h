@@ -34,6 +34,7 @@ struct BackwardJob {
   const float* delta;  // [B, Hq, Nq]: sum_d dO O - dlse
   float* dq_partials;  // [B * Hkv, key_partitions, row_tiles, D, row_tile], transposed tiles, float32
   float* dslope_rows;  // [B * Hkv, key_partitions, rows]: sum_j dS (j - pos), or null
+  float* ds_rows;      // the same of sum_j dS, or null: dq is not corrected
 };
 
 // The entry points of one instruction set. `scratch` is 64-byte aligned and has the size that *_scratch_bytes says.
