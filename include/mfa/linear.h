@@ -2,10 +2,10 @@
 //
 //   out[..., m, n] = alpha * sum_k x[..., m, k] w[..., k, n] + beta * c[..., m, n]
 //
-// On the CPU they run this library's kernels: sums are float32 and rounded once, to the dtype of the result, and a row of
-// the result has the same bits whatever rows travel with it and however many threads compute it. Weights of any strides
-// are read in place, a transposed view too; x and c may be strided and broadcast. On a GPU stream these are MLX's own
-// operations. Lazy; support vjp, jvp, vmap and compile.
+// On the CPU they run this library's kernels: sums are float32 and rounded once, to the dtype of the result, and a row
+// of the result has the same bits whatever rows travel with it and however many threads compute it. Weights of any
+// strides are read in place, a transposed view too; x and c may be strided and broadcast. On a GPU stream these are
+// MLX's own operations. Lazy; support vjp, jvp, vmap and compile.
 //
 // Each throws std::invalid_argument, before anything is allocated, if shapes or dtypes are not as said here.
 #pragma once
@@ -19,10 +19,9 @@
 
 namespace mfa {
 
-// x [..., M, K] @ w [..., K, N]; leading axes broadcast. A one-dimensional operand is a row (x) or a column (w), and its
-// axis is absent from the result. float32, float16 and bfloat16, promoted as MLX promotes them.
-MFA_API mlx::core::array matmul(const mlx::core::array& x, const mlx::core::array& w,
-                                mlx::core::StreamOrDevice s = {});
+// x [..., M, K] @ w [..., K, N]; leading axes broadcast. A one-dimensional operand is a row (x) or a column (w), and
+// its axis is absent from the result. float32, float16 and bfloat16, promoted as MLX promotes them.
+MFA_API mlx::core::array matmul(const mlx::core::array& x, const mlx::core::array& w, mlx::core::StreamOrDevice s = {});
 
 // The same with the added term: c broadcasts to the shape of the result and is not read if beta is 0.
 MFA_API mlx::core::array addmm(const mlx::core::array& c, const mlx::core::array& x, const mlx::core::array& w,
@@ -37,9 +36,9 @@ MFA_API mlx::core::array quantized_matmul(const mlx::core::array& x, const mlx::
                                           bool transpose = true, int group_size = 64, int bits = 4,
                                           mlx::core::StreamOrDevice s = {});
 
-// Products of matrices that are picked by flat indices into the leading axes of x and w: the result has the shape of the
-// broadcast indices and then [M, N]. Absent indices count through the leading axes. An index outside them is an error
-// when the array is evaluated. Products that share a matrix of w are computed together.
+// Products of matrices that are picked by flat indices into the leading axes of x and w: the result has the shape of
+// the broadcast indices and then [M, N]. Absent indices count through the leading axes. An index outside them is an
+// error when the array is evaluated. Products that share a matrix of w are computed together.
 MFA_API mlx::core::array gather_mm(const mlx::core::array& x, const mlx::core::array& w,
                                    const std::optional<mlx::core::array>& lhs_indices = std::nullopt,
                                    const std::optional<mlx::core::array>& rhs_indices = std::nullopt,
@@ -51,16 +50,16 @@ MFA_API mlx::core::array gather_qmm(const mlx::core::array& x, const mlx::core::
                                     bool transpose = true, int group_size = 64, int bits = 4,
                                     mlx::core::StreamOrDevice s = {});
 
-// Whether the calls above would run this library's kernels, and be faster so than MLX's operation: what the hooks of the
-// Python package ask before they take a call of MLX. Never throws for bad arguments: MLX's own operation reports them.
+// Whether the calls above would run this library's kernels, and be faster so than MLX's operation: what the hooks of
+// the Python package ask before they take a call of MLX. Never throws for bad arguments: MLX's own operation reports
+// them.
 MFA_API bool routes_matmul(const mlx::core::array& x, const mlx::core::array& w,
                            const std::optional<mlx::core::array>& c, mlx::core::StreamOrDevice s = {});
 MFA_API bool routes_quantized_matmul(const mlx::core::array& x, const mlx::core::array& w,
                                      const mlx::core::array& scales, const std::optional<mlx::core::array>& biases,
                                      bool transpose, int group_size, int bits, mlx::core::StreamOrDevice s = {});
 MFA_API bool routes_gather(const mlx::core::array& x, const mlx::core::array& w,
-                           const std::optional<mlx::core::array>& scales,
-                           const std::optional<mlx::core::array>& biases,
+                           const std::optional<mlx::core::array>& scales, const std::optional<mlx::core::array>& biases,
                            const std::optional<mlx::core::array>& lhs_indices,
                            const std::optional<mlx::core::array>& rhs_indices, bool transpose, int group_size, int bits,
                            mlx::core::StreamOrDevice s = {});

@@ -20,9 +20,10 @@ using OptionalArray = std::optional<mx::array>;
 void bind_linear(nb::module_& m) {
   m.def("matmul", &matmul, "x"_a, "w"_a, "stream"_a = nb::none(),
         "``x @ w``; as :func:`mlx_mfa.matmul`.\n\nRaises:\n    ValueError: If shapes or dtypes do not fit.\n");
-  m.def("addmm", &addmm, "c"_a, "x"_a, "w"_a, "alpha"_a = 1.f, "beta"_a = 1.f, "stream"_a = nb::none(),
-        "``alpha * x @ w + beta * c``; as :func:`mlx_mfa.addmm`.\n\nRaises:\n    ValueError: If shapes or dtypes do not "
-        "fit.\n");
+  m.def(
+      "addmm", &addmm, "c"_a, "x"_a, "w"_a, "alpha"_a = 1.f, "beta"_a = 1.f, "stream"_a = nb::none(),
+      "``alpha * x @ w + beta * c``; as :func:`mlx_mfa.addmm`.\n\nRaises:\n    ValueError: If shapes or dtypes do not "
+      "fit.\n");
   m.def("quantized_matmul", &quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a, "transpose"_a = true,
         "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
         "``x`` by quantised weights; as :func:`mlx_mfa.quantized_matmul`.\n\nRaises:\n    ValueError: If shapes or "
@@ -31,10 +32,11 @@ void bind_linear(nb::module_& m) {
         "stream"_a = nb::none(),
         "Products of picked matrices; as :func:`mlx_mfa.gather_mm`.\n\nRaises:\n    ValueError: If shapes or dtypes do "
         "not fit.\n");
-  m.def("gather_qmm", &gather_qmm, "x"_a, "w"_a, "scales"_a, "biases"_a, "lhs_indices"_a = nb::none(),
-        "rhs_indices"_a = nb::none(), "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
-        "Products of picked quantised matrices; as :func:`mlx_mfa.gather_qmm`.\n\nRaises:\n    ValueError: If shapes or "
-        "dtypes do not fit.\n");
+  m.def(
+      "gather_qmm", &gather_qmm, "x"_a, "w"_a, "scales"_a, "biases"_a, "lhs_indices"_a = nb::none(),
+      "rhs_indices"_a = nb::none(), "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
+      "Products of picked quantised matrices; as :func:`mlx_mfa.gather_qmm`.\n\nRaises:\n    ValueError: If shapes or "
+      "dtypes do not fit.\n");
 
   // What the hooks call: ours where it is routed there, else None.
   m.def(

@@ -6,8 +6,8 @@
 namespace mfa {
 namespace {
 
-// Rows of a tiled task: kInnerBlock of each, widened, take 200 KB, which leaves the second cache room for the sums. With
-// as many rows, bringing a panel of weights into the first cache costs 2 % of the products made with it.
+// Rows of a tiled task: kInnerBlock of each, widened, take 200 KB, which leaves the second cache room for the sums.
+// With as many rows, bringing a panel of weights into the first cache costs 2 % of the products made with it.
 constexpr int64_t kMaxRows = 192;
 // Columns of a tiled task, for the same reason: its sums stay in the second cache.
 constexpr int64_t kMaxColumns = 336;
@@ -16,6 +16,12 @@ constexpr int64_t kMinDirectBytes = 32 << 10;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A product of one row is a single pass over the weights; the widths of codes that models use have code for it.
+bool goes_direct(const MatmulProblem& p) {
+  if (!p.w.quantised()) return p.M <= (p.w.transposed ? kDirectRowsTransposed : kDirectRows);
+  return p.w.transposed && p.M <= kDirectRowsTransposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8);
+}
 
 void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {
   // Four vectors of columns are in flight at a time. Several tasks a thread, since neighbours of this process may hold
@@ -26,8 +32,8 @@ void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, M
   const int64_t columns = std::max(wanted, ceil_div(kMinDirectBytes, bytes_a_column));
   plan.row_block = static_cast<int32_t>(p.M);
   plan.row_blocks = 1;
-  plan.column_block = static_cast<int32_t>(std::min<int64_t>(round_up(std::min<int64_t>(columns, 2048), unit),
-                                                             round_up(p.N, unit)));
+  plan.column_block =
+      static_cast<int32_t>(std::min<int64_t>(round_up(std::min<int64_t>(columns, 2048), unit), round_up(p.N, unit)));
   plan.column_blocks = ceil_div(p.N, plan.column_block);
 }
 
@@ -69,7 +75,7 @@ const char* name_of(MatmulKernel kernel) {
 MatmulPlan plan_matmul(const MatmulProblem& p, const MatmulTraits& cpu, int threads) {
   MatmulPlan plan;
   if (p.M == 0 || p.N == 0) return plan;
-  if (p.M <= cpu.direct_rows && (!p.w.quantised() || (p.w.transposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8)))) {
+  if (goes_direct(p)) {
     plan.kernel = MatmulKernel::direct;
     plan_direct(p, cpu, threads, plan);
   } else {

@@ -9,10 +9,14 @@ namespace mfa {
 
 // What an instruction set offers to the planner.
 struct MatmulTraits {
-  int32_t lanes = 0;        // float32 lanes of a vector
-  int32_t panel = 0;        // columns of a packed panel
-  int32_t direct_rows = 0;  // up to this many rows weights go from memory to registers
+  int32_t lanes = 0;  // float32 lanes of a vector
+  int32_t panel = 0;  // columns of a packed panel
 };
+
+// Most rows of a direct product. Transposed weights are shuffled before they are multiplied: for a second row it pays
+// to do that once, into a panel.
+inline constexpr int32_t kDirectRows = 4;
+inline constexpr int32_t kDirectRowsTransposed = 1;
 
 enum class MatmulKernel : uint8_t {
   empty,   // no output

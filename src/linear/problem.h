@@ -4,7 +4,8 @@
 //   out[r][n] = alpha * sum_k x[r][k] w[k][n] + beta * c[r][n],     r < M, n < N, k < K
 //
 // Sums are float32. The order of a sum depends on K alone: blocks of kInnerBlock terms are each summed from zero in the
-// order of k and the blocks are added in order, so an element has the same bits whatever rows, tile or thread compute it.
+// order of k and the blocks are added in order, so an element has the same bits whatever rows, tile or thread compute
+// it.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +26,8 @@ struct RowsRef {
   int64_t at(int64_t r) const { return offsets ? offsets[r] : r * stride; }
 };
 
-// Codes of MLX's affine quantisation: w = scale * code + bias, a scale and a bias for every `group_size` neighbours of a
-// stored row. A row is a little-endian stream of codes of `bits` bits.
+// Codes of MLX's affine quantisation: w = scale * code + bias, a scale and a bias for every `group_size` neighbours of
+// a stored row. A row is a little-endian stream of codes of `bits` bits.
 struct AffineRef {
   int32_t bits = 0;  // 2, 3, 4, 5, 6 or 8
   int32_t group_size = 0;

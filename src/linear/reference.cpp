@@ -42,7 +42,8 @@ std::vector<double> reference_matmul(const MatmulProblem& p) {
     }
     for (int32_t n = 0; n < p.N; ++n) {
       row[n] *= p.alpha;
-      if (p.c.data) row[n] += double{p.beta} * load_as_float(p.c.data, p.dtype, r * p.c.row_stride + n * p.c.column_stride);
+      if (p.c.data)
+        row[n] += double{p.beta} * load_as_float(p.c.data, p.dtype, r * p.c.row_stride + n * p.c.column_stride);
     }
   }
   return out;

@@ -99,8 +99,8 @@ mx::Shape product_shape(const mx::array& x, const mx::array& w) {
 
 mx::array multiply(const char* function, Kind kind, const OptionalArray& c, mx::array x, mx::array w, float alpha,
                    float beta, mx::Stream s) {
-  check(x.ndim() >= 1 && w.ndim() >= 1, function, "x and w must have at least one axis; got shapes ", x.shape(), " and ",
-        w.shape());
+  check(x.ndim() >= 1 && w.ndim() >= 1, function, "x and w must have at least one axis; got shapes ", x.shape(),
+        " and ", w.shape());
   const mx::Dtype dtype = c ? mx::result_type(x, w, *c) : mx::result_type(x, w);
   if (const auto why = dtype_mismatch(dtype, c ? "c, x and w" : "x and w")) check(false, function, *why);
   const bool row = x.ndim() == 1, column = w.ndim() == 1;
@@ -179,8 +179,7 @@ mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::arr
                            bool transpose, int group_size, int bits, mx::StreamOrDevice stream) {
   constexpr const char* kFunction = "quantized_matmul";
   const mx::Stream s = mx::to_stream(stream);
-  if (!has_kernels(s))
-    return mx::quantized_matmul(x, w, scales, biases, transpose, group_size, bits, "affine", s);
+  if (!has_kernels(s)) return mx::quantized_matmul(x, w, scales, biases, transpose, group_size, bits, "affine", s);
   const Quantisation q{bits, group_size, transpose};
   if (const auto why = quantised_mismatch(x, w, scales, biases, q, true)) check(false, kFunction, *why);
   const mx::Dtype dtype = quantised_dtype(x, scales, biases);
@@ -199,8 +198,8 @@ mx::array gather_mm(const mx::array& x, const mx::array& w, const OptionalArray&
   if (!has_kernels(s)) return mx::gather_mm(x, w, lhs_indices, rhs_indices, false, s);
   check(x.ndim() >= 2 && w.ndim() >= 2, kFunction, "x and w must have at least two axes; got shapes ", x.shape(),
         " and ", w.shape());
-  check(x.shape(-1) == w.shape(-2), kFunction, "x [..., M, K] and w [..., K, N] must agree in K; got shapes ", x.shape(),
-        " and ", w.shape());
+  check(x.shape(-1) == w.shape(-2), kFunction, "x [..., M, K] and w [..., K, N] must agree in K; got shapes ",
+        x.shape(), " and ", w.shape());
   const mx::Dtype dtype = mx::result_type(x, w);
   if (const auto why = dtype_mismatch(dtype, "x and w")) check(false, kFunction, *why);
   return gather(kGatherMM, {cast(x, dtype, s), cast(w, dtype, s)}, {}, lhs_indices, rhs_indices, s);

@@ -33,8 +33,8 @@ int columns_of(const mx::array& w, const Quantisation& q) {
 // `offsets_of(i)` gives matrix i of weights its place.
 struct Products {
   MatmulProblem first;
-  std::vector<int64_t> x, c, out;                   // of each matrix of the batch; empty: one product
-  std::vector<const void*> w, scales, biases;       // likewise
+  std::vector<int64_t> x, c, out;              // of each matrix of the batch; empty: one product
+  std::vector<const void*> w, scales, biases;  // likewise
 
   void run() const {
     if (x.empty()) return cpu::matmul({&first, 1});
@@ -186,13 +186,15 @@ std::vector<mx::array> Matmul::vjp(const std::vector<mx::array>& primals, const 
       gradients.push_back(unbroadcast(make(s, {d_out, mx::swapaxes(w, -1, -2, s)}, alpha_), x, s));
     } else if (i == 1 && w.ndim() == 2) {
       // All matrices of the batch share the weights: one product sums over them.
-      const mx::array rows = mx::broadcast_to(x, [&] {
-        mx::Shape shape = batch_shape(d_out);
-        shape.insert(shape.end(), {x.shape(-2), x.shape(-1)});
-        return shape;
-      }(), s);
-      gradients.push_back(
-          make(s, {mx::transpose(as_one_matrix(rows, s), s), as_one_matrix(d_out, s)}, alpha_));
+      const mx::array rows = mx::broadcast_to(
+          x,
+          [&] {
+            mx::Shape shape = batch_shape(d_out);
+            shape.insert(shape.end(), {x.shape(-2), x.shape(-1)});
+            return shape;
+          }(),
+          s);
+      gradients.push_back(make(s, {mx::transpose(as_one_matrix(rows, s), s), as_one_matrix(d_out, s)}, alpha_));
     } else if (i == 1) {
       gradients.push_back(unbroadcast(make(s, {mx::swapaxes(x, -1, -2, s), d_out}, alpha_), w, s));
     } else {

@@ -4,12 +4,13 @@
 #include <utility>
 #include <vector>
 
-#include "mlx/primitives.h"
 #include "mlx/operands.h"
+#include "mlx/primitives.h"
 
 namespace mfa {
 
-// Inputs: x [..., M, K], w [..., K, N] and, if `has_c`, c that broadcasts to the result; one dtype. Output: [..., M, N].
+// Inputs: x [..., M, K], w [..., K, N] and, if `has_c`, c that broadcasts to the result; one dtype. Output: [..., M,
+// N].
 class Matmul : public mx::UnaryPrimitive {
  public:
   Matmul(mx::Stream stream, float alpha, float beta, bool has_c)

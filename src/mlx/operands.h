@@ -26,8 +26,8 @@ mx::Shape batch_shape(const mx::array& x);
 // Offsets in elements of the matrices of `x`, broadcast to `batch`, in row-major order.
 std::vector<int64_t> matrix_offsets(const mx::array& x, const mx::Shape& batch);
 
-// The stride with which all rows of `x`, broadcast to `shape` [..., rows, columns], can be walked as one axis, if there is
-// one; 0 for a row that repeats.
+// The stride with which all rows of `x`, broadcast to `shape` [..., rows, columns], can be walked as one axis, if there
+// is one; 0 for a row that repeats.
 std::optional<int64_t> row_stride(const mx::array& x, const mx::Shape& shape);
 
 // Whether all matrices of `x` are one and the same.

@@ -4,9 +4,9 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kMinGroup = 32;                             // of the group sizes of the format
-constexpr int kMaxGroups = kInnerBlock / kMinGroup;       // groups of one column in an inner block
-constexpr int kMaxColumnVectors = 4;                      // vectors of columns that are asked for at once
+constexpr int kMinGroup = 32;                        // of the group sizes of the format
+constexpr int kMaxGroups = kInnerBlock / kMinGroup;  // groups of one column in an inner block
+constexpr int kMaxColumnVectors = 4;                 // vectors of columns that are asked for at once
 
 // Codes of kBits bits, packed along the sum: a column of w is a stored row.
 template <int kBits, bool kPairs>
@@ -19,6 +19,7 @@ class AffineColumnWeights {
  public:
   static constexpr bool kByRows = false;
   static constexpr bool kDirect = kBits == 4 || kBits == 8;
+  static constexpr int kDirectVectors = 4;  // of columns at a time for one row: chains that hide the latency of sums
   static constexpr int kChunk = kWords * 32 / kBits;
   static_assert(kInnerBlock % kChunk == 0);
 
@@ -27,6 +28,8 @@ class AffineColumnWeights {
     groups_ = (p.K + a.group_size - 1) / a.group_size;
     shift_ = a.group_size == 32 ? 5 : a.group_size == 64 ? 6 : 7;
   }
+
+  const void* Begin(int n) const { return static_cast<const uint32_t*>(p_->w.data) + n * p_->w.stride; }
 
   // Brings the scales and biases of `vectors` vectors of columns and k in [k0, k1), an inner block, into lanes.
   HWY_NOINLINE void Prepare(int n0, int vectors, int k0, int k1) {
@@ -42,11 +45,12 @@ class AffineColumnWeights {
   }
 
   template <int G, class F>
-  HWY_INLINE void Load(int n0, int g0, int k0, int k1, const F& f) const {
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
     HWY_ALIGN uint32_t words[G][kLoads * kLanes * kLanes];
     for (int k = k0; k < k1; k += kChunk) {
       const int count = Min(kChunk, k1 - k);
       const ptrdiff_t at = static_cast<ptrdiff_t>(k) * kBits / 32;
+      ahead.Lines<kWords * G * kLanes * 4 / kCacheLine>();
       MFA_UNROLL
       for (int g = 0; g < G; ++g) TransposeWords(n0 + (g0 + g) * kLanes, at, words[g]);
       if constexpr (kWhole) {
@@ -79,7 +83,6 @@ class AffineColumnWeights {
         MFA_UNROLL
         for (int lane = 0; lane < kLanes; ++lane) {
           v[lane] = hn::BitCast(df, hn::LoadU(du, base + lane * p_->w.stride));
-          __builtin_prefetch(base + lane * p_->w.stride + kMaxColumnVectors * kLanes * p_->w.stride, 0, 2);
         }
       } else {
         HWY_ALIGN uint32_t rows[kLanes][kLanes] = {};
@@ -99,21 +102,22 @@ class AffineColumnWeights {
     const VF scale = hn::Load(df, scales_[g] + group * kLanes), bias = hn::Load(df, biases_[g] + group * kLanes);
     const VU mask = hn::Set(du, (1u << kBits) - 1);
     VF even = bias;
-    UnrollCodes(std::make_integer_sequence<int, kCodes>(), [&]<int i>(std::integral_constant<int, i>) MFA_INLINE_LAMBDA {
-      constexpr int kWord = i * kBits / 32, kOffset = i * kBits % 32;
-      VU bits = hn::ShiftRight<kOffset>(hn::Load(du, words + kWord * kLanes));
-      if constexpr (kOffset + kBits > 32)
-        bits = hn::Or(bits, hn::ShiftLeft<32 - kOffset>(hn::Load(du, words + (kWord + 1) * kLanes)));
-      if constexpr (kOffset + kBits != 32) bits = hn::And(bits, mask);
-      const VF w = hn::MulAdd(hn::ConvertTo(df, hn::BitCast(di, bits)), scale, bias);
-      if constexpr (!kPairs) {
-        f(g, k + i, w);
-      } else if constexpr (i % 2 == 0) {
-        even = w;
-      } else {
-        f(g, k + i - 1, PackPairs(even, w));
-      }
-    });
+    UnrollCodes(std::make_integer_sequence<int, kCodes>(),
+                [&]<int i>(std::integral_constant<int, i>) MFA_INLINE_LAMBDA {
+                  constexpr int kWord = i * kBits / 32, kOffset = i * kBits % 32;
+                  VU bits = hn::ShiftRight<kOffset>(hn::Load(du, words + kWord * kLanes));
+                  if constexpr (kOffset + kBits > 32)
+                    bits = hn::Or(bits, hn::ShiftLeft<32 - kOffset>(hn::Load(du, words + (kWord + 1) * kLanes)));
+                  if constexpr (kOffset + kBits != 32) bits = hn::And(bits, mask);
+                  const VF w = hn::MulAdd(hn::ConvertTo(df, hn::BitCast(di, bits)), scale, bias);
+                  if constexpr (!kPairs) {
+                    f(g, k + i, w);
+                  } else if constexpr (i % 2 == 0) {
+                    even = w;
+                  } else {
+                    f(g, k + i - 1, PackPairs(even, w));
+                  }
+                });
   }
   template <int... i, class F>
   static HWY_INLINE void UnrollCodes(std::integer_sequence<int, i...>, const F& f) {
@@ -161,7 +165,7 @@ class AffineRowWeights {
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
-  HWY_INLINE void Load(int n0, int g0, int k0, int k1, const F& f) const {
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch&, const F& f) const {
     for (int k = k0; k < k1; k += Terms<kPairs>::kStep) {
       MFA_UNROLL
       for (int g = 0; g < G; ++g) {

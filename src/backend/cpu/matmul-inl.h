@@ -1,16 +1,16 @@
 // matmul-inl.h: tasks of a matrix product. Lanes are columns of the result, and every element is summed as
-// linear/problem.h says: a chain of multiply-adds over an inner block, blocks added in order. So both kernels, and every
-// tile of them, give an element the same bits.
+// linear/problem.h says: a chain of multiply-adds over an inner block, blocks added in order. So both kernels, and
+// every tile of them, give an element the same bits.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
 constexpr int kPanelColumns = kTileVectors * kLanes;
-constexpr int kDirectRows = 4;
 // Packed rows of x for as many inner blocks as fit; the rest of the second cache holds sums and passing weights.
 constexpr size_t kPackedBytes = size_t{224} << 10;
 
-// Rows of x, widened, as the tiles broadcast them. The stride keeps rows a power of two apart out of the same cache set.
+// Rows of x, widened, as the tiles broadcast them. The stride keeps rows a power of two apart out of the same cache
+// set.
 template <bool kPairs>
 constexpr ptrdiff_t PackedStride(int k) {
   return RoundUp(k, 32) + (kPairs ? 32 : 16);
@@ -98,10 +98,12 @@ class Product {
     if constexpr (Weights::kDirect) {
       if (plan_.kernel == MatmulKernel::direct) {
         char* to = static_cast<char*>(scratch);
-        if (rows == 1) return Direct<1>(r0, n0, n1, to);
-        if (rows == 2) return Direct<2>(r0, n0, n1, to);
-        if (rows == 3) return Direct<3>(r0, n0, n1, to);
-        return Direct<kDirectRows>(r0, n0, n1, to);
+        if constexpr (Weights::kByRows) {
+          if (rows == 2) return Direct<2>(r0, n0, n1, to);
+          if (rows == 3) return Direct<3>(r0, n0, n1, to);
+          if (rows == 4) return Direct<4>(r0, n0, n1, to);
+        }
+        return Direct<1>(r0, n0, n1, to);
       }
     }
     Tiled(r0, rows, n0, n1, static_cast<char*>(scratch));
@@ -119,33 +121,32 @@ class Product {
     if constexpr (Weights::kByRows) {
       DirectByRows<R>(r0, n0, n1, x, x_stride, reinterpret_cast<float*>(x + kDirectRows * x_stride));
     } else {
-      DirectByColumns<R>(r0, n0, n1, x, x_stride);
+      DirectByColumns(r0, n0, n1, x);
     }
   }
 
   // A few vectors of columns at a time, their sums in registers.
-  template <int R>
-  HWY_INLINE void DirectByColumns(int64_t r0, int n0, int n1, const X* x, ptrdiff_t x_stride) {
-    constexpr int G = R == 1 ? 4 : 2;  // chains that hide the latency of the sums
+  HWY_INLINE void DirectByColumns(int64_t r0, int n0, int n1, const X* x) {
+    constexpr int G = Weights::kDirectVectors;
     for (int n = n0; n < n1; n += G * kLanes) {
-      HWY_ALIGN float totals[R][G * kLanes] = {};
+      HWY_ALIGN float totals[G * kLanes] = {};
+      Prefetch ahead(weights_.Begin(n + G * kLanes));
       for (int k0 = 0; k0 < p_.K; k0 += kInnerBlock) {
         const int k1 = Min(k0 + kInnerBlock, p_.K);
         weights_.Prepare(n, G, k0, k1);
-        VF sums[R][G];
+        VF sums[G];
         MFA_UNROLL
-        for (int i = 0; i < R * G; ++i) sums[i / G][i % G] = hn::Zero(df);
-        weights_.template Load<G>(n, 0, k0, k1, [&](int g, int k, typename Step::Vector w) MFA_INLINE_LAMBDA {
-          MFA_UNROLL
-          for (int r = 0; r < R; ++r) sums[r][g] = Accumulate(BroadcastStep(x + r * x_stride + k), w, sums[r][g]);
+        for (int g = 0; g < G; ++g) sums[g] = hn::Zero(df);
+        weights_.template Load<G>(n, 0, k0, k1, ahead, [&](int g, int k, typename Step::Vector w) MFA_INLINE_LAMBDA {
+          sums[g] = Accumulate(BroadcastStep(x + k), w, sums[g]);
         });
         MFA_UNROLL
-        for (int i = 0; i < R * G; ++i) {
-          float* total = totals[i / G] + i % G * kLanes;
-          hn::Store(hn::Add(hn::Load(df, total), sums[i / G][i % G]), df, total);
+        for (int g = 0; g < G; ++g) {
+          float* total = totals + g * kLanes;
+          hn::Store(hn::Add(hn::Load(df, total), sums[g]), df, total);
         }
       }
-      for (int r = 0; r < R; ++r) WriteRow(p_, totals[r], r0 + r, n, Min(G * kLanes, n1 - n));
+      WriteRow(p_, totals, r0, n, Min(G * kLanes, n1 - n));
     }
   }
 
@@ -154,6 +155,7 @@ class Product {
   HWY_INLINE void DirectByRows(int64_t r0, int n0, int n1, const X* x, ptrdiff_t x_stride, float* sums) {
     const int columns = RoundUp(n1 - n0, kLanes);
     float* totals = sums + R * columns;
+    Prefetch none;
     for (int i = 0; i < R * columns; i += kLanes) hn::StoreU(hn::Zero(df), df, totals + i);
     for (int k0 = 0; k0 < p_.K; k0 += kInnerBlock) {
       const int k1 = Min(k0 + kInnerBlock, p_.K);
@@ -164,10 +166,12 @@ class Product {
           VF acc[R];
           MFA_UNROLL
           for (int r = 0; r < R; ++r) acc[r] = hn::LoadU(df, sums + r * columns + c);
-          weights_.template Load<1>(n0 + c, 0, k, last, [&](int, int kk, typename Step::Vector w) MFA_INLINE_LAMBDA {
-            MFA_UNROLL
-            for (int r = 0; r < R; ++r) acc[r] = Accumulate(BroadcastStep(x + r * x_stride + kk), w, acc[r]);
-          });
+          weights_.template Load<1>(n0 + c, 0, k, last, none,
+                                    [&](int, int kk, typename Step::Vector w) MFA_INLINE_LAMBDA {
+                                      MFA_UNROLL
+                                      for (int r = 0; r < R; ++r)
+                                        acc[r] = Accumulate(BroadcastStep(x + r * x_stride + kk), w, acc[r]);
+                                    });
           MFA_UNROLL
           for (int r = 0; r < R; ++r) hn::StoreU(acc[r], df, sums + r * columns + c);
         }
@@ -189,14 +193,14 @@ class Product {
         static_cast<size_t>(blocks_packed() * plan_.row_block * PackedStride<kPairs>(kInnerBlock)) * sizeof(X);
     return (bytes + 63) / 64 * 64;
   }
-  static constexpr size_t panel_bytes() {
-    return size_t{kInnerBlock / Step::kStep} * kPanelColumns * sizeof(Stored);
-  }
+  static constexpr size_t panel_bytes() { return size_t{kInnerBlock / Step::kStep} * kPanelColumns * sizeof(Stored); }
   ptrdiff_t sums_stride() const { return plan_.column_block + 16; }
 
   void Tiled(int64_t r0, int rows, int n0, int n1, char* scratch) {
     constexpr ptrdiff_t kStride = PackedStride<kPairs>(kInnerBlock);
     const int blocks = blocks_packed();
+    // With all terms packed at once, panels are read in the order of memory.
+    const bool next_panel_follows = blocks * kInnerBlock >= p_.K;
     X* x = reinterpret_cast<X*>(scratch);
     Stored* panel = reinterpret_cast<Stored*>(scratch + packed_x_bytes());
     float* sums = reinterpret_cast<float*>(scratch + packed_x_bytes() + panel_bytes());
@@ -209,10 +213,11 @@ class Product {
       }
       for (int n = n0; n < n1; n += kPanelColumns) {
         const int vectors = Min(kTileVectors, (n1 - n + kLanes - 1) / kLanes);
+        Prefetch ahead = NextPanel(next_panel_follows, n + kPanelColumns);
         for (int k0 = outer; k0 < end; k0 += kInnerBlock) {
           const int k1 = Min(k0 + kInnerBlock, end);
           const X* block = x + (k0 - outer) / kInnerBlock * rows * kStride;
-          PackPanel(n, k0, k1, panel);
+          PackPanel(n, k0, k1, ahead, panel);
           const auto multiply = [&]<int NR>(std::integral_constant<int, NR>) {
             MultiplyPanel<kPairs, NR>(block, kStride, rows, panel, (k1 - k0 + Step::kStep - 1) / Step::kStep, k0 == 0,
                                       sums + (n - n0), sums_stride());
@@ -230,11 +235,18 @@ class Product {
     for (int r = 0; r < rows; ++r) WriteRow(p_, sums + r * sums_stride(), r0 + r, n0, n1 - n0);
   }
 
+  HWY_INLINE Prefetch NextPanel(bool follows, int n) const {
+    if constexpr (!Weights::kByRows) {
+      if (follows) return Prefetch(weights_.Begin(n));
+    }
+    return Prefetch();
+  }
+
   // panel[step][column] = the terms of [k0, k1).
-  HWY_NOINLINE void PackPanel(int n, int k0, int k1, Stored* panel) {
+  HWY_NOINLINE void PackPanel(int n, int k0, int k1, Prefetch& ahead, Stored* panel) {
     weights_.Prepare(n, kTileVectors, k0, k1);
     for (int vector = 0; vector < kTileVectors; ++vector)
-      weights_.template Load<1>(n, vector, k0, k1, [&](int g, int k, typename Step::Vector w) MFA_INLINE_LAMBDA {
+      weights_.template Load<1>(n, vector, k0, k1, ahead, [&](int g, int k, typename Step::Vector w) MFA_INLINE_LAMBDA {
         StoreStep(w, panel + (k - k0) / Step::kStep * kPanelColumns + g * kLanes);
       });
   }

@@ -1,5 +1,5 @@
-// matmul_kernels-inl.h: the body of every matmul_<isa>.cc, as kernels-inl.h is of kernels_<isa>.cc: units of their own, so
-// that both halves compile at the same time. The including file defines MFA_ISA, MFA_ISA_MATMUL and MFA_ISA_TARGET.
+// matmul_kernels-inl.h: the body of every matmul_<isa>.cc, as kernels-inl.h is of kernels_<isa>.cc: units of their own,
+// so that both halves compile at the same time. The including file defines MFA_ISA, MFA_ISA_MATMUL and MFA_ISA_TARGET.
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/scratch.h"
 
@@ -20,7 +20,7 @@ namespace MFA_ISA {
 namespace {
 
 constexpr MatmulTable kMatmulTable = {
-    .traits = {.lanes = kLanes, .panel = kPanelColumns, .direct_rows = kDirectRows},
+    .traits = {.lanes = kLanes, .panel = kPanelColumns},
     .scratch_bytes = MatmulScratchBytes,
     .task = MatmulTask,
 };

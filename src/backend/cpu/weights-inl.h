@@ -1,8 +1,9 @@
 // weights-inl.h: dense weights as the matrix products read them: for a few vectors of columns, the terms w[k][n] in the
 // order of k, widened to float32 or, where the processor multiplies them, as pairs of bfloat16.
 //
-//   Load<G>(n0, g0, k0, k1, f): f(g, k, w) with lane i of w = w[k][n0 + g * kLanes + i], g0 <= g < g0 + G, for each k in
-//   [k0, k1) in order. With pairs k is even and lane i holds (w[k], w[k + 1]); past an odd K the second is zero.
+//   Load<G>(n0, g0, k0, k1, ahead, f): f(g, k, w) with lane i of w = w[k][n0 + g * kLanes + i], g0 <= g < g0 + G, for
+//   each k in [k0, k1) in order. With pairs k is even and lane i holds (w[k], w[k + 1]); past an odd K the second is
+//   zero.
 //
 // Lanes at and past column N repeat what is there or hold zero; nothing outside the matrix is read.
 
@@ -32,6 +33,27 @@ struct Terms<true> {
 HWY_INLINE void StoreStep(VF w, float* p) { hn::Store(w, df, p); }
 HWY_INLINE void StoreStep(VU w, uint32_t* p) { hn::Store(w, du, p); }
 
+constexpr ptrdiff_t kCacheLine = 64;
+
+// Weights that will be read soon, asked for in the order of memory, as many lines at a time as are read: memory is
+// fastest so, and the processor's own prefetchers do not follow many rows at once. They go to the second cache, as the
+// first is full of what is needed now.
+class Prefetch {
+ public:
+  // Nothing, or from `p` on.
+  explicit Prefetch(const void* p = nullptr) : p_(static_cast<const char*>(p)) {}
+  template <int kLines>
+  HWY_INLINE void Lines() {
+    if (!p_) return;
+    MFA_UNROLL
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(p_ + i * kCacheLine, 0, 2);
+    p_ += kLines * kCacheLine;
+  }
+
+ private:
+  const char* p_;
+};
+
 // Transposed weights: a column of w is a dense stored row. kLanes rows are transposed in registers.
 template <class T, bool kPairs>
 class ColumnWeights {
@@ -39,40 +61,39 @@ class ColumnWeights {
   static constexpr bool kByRows = false;
   static constexpr bool kDirect = true;
   static constexpr bool kHalves = std::is_same_v<T, bfloat16>;  // two terms in 32 bits
+  static constexpr int kDirectVectors = 2;  // of columns at a time for one row: chains that hide the latency of sums
   static constexpr int kChunk = kHalves ? 2 * kLanes : kLanes;
 
   explicit ColumnWeights(const MatmulProblem& p)
-      : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N) {
-    // The columns after these, or, where those are too far ahead for the caches, further along these.
-    const ptrdiff_t next = 4 * kLanes * stride_;
-    ahead_ = next * static_cast<ptrdiff_t>(sizeof(T)) <= (192 << 10) ? next : static_cast<ptrdiff_t>(1024 / sizeof(T));
-  }
+      : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N) {}
+
+  // Where the first of the columns from n on begins.
+  const void* Begin(int n) const { return data_ + n * stride_; }
 
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
-  HWY_INLINE void Load(int n0, int g0, int k0, int k1, const F& f) const {
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
     n0 += g0 * kLanes;
     if (n0 + G * kLanes <= N_) {
       const T* base = data_ + n0 * stride_;
-      return Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return base + (g * kLanes + lane) * stride_; }, g0, k0, k1,
-                     f);
+      return Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return base + (g * kLanes + lane) * stride_; }, g0, k0,
+                     k1, ahead, f);
     }
     Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return data_ + Min(n0 + g * kLanes + lane, N_ - 1) * stride_; },
-            g0, k0, k1, f);
+            g0, k0, k1, ahead, f);
   }
 
  private:
   template <int G, class Row, class F>
-  HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, const F& f) const {
+  HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
     // A whole cache line of each row at a time: rows a power of two apart compete for a few sets and do not stay.
-    constexpr int kLine = Max(kChunk, static_cast<int>(64 / sizeof(T)));
+    constexpr int kLine = Max(kChunk, static_cast<int>(kCacheLine / sizeof(T)));
     int k = k0;
     for (; k + kLine <= k1; k += kLine) {
       MFA_UNROLL
       for (int g = 0; g < G; ++g) {
-        MFA_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(row(g, lane) + k + ahead_, 0, 2);
+        ahead.Lines<kLanes * kLine * sizeof(T) / kCacheLine>();
         MFA_NO_UNROLL
         for (int i = 0; i < kLine; i += kChunk) {
           VF v[kLanes];
@@ -123,7 +144,6 @@ class ColumnWeights {
   const T* data_;
   ptrdiff_t stride_;
   int N_;
-  ptrdiff_t ahead_;
 };
 
 // Weights stored as they are: a row of w is dense.
@@ -140,7 +160,7 @@ class RowWeights {
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
-  HWY_INLINE void Load(int n0, int g0, int k0, int k1, const F& f) const {
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch&, const F& f) const {
     n0 += g0 * kLanes;
     constexpr int kStep = Terms<kPairs>::kStep;
     if (n0 + G * kLanes <= N_) {

@@ -8,8 +8,8 @@
 namespace mfa {
 namespace {
 
-constexpr MatmulTraits kWide{.lanes = 16, .panel = 48, .direct_rows = 4};
-constexpr MatmulTraits kNarrow{.lanes = 8, .panel = 24, .direct_rows = 4};
+constexpr MatmulTraits kWide{.lanes = 16, .panel = 48};
+constexpr MatmulTraits kNarrow{.lanes = 8, .panel = 24};
 
 MatmulProblem problem(int64_t M, int32_t N, int32_t K, DType dtype = DType::bf16) {
   MatmulProblem p;
@@ -22,8 +22,13 @@ MatmulProblem problem(int64_t M, int32_t N, int32_t K, DType dtype = DType::bf16
 }
 
 TEST(MatmulPlan, FewRowsGoDirect) {
-  for (const int64_t rows : {1, 2, 4}) EXPECT_EQ(plan_matmul(problem(rows, 576, 576), kNarrow, 2).kernel, MatmulKernel::direct);
-  for (const int64_t rows : {5, 64, 4096}) EXPECT_EQ(plan_matmul(problem(rows, 576, 576), kNarrow, 2).kernel, MatmulKernel::tiled);
+  MatmulProblem p = problem(1, 576, 576);
+  EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::direct);
+  p.M = 2;
+  EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::tiled);
+  p.w.transposed = false;
+  for (p.M = 1; p.M <= 4; ++p.M) EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::direct);
+  EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::tiled);
 }
 
 TEST(MatmulPlan, QuantisedRowsGoDirectWhereTheKernelHasTheirWidth) {
@@ -67,7 +72,7 @@ TEST(MatmulPlan, TasksCoverTheResultOnce) {
             if (plan.kernel == MatmulKernel::tiled) {
               EXPECT_EQ(plan.column_block % cpu.panel, 0);
             } else {
-              EXPECT_LE(plan.row_block, cpu.direct_rows);
+              EXPECT_LE(plan.row_block, kDirectRows);
             }
           }
 }

@@ -30,9 +30,7 @@ double rounded(double x, DType dtype) {
   return load_as_float(bytes, dtype, 0);
 }
 
-double rounding_of(DType dtype) {
-  return dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
-}
+double rounding_of(DType dtype) { return dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8; }
 
 // Terms added one by one in float32, weights and results rounded to the dtype: what a plain program computes.
 std::vector<double> unfused(const MatmulProblem& p) {
@@ -48,8 +46,7 @@ std::vector<double> unfused(const MatmulProblem& p) {
       for (int32_t k = 0; k < p.K; ++k)
         sum += load_as_float(p.x.data, p.dtype, p.x.at(r) + k) * w[static_cast<size_t>(n) * p.K + k];
       sum *= p.alpha;
-      if (p.c.data)
-        sum += p.beta * load_as_float(p.c.data, p.dtype, r * p.c.row_stride + n * p.c.column_stride);
+      if (p.c.data) sum += p.beta * load_as_float(p.c.data, p.dtype, r * p.c.row_stride + n * p.c.column_stride);
       out.push_back(rounded(sum, p.dtype));
     }
   return out;
@@ -58,8 +55,8 @@ std::vector<double> unfused(const MatmulProblem& p) {
 }  // namespace
 
 std::string describe(const MatmulSpec& s) {
-  return concat(name_of(s.dtype), " M ", s.M, " N ", s.N, " K ", s.K, s.transposed ? " transposed" : "", " bits ", s.bits,
-                " group ", s.group_size, " gaps ", s.x_gap, " ", s.w_gap, s.scattered ? " scattered" : "",
+  return concat(name_of(s.dtype), " M ", s.M, " N ", s.N, " K ", s.K, s.transposed ? " transposed" : "", " bits ",
+                s.bits, " group ", s.group_size, " gaps ", s.x_gap, " ", s.w_gap, s.scattered ? " scattered" : "",
                 s.has_c ? " c" : "", s.c_broadcast_rows ? " one row" : "", s.c_strided ? " strided" : "", " alpha ",
                 s.alpha, " beta ", s.beta);
 }
@@ -128,8 +125,7 @@ MatmulCase::MatmulCase(const MatmulSpec& spec, uint64_t seed) : spec_(spec) {
     p.w.stride = columns + spec.w_gap;
     w_ = poisoned(p.dtype, rows * p.w.stride);
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < columns; ++i)
-        store_from_float(w_.data(), p.dtype, r * p.w.stride + i, random.normal());
+      for (int64_t i = 0; i < columns; ++i) store_from_float(w_.data(), p.dtype, r * p.w.stride + i, random.normal());
   } else {
     const int64_t words = columns * spec.bits / 32, groups = columns / spec.group_size;
     p.w.stride = words + spec.w_gap;

@@ -48,7 +48,8 @@ TEST_P(CpuMatmulSweep, RandomProductsKeepTheErrorRule) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, CpuMatmulSweep,
-                         ::testing::Values(MatmulSweep{"Small", 31, 3000, 1 << 16}, MatmulSweep{"Medium", 32, 400, 1 << 22},
+                         ::testing::Values(MatmulSweep{"Small", 31, 3000, 1 << 16},
+                                           MatmulSweep{"Medium", 32, 400, 1 << 22},
                                            MatmulSweep{"Large", 33, 30, 1 << 26}),
                          [](const auto& info) { return info.param.name; });
 
