@@ -10,10 +10,11 @@ Importing ``mlx_mfa`` installs the hooks where the CPU is MLX's default device, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -203,6 +204,18 @@ def disable() -> bool:
             setattr(owner, name, original)
         _state.originals.clear()
         return True
+
+
+@contextlib.contextmanager
+def hooked(wanted: bool) -> Iterator[None]:
+    """Have the hooks in force, or not, for the duration of a ``with`` block."""
+    with _state.lock:
+        was = bool(_state.originals)
+    (enable if wanted else disable)()
+    try:
+        yield
+    finally:
+        (enable if was else disable)()
 
 
 def hooks_status() -> dict[str, Any]:
