@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <optional>
@@ -19,27 +18,12 @@
 #include "backend/cpu/attention.h"
 #include "common/check.h"
 #include "common/thread_pool.h"
+#include "options.h"
 #include "report.h"
 #include "timing.h"
 
 namespace mfa::bench {
 namespace {
-
-struct Options {
-  std::string filter, isa, json = "build/bench/attention_cpu.json";
-  int reps = 0, threads = 0;  // 0: the default
-  bool quick = false, list = false;
-};
-
-constexpr const char* kUsage = R"(attention_cpu: speed of the CPU attention kernels against this machine's ceilings
-  --filter REGEX  only rows whose "group: work" matches
-  --reps N        timed calls of a row (default 9, quick 3)
-  --threads N     threads of the "all threads" columns (default: all that may be used)
-  --isa NAME      instruction set (default: the best one)
-  --quick         fewer and smaller rows: a look, not a measurement
-  --json PATH     where to write the result (default build/bench/attention_cpu.json; "" = nowhere)
-  --list          print the rows and stop
-)";
 
 enum class Quantity {
   arithmetic,  // useful FLOP/s over the arithmetic peak
@@ -356,46 +340,6 @@ std::vector<std::string> cells(const Row& row, const Result& r) {
           number(100 * std::max(r.one.spread, r.all.spread), 1)};
 }
 
-Options parse(int argc, char** argv) {
-  Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    const auto value = [&]() -> std::string {
-      check(i + 1 < argc, "attention_cpu", "a value after ", name, "; got none");
-      return argv[++i];
-    };
-    const auto count = [&] {
-      const std::string text = value();
-      char* end = nullptr;
-      const long n = std::strtol(text.c_str(), &end, 10);
-      check(!text.empty() && *end == '\0' && n >= 1 && n <= 4096, "attention_cpu", name, " expects a number from 1 to ",
-            4096, "; got \"", text, "\"");
-      return static_cast<int>(n);
-    };
-    if (name == "--filter") {
-      options.filter = value();
-    } else if (name == "--reps") {
-      options.reps = count();
-    } else if (name == "--threads") {
-      options.threads = count();
-    } else if (name == "--isa") {
-      options.isa = value();
-    } else if (name == "--json") {
-      options.json = value();
-    } else if (name == "--quick") {
-      options.quick = true;
-    } else if (name == "--list") {
-      options.list = true;
-    } else if (name == "--help" || name == "-h") {
-      std::cout << kUsage;
-      std::exit(0);
-    } else {
-      check(false, "attention_cpu", "one of the options below; got \"", name, "\"\n", kUsage);
-    }
-  }
-  return options;
-}
-
 std::vector<Row> selected_rows(const Options& options) {
   const std::vector<std::string> isas = cpu::runnable_isas();
   const bool has_avx2 = std::find(isas.begin(), isas.end(), "avx2") != isas.end();
@@ -468,7 +412,8 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   try {
-    return mfa::bench::run(mfa::bench::parse(argc, argv));
+    return mfa::bench::run(mfa::bench::parse_options(
+        "attention_cpu", "speed of the CPU attention kernels against this machine's ceilings", argc, argv));
   } catch (const std::exception& error) {
     std::cerr << error.what() << "\n";
     return 2;

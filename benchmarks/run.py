@@ -1,9 +1,9 @@
-"""What ``make bench`` runs: both benchmarks, then their tables in Markdown, as README quotes them.
+"""What ``make bench`` runs: the benchmarks, then their tables in Markdown, as README quotes them.
 
-Usage: python benchmarks/run.py [--quick] [--only cpu|mlx] [--out build/bench] [--binary PATH] [--peers LIST]
+Usage: python benchmarks/run.py [--quick] [--only cpu|linear|mlx] [--out build/bench] [--build PATH] [--peers LIST]
 
-Keeps ``attention_cpu.json``, ``attention_mlx.json`` and ``tables.md`` in the output folder. docs/benchmarks.md says how
-to read them.
+Keeps ``attention_cpu.json``, ``linear_cpu.json``, ``attention_mlx.json`` and ``tables.md`` in the output folder.
+docs/benchmarks.md says how to read them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def find_binary() -> Path | None:
-    """The newest ``attention_cpu`` among the build trees."""
-    built = [path for path in ROOT.glob("build/*/benchmarks/attention_cpu") if path.is_file()]
+def find_binary(name: str, folder: Path | None) -> Path | None:
+    """The benchmark ``name`` in ``folder``, or the newest among the build trees."""
+    if folder is not None:
+        return folder / name if (folder / name).is_file() else None
+    built = [path for path in ROOT.glob(f"build/*/benchmarks/{name}") if path.is_file()]
     return max(built, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -51,9 +53,9 @@ def goal(value: float | None, unit: str) -> str:
     return f"{value:g}x" if unit == "x" else f"{value:g} %"
 
 
-def ceilings_table(result: dict[str, Any]) -> str:
-    """The rows of attention_cpu.json."""
-    rows = [["work (B 1, H 8)", "one thread", "all threads", "must reach", "aim", "of", "reached"]]
+def ceilings_table(result: dict[str, Any], work: str) -> str:
+    """The rows of attention_cpu.json or linear_cpu.json."""
+    rows = [[work, "one thread", "all threads", "must reach", "aim", "of", "reached"]]
     for row in result["rows"]:
         unit = row["unit"]
         values = [figure(row[column]["value"], unit) for column in ("one_thread", "all_threads")]
@@ -62,8 +64,8 @@ def ceilings_table(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
-def cpu_section(result: dict[str, Any]) -> str:
-    """Heading, machine and table of attention_cpu.json."""
+def cpu_section(result: dict[str, Any], title: str, work: str) -> str:
+    """Heading, machine and table of attention_cpu.json or linear_cpu.json."""
     machine = result["machine"]
     peaks = [row["peak_one_core_gflops"] for row in result["rows"] if row["ceiling"] == "float32 peak"]
     reads = [row["memory_read_gbps"] for row in result["rows"] if row["memory_read_gbps"]]
@@ -73,7 +75,7 @@ def cpu_section(result: dict[str, Any]) -> str:
         facts.append(f"float32 peak {sorted(peaks)[len(peaks) // 2]:.0f} GFLOP/s a core")
     if reads:
         facts.append(f"memory read {max(reads):.1f} GB/s")
-    return f"### Against this machine's ceilings\n\n{', '.join(facts)}.{noise(machine)}\n\n{ceilings_table(result)}\n"
+    return f"### {title}\n\n{', '.join(facts)}.{noise(machine)}\n\n{ceilings_table(result, work)}\n"
 
 
 def noise(machine: dict[str, Any]) -> str:
@@ -110,9 +112,9 @@ def main() -> int:
     """Runs the chosen benchmarks and prints their tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rows: a look, not a measurement")
-    parser.add_argument("--only", choices=("cpu", "mlx"), help="one of the two benchmarks")
+    parser.add_argument("--only", choices=("cpu", "linear", "mlx"), help="one of the benchmarks")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder of the results")
-    parser.add_argument("--binary", type=Path, help="the attention_cpu to run (default: the newest in build/)")
+    parser.add_argument("--build", type=Path, help="folder of the programs to run (default: the newest in build/)")
     parser.add_argument("--peers", default="torch,onnxruntime", help="optional libraries to compare with, or 'none'")
     args = parser.parse_args()
     quick = ["--quick"] if args.quick else []
@@ -120,17 +122,22 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     sections = []
-    if args.only != "mlx":
-        binary = args.binary or find_binary()
-        if binary is None or not binary.is_file():
-            print("run.py: no attention_cpu; build with -DMFA_BUILD_BENCHMARKS=ON or give --binary", file=sys.stderr)
+    for only, name, title, work in (
+        ("cpu", "attention_cpu", "Attention against this machine's ceilings", "work (B 1, H 8)"),
+        ("linear", "linear_cpu", "Matrix products against this machine's ceilings", "work (rows x columns x terms)"),
+    ):
+        if args.only not in (None, only):
+            continue
+        binary = find_binary(name, args.build)
+        if binary is None:
+            print(f"run.py: no {name}; build with -DMFA_BUILD_BENCHMARKS=ON or give --build", file=sys.stderr)
             return 2
-        target = args.out / "attention_cpu.json"
+        target = args.out / f"{name}.json"
         if status := run([str(binary), "--json", str(target), *quick]):
             return status
-        sections.append(cpu_section(json.loads(target.read_text())))
+        sections.append(cpu_section(json.loads(target.read_text()), title, work))
         print(sections[-1], flush=True)
-    if args.only != "cpu":
+    if args.only in (None, "mlx"):
         target = args.out / "attention_mlx.json"
         script = str(ROOT / "benchmarks" / "attention_mlx.py")
         if status := run([sys.executable, script, "--json", str(target), "--peers", args.peers, *quick]):

@@ -1,6 +1,7 @@
 """Flash attention for MLX: softmax attention forward and backward, with every score modifier, without storing scores.
 
-``flash_attention`` is the entry point; ``explain`` says which implementation runs a call and why.
+``flash_attention`` is the entry point; ``explain`` says which implementation runs a call and why. On the CPU, importing
+the package also puts its matrix products in the place of MLX's, which are slow there: see ``mlx_mfa.hooks``.
 """
 
 import mlx.core as _mx
@@ -17,15 +18,28 @@ if _mx.__version__ != _MLX_VERSION:
 
 from .attention import explain, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
+from .hooks import disable, enable, enable_by_default, hooks_status
+from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
+
+enable_by_default()
+del enable_by_default
 
 __all__ = [
     "__version__",
+    "addmm",
     "diagnostics",
+    "disable",
+    "enable",
     "explain",
     "flash_attention",
+    "gather_mm",
+    "gather_qmm",
     "get_device_info",
     "get_supported_configs",
+    "hooks_status",
     "is_mfa_available",
+    "matmul",
     "merge_attention_states",
+    "quantized_matmul",
     "warmup_kernels",
 ]

@@ -11,8 +11,9 @@ import mlx.core as mx
 from . import _ext
 from ._version import __version__
 from .attention import flash_attention
+from .hooks import DISABLED_BY, hooks_status
 
-_ENVIRONMENT = ("MFA_CPU_ISA", "MFA_NUM_THREADS")
+_ENVIRONMENT = ("MFA_CPU_ISA", "MFA_NUM_THREADS", DISABLED_BY)
 _KERNELS_PER_ISA = 3  # tiled forward, decode forward, backward
 
 
@@ -112,7 +113,9 @@ def diagnostics() -> dict[str, Any]:
     Returns:
         dict: ``version`` and ``mlx_version`` (str), ``platform`` (dict, as the package for Apple GPUs has it), ``cpu``
         (dict of ``available``, ``reason``, ``isa``, ``isas``, ``native_bf16``, ``threads``), ``calls`` (dict of route
-        to the number of attention calls built so far in the process) and ``active_env_vars`` (dict).
+        to the number of attention calls built so far in the process), ``linear_calls`` (dict of kind to the number of
+        matrix products built for this package's kernels), ``auto_hooks`` (as :func:`mlx_mfa.hooks_status`) and
+        ``active_env_vars`` (dict).
     """
     return {
         "version": __version__,
@@ -120,5 +123,7 @@ def diagnostics() -> dict[str, Any]:
         "platform": {"is_m3_plus": False, "has_nax": False},
         "cpu": _ext.cpu_info(),
         "calls": _ext.counters(),
+        "linear_calls": _ext.linear_counters(),
+        "auto_hooks": hooks_status(),
         "active_env_vars": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }

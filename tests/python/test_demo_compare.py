@@ -58,16 +58,21 @@ def test_timed_attention_interrupts_the_model_after_enough_calls(compare):
     assert compare.attention_function() is before
 
 
-def test_every_column_but_the_first_runs_our_attention_and_leaves_no_trace(compare):
+def test_columns_run_what_they_say_and_leave_no_trace(compare):
+    from mlx_mfa import hooks_status
     from mlx_mfa.integrations.mlx_lm import is_patched
 
-    first, *others = compare.columns()
-    with first.context():
-        assert not is_patched()
-    for column in others:
+    before = hooks_status()["installed"]
+    expected = {
+        "stock MLX": (False, False),
+        "mlx-mfa attention": (True, False),
+        "mlx-mfa attention, linear": (True, True),
+    }
+    assert [column.name for column in compare.columns()] == list(expected)
+    for column in compare.columns():
         with column.context():
-            assert is_patched()
-        assert not is_patched()
+            assert (is_patched(), hooks_status()["installed"]) == expected[column.name]
+        assert (is_patched(), hooks_status()["installed"]) == (False, before)
 
 
 def test_no_row_is_begun_after_the_deadline(compare):

@@ -10,13 +10,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from ..hooks import hooked
 from ..integrations.mlx_lm import attention_function, patched_mlx_lm, rebind
 from . import DemoError
 from .progress import Progress
@@ -36,7 +37,17 @@ class Column:
 
 def columns() -> list[Column]:
     """What is compared; the first is the baseline."""
-    return [Column("stock MLX", nullcontext), Column("mlx-mfa attention", patched_mlx_lm)]
+    return [
+        Column("stock MLX", lambda: hooked(False)),
+        Column("mlx-mfa attention", lambda: _both(hooked(False), patched_mlx_lm())),
+        Column("mlx-mfa attention, linear", lambda: _both(hooked(True), patched_mlx_lm())),
+    ]
+
+
+@contextlib.contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 @dataclass(frozen=True)
@@ -233,7 +244,8 @@ def measure_attention(shape: AttentionShape) -> AttentionRow:
     def stock(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
-    exact = stock(*(a.astype(mx.float32) for a in (q, k, v)))
+    with hooked(False):
+        exact = stock(*(a.astype(mx.float32) for a in (q, k, v)))
     stock_s, stock_out = _median_seconds(lambda: stock(q, k, v))
     ours_s, ours_out = _median_seconds(lambda: flash_attention(q, k, v, scale=scale, causal=shape.causal))
     errors = [mx.abs(out.astype(mx.float32) - exact).max().item() for out in (stock_out, ours_out)]

@@ -92,7 +92,7 @@ def report(comparison: Comparison, replies: Sequence[dict[str, Any]], model_name
         parts += [
             model_table(comparison),
             "attention ms: all layers, for the whole prompt (prefill) or one token (decode), timed in a separate run.",
-            "share: of the run. peak MB: MLX's memory, weights included. Linear layers are MLX's in every line.",
+            "share: of the run. peak MB: MLX's memory, weights included. Linear layers are MLX's where not named.",
             f"Model {model_name}, {dtype}; stock MLX is {mx.__version__} with {blas_name()}.",
             "",
         ]

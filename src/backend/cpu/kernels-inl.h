@@ -1,5 +1,6 @@
 // kernels-inl.h: the body of every kernels_<isa>.cc: one source, compiled once for each instruction set. The including
-// file defines MFA_ISA (the namespace), MFA_ISA_NAME and MFA_ISA_TARGET (Highway's static target).
+// file defines MFA_ISA (the namespace), MFA_ISA_NAME, MFA_ISA_TABLE and MFA_ISA_MATMUL (the tables' functions) and
+// MFA_ISA_TARGET (Highway's static target).
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/scratch.h"
 
@@ -85,6 +86,7 @@ constexpr KernelTable kTable = {
     .bias_task = BiasGradientTask,
     .peak_flops = PeakFlops,
     .read_sum = ReadSum,
+    .matmul = MFA_ISA_MATMUL,
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// kernels.h: what each instruction set's translation unit offers to the dispatcher in attention.cc.
+// kernels.h: what each instruction set's translation units offer to the dispatchers in attention.cc and matmul.cc.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +6,8 @@
 
 #include "attention/plan.h"
 #include "attention/problem.h"
+#include "linear/plan.h"
+#include "linear/problem.h"
 
 namespace mfa::cpu {
 
@@ -37,6 +39,18 @@ struct BackwardJob {
   float* ds_rows;      // the same of sum_j dS, or null: dq is not corrected
 };
 
+struct MatmulJob {
+  const MatmulProblem* problem;
+  MatmulPlan plan;
+};
+
+// The matrix products of one instruction set, in a unit of their own.
+struct MatmulTable {
+  MatmulTraits traits;
+  size_t (*scratch_bytes)(const MatmulJob&);
+  void (*task)(const MatmulJob&, int64_t task, void* scratch);
+};
+
 // The entry points of one instruction set. `scratch` is 64-byte aligned and has the size that *_scratch_bytes says.
 struct KernelTable {
   CpuKernelTraits traits;
@@ -57,19 +71,24 @@ struct KernelTable {
                        int64_t iterations);  // runs the loop; returns the operations done
   double (*read_sum)(const float* data,
                      size_t count);  // a sequential read of `count` floats
+  const MatmulTable& (*matmul)();
 };
 
 #if defined(MFA_HAVE_AVX2)
 const KernelTable& kernels_avx2();
+const MatmulTable& matmul_avx2();
 #endif
 #if defined(MFA_HAVE_AVX512)
 const KernelTable& kernels_avx512();
+const MatmulTable& matmul_avx512();
 #endif
 #if defined(MFA_HAVE_AVX512_BF16)
 const KernelTable& kernels_avx512_bf16();
+const MatmulTable& matmul_avx512_bf16();
 #endif
 #if defined(MFA_HAVE_NEON)
 const KernelTable& kernels_neon();
+const MatmulTable& matmul_neon();
 #endif
 
 }  // namespace mfa::cpu

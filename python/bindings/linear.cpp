@@ -1,0 +1,102 @@
+// linear.cpp: mfa::matmul and its relatives for Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/variant.h>
+
+#include "bindings.h"
+#include "mfa/linear.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+using namespace nb::literals;
+
+namespace mfa::python {
+namespace {
+
+using OptionalArray = std::optional<mx::array>;
+
+}  // namespace
+
+void bind_linear(nb::module_& m) {
+  m.def("matmul", &matmul, "x"_a, "w"_a, "stream"_a = nb::none(),
+        "``x @ w``; as :func:`mlx_mfa.matmul`.\n\nRaises:\n    ValueError: If shapes or dtypes do not fit.\n");
+  m.def(
+      "addmm", &addmm, "c"_a, "x"_a, "w"_a, "alpha"_a = 1.f, "beta"_a = 1.f, "stream"_a = nb::none(),
+      "``alpha * x @ w + beta * c``; as :func:`mlx_mfa.addmm`.\n\nRaises:\n    ValueError: If shapes or dtypes do not "
+      "fit.\n");
+  m.def("quantized_matmul", &quantized_matmul, "x"_a, "w"_a, "scales"_a, "biases"_a, "transpose"_a = true,
+        "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
+        "``x`` by quantised weights; as :func:`mlx_mfa.quantized_matmul`.\n\nRaises:\n    ValueError: If shapes or "
+        "dtypes do not fit.\n");
+  m.def("gather_mm", &gather_mm, "x"_a, "w"_a, "lhs_indices"_a = nb::none(), "rhs_indices"_a = nb::none(),
+        "stream"_a = nb::none(),
+        "Products of picked matrices; as :func:`mlx_mfa.gather_mm`.\n\nRaises:\n    ValueError: If shapes or dtypes do "
+        "not fit.\n");
+  m.def(
+      "gather_qmm", &gather_qmm, "x"_a, "w"_a, "scales"_a, "biases"_a, "lhs_indices"_a = nb::none(),
+      "rhs_indices"_a = nb::none(), "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
+      "Products of picked quantised matrices; as :func:`mlx_mfa.gather_qmm`.\n\nRaises:\n    ValueError: If shapes or "
+      "dtypes do not fit.\n");
+
+  // What the hooks call: ours where it is routed there, else None.
+  m.def(
+      "try_matmul",
+      [](const mx::array& x, const mx::array& w, mx::StreamOrDevice stream) -> OptionalArray {
+        if (!routes_matmul(x, w, std::nullopt, stream)) return std::nullopt;
+        return matmul(x, w, stream);
+      },
+      "x"_a, "w"_a, "stream"_a = nb::none(), "``x @ w``, or None if MLX should compute it or report what is wrong.");
+  m.def(
+      "try_addmm",
+      [](const mx::array& c, const mx::array& x, const mx::array& w, float alpha, float beta,
+         mx::StreamOrDevice stream) -> OptionalArray {
+        if (!routes_matmul(x, w, c, stream)) return std::nullopt;
+        return addmm(c, x, w, alpha, beta, stream);
+      },
+      "c"_a, "x"_a, "w"_a, "alpha"_a = 1.f, "beta"_a = 1.f, "stream"_a = nb::none(),
+      "``alpha * x @ w + beta * c``, or None if MLX should compute it or report what is wrong.");
+  m.def(
+      "try_quantized_matmul",
+      [](const mx::array& x, const mx::array& w, const mx::array& scales, const OptionalArray& biases, bool transpose,
+         int group_size, int bits, mx::StreamOrDevice stream) -> OptionalArray {
+        if (!routes_quantized_matmul(x, w, scales, biases, transpose, group_size, bits, stream)) return std::nullopt;
+        return quantized_matmul(x, w, scales, *biases, transpose, group_size, bits, stream);
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a.none(), "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4,
+      "stream"_a = nb::none(), "The product, or None if MLX should compute it or report what is wrong.");
+  m.def(
+      "try_gather_mm",
+      [](const mx::array& x, const mx::array& w, const OptionalArray& lhs, const OptionalArray& rhs,
+         mx::StreamOrDevice stream) -> OptionalArray {
+        if (!routes_gather(x, w, std::nullopt, std::nullopt, lhs, rhs, false, 0, 0, stream)) return std::nullopt;
+        return gather_mm(x, w, lhs, rhs, stream);
+      },
+      "x"_a, "w"_a, "lhs_indices"_a = nb::none(), "rhs_indices"_a = nb::none(), "stream"_a = nb::none(),
+      "The products, or None if MLX should compute them or report what is wrong.");
+  m.def(
+      "try_gather_qmm",
+      [](const mx::array& x, const mx::array& w, const mx::array& scales, const OptionalArray& biases,
+         const OptionalArray& lhs, const OptionalArray& rhs, bool transpose, int group_size, int bits,
+         mx::StreamOrDevice stream) -> OptionalArray {
+        if (!routes_gather(x, w, scales, biases, lhs, rhs, transpose, group_size, bits, stream)) return std::nullopt;
+        return gather_qmm(x, w, scales, *biases, lhs, rhs, transpose, group_size, bits, stream);
+      },
+      "x"_a, "w"_a, "scales"_a, "biases"_a.none(), "lhs_indices"_a = nb::none(), "rhs_indices"_a = nb::none(),
+      "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
+      "The products, or None if MLX should compute them or report what is wrong.");
+
+  m.def(
+      "linear_counters",
+      [] {
+        const LinearCounters now = linear_counters();
+        nb::dict result;
+        result["matmul"] = now.matmul;
+        result["quantized_matmul"] = now.quantized_matmul;
+        result["gather_mm"] = now.gather_mm;
+        result["gather_qmm"] = now.gather_qmm;
+        return result;
+      },
+      "Products built so far for this library's kernels, by kind.\n\nReturns:\n    dict: Kind to count.\n");
+}
+
+}  // namespace mfa::python

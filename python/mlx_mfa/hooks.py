@@ -1,0 +1,250 @@
+"""Puts this package's matrix products in the place of MLX's, so that models need no change.
+
+Replaced are ``mx.matmul``, ``mx.addmm``, ``mx.quantized_matmul``, ``mx.gather_mm``, ``mx.gather_qmm`` and the operator
+``@`` of arrays; ``nn.Linear``, ``nn.QuantizedLinear`` and the models of mlx-lm call these. A call that this package's
+kernels do not cover, or that MLX does faster, goes on to MLX's own function with its arguments as they came: so do all
+calls on a GPU stream, and all that are wrong, whose errors are therefore MLX's.
+
+Importing ``mlx_mfa`` installs the hooks where the CPU is MLX's default device, unless ``MFA_DISABLE_AUTO_HOOKS=1``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from . import _ext
+
+DISABLED_BY = "MFA_DISABLE_AUTO_HOOKS"
+_DEFAULTS = {"group_size": 64, "bits": 4}  # of MLX's mode "affine"
+
+
+def _matmul(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    ours = _ext.try_matmul
+
+    @functools.wraps(original)
+    def matmul(*args: Any, **kwargs: Any) -> mx.array:
+        if len(args) == 2:
+            try:
+                result = ours(*args, **kwargs)
+            except TypeError:  # not arrays, or unknown arguments
+                result = None
+            if result is not None:
+                _state.routed["matmul"] += 1
+                return result
+        _state.passed["matmul"] += 1
+        return original(*args, **kwargs)
+
+    return matmul
+
+
+def _operator(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    ours = _ext.try_matmul
+
+    @functools.wraps(original)
+    def __matmul__(self: mx.array, other: Any) -> mx.array:
+        if isinstance(other, mx.array):
+            result = ours(self, other)
+            if result is not None:
+                _state.routed["matmul"] += 1
+                return result
+        _state.passed["matmul"] += 1
+        return original(self, other)
+
+    return __matmul__
+
+
+def _addmm(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    ours = _ext.try_addmm
+
+    @functools.wraps(original)
+    def addmm(*args: Any, **kwargs: Any) -> mx.array:
+        if 3 <= len(args) <= 5:
+            try:
+                result = ours(*args, **kwargs)
+            except TypeError:
+                result = None
+            if result is not None:
+                _state.routed["addmm"] += 1
+                return result
+        _state.passed["addmm"] += 1
+        return original(*args, **kwargs)
+
+    return addmm
+
+
+def _affine(options: dict[str, Any]) -> bool:
+    """Whether the quantisation is one that this package computes; fills in MLX's defaults."""
+    if options.pop("mode", "affine") != "affine" or options.pop("global_scale", None) is not None:
+        return False
+    for name, value in _DEFAULTS.items():
+        if options.get(name) is None:
+            options[name] = value
+    return True
+
+
+def _quantized(
+    name: str, parameters: tuple[str, ...], ours: Callable[..., mx.array | None]
+) -> Callable[[Callable[..., mx.array]], Callable[..., mx.array]]:
+    def hook(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> mx.array:
+            result = None
+            if 2 <= len(args) <= len(parameters):
+                options = dict(zip(parameters, args))
+                if options.keys().isdisjoint(kwargs):
+                    options.update(kwargs)
+                    options.pop("sorted_indices", None)  # a hint
+                    if options.setdefault("biases") is not None and _affine(options):
+                        try:
+                            result = ours(**options)
+                        except TypeError:
+                            result = None
+            if result is not None:
+                _state.routed[name] += 1
+                return result
+            _state.passed[name] += 1
+            return original(*args, **kwargs)
+
+        return replacement
+
+    return hook
+
+
+def _gather_mm(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    ours = _ext.try_gather_mm
+
+    @functools.wraps(original)
+    def gather_mm(*args: Any, **kwargs: Any) -> mx.array:
+        if 2 <= len(args) <= 4:
+            options = {key: value for key, value in kwargs.items() if key != "sorted_indices"}
+            try:
+                result = ours(*args, **options)
+            except TypeError:
+                result = None
+            if result is not None:
+                _state.routed["gather_mm"] += 1
+                return result
+        _state.passed["gather_mm"] += 1
+        return original(*args, **kwargs)
+
+    return gather_mm
+
+
+_AFFINE = ("transpose", "group_size", "bits", "mode")
+_HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (mx, "matmul", _matmul),
+    (mx, "addmm", _addmm),
+    (
+        mx,
+        "quantized_matmul",
+        _quantized("quantized_matmul", ("x", "w", "scales", "biases", *_AFFINE), _ext.try_quantized_matmul),
+    ),
+    (mx, "gather_mm", _gather_mm),
+    (
+        mx,
+        "gather_qmm",
+        _quantized(
+            "gather_qmm",
+            ("x", "w", "scales", "biases", "lhs_indices", "rhs_indices", *_AFFINE, "global_scale"),
+            _ext.try_gather_qmm,
+        ),
+    ),
+    (mx.array, "__matmul__", _operator),
+)
+_NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm")
+
+
+class _State:
+    """What is installed, and the calls since the process started. Counts of threads that race may miss a few."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.originals: list[tuple[Any, str, Any]] = []
+        self.routed = dict.fromkeys(_NAMES, 0)
+        self.passed = dict.fromkeys(_NAMES, 0)
+
+
+_state = _State()
+
+
+def enable() -> bool:
+    """Put this package's matrix products in the place of MLX's, for the whole process.
+
+    Returns:
+        bool: True if this changed something; False if the hooks were installed already, or if there is no kernel for
+        this machine's processor.
+    """
+    with _state.lock:
+        if _state.originals or not _ext.cpu_info()["available"]:
+            return False
+        for owner, name, make in _HOOKS:
+            original = getattr(owner, name)
+            setattr(owner, name, make(original))
+            _state.originals.append((owner, name, original))
+        return True
+
+
+def disable() -> bool:
+    """Give MLX its own functions back: the very objects that were there.
+
+    Returns:
+        bool: True if this changed something.
+    """
+    with _state.lock:
+        if not _state.originals:
+            return False
+        for owner, name, original in _state.originals:
+            setattr(owner, name, original)
+        _state.originals.clear()
+        return True
+
+
+@contextlib.contextmanager
+def hooked(wanted: bool) -> Iterator[None]:
+    """Have the hooks in force, or not, for the duration of a ``with`` block."""
+    with _state.lock:
+        was = bool(_state.originals)
+    (enable if wanted else disable)()
+    try:
+        yield
+    finally:
+        (enable if was else disable)()
+
+
+def hooks_status() -> dict[str, Any]:
+    """Whether MLX's functions are replaced, and how often calls went which way.
+
+    Calls are counted where the graph is built: under ``mx.compile`` once for a compilation.
+
+    Returns:
+        dict: ``installed`` (bool), ``hooks`` (list of str, what is replaced), ``calls`` (dict of function to a dict of
+        ``mfa`` and ``mlx``, the calls that this package took and those it passed on), ``auto_hooks_disabled_env``
+        (bool), and, for programs written for Apple GPUs, ``log`` (list) and ``m5_plus`` (bool).
+    """
+    with _state.lock:
+        replaced = [f"{'mx' if owner is mx else 'mx.array'}.{name}" for owner, name, _ in _state.originals]
+    return {
+        "installed": bool(replaced),
+        "hooks": replaced,
+        "calls": {name: {"mfa": _state.routed[name], "mlx": _state.passed[name]} for name in _NAMES},
+        "auto_hooks_disabled_env": _disabled_by_environment(),
+        "log": [],
+        "m5_plus": False,
+    }
+
+
+def _disabled_by_environment() -> bool:
+    return os.environ.get(DISABLED_BY, "") not in ("", "0")
+
+
+def enable_by_default() -> None:
+    """Install the hooks when the package is imported, where they can matter."""
+    if not _disabled_by_environment() and mx.default_device().type == mx.DeviceType.cpu:
+        enable()

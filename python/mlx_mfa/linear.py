@@ -1,0 +1,143 @@
+"""Matrix products of linear layers on MLX arrays. Arguments are adapted here; the C++ library checks and computes."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from . import _ext
+from .attention import Stream
+
+
+def matmul(x: mx.array, w: mx.array, *, stream: Stream = None) -> mx.array:
+    """``x @ w``, with float32 sums that are rounded once.
+
+    On the CPU a row of the result has the same bits whatever rows travel with it and however many threads compute it.
+    Arrays of any strides are read in place where their last axis, or for ``w`` one of the last two, is dense: a
+    transposed view of weights costs nothing.
+
+    Args:
+        x (array): ``[..., M, K]`` or ``[K]``.
+        w (array): ``[..., K, N]`` or ``[K]``; leading axes broadcast with those of ``x``.
+        stream (Stream or Device, optional): Where it runs. Default: MLX's default stream. On a GPU this is MLX's own
+            operation.
+
+    Returns:
+        array: ``[..., M, N]``, in the dtype that MLX promotes to: float32, float16 or bfloat16. The axis of a
+        one-dimensional operand is absent.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit; the message says what was expected and what was received.
+    """
+    return _ext.matmul(x, w, stream)
+
+
+def addmm(
+    c: mx.array, x: mx.array, w: mx.array, alpha: float = 1.0, beta: float = 1.0, *, stream: Stream = None
+) -> mx.array:
+    """``alpha * x @ w + beta * c``, rounded once.
+
+    Args:
+        c (array): Broadcasts to the shape of the result, never expanded in memory; not read if ``beta`` is 0.
+        x, w (array): As :func:`matmul`.
+        alpha, beta (float): Factors. Default 1.
+        stream (Stream or Device, optional): Where it runs. Default: MLX's default stream.
+
+    Returns:
+        array: As :func:`matmul`.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    return _ext.addmm(c, x, w, alpha, beta, stream)
+
+
+def quantized_matmul(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    transpose: bool = True,
+    group_size: int = 64,
+    bits: int = 4,
+    *,
+    stream: Stream = None,
+) -> mx.array:
+    """``x`` by weights that :func:`mlx.core.quantize` packed (mode ``"affine"``), read where they lie.
+
+    A weight is ``scale * code + bias`` in float32 and sums are float32; processors that multiply bfloat16 pairs round
+    the weight to bfloat16 when ``x`` is bfloat16. Rows have the same bits in any batch, as with :func:`matmul`.
+
+    Args:
+        x (array): ``[..., M, K]`` or ``[K]``.
+        w (array): uint32 ``[..., N, K * bits / 32]`` if ``transpose``, else ``[..., K, N * bits / 32]``.
+        scales, biases (array): ``[..., rows of w, groups]``.
+        transpose (bool): The stored rows are columns of the product. Default True.
+        group_size (int): Codes that share a scale: 32, 64 or 128. Default 64.
+        bits (int): Bits of a code: 2, 3, 4, 5, 6 or 8. Default 4.
+        stream (Stream or Device, optional): Where it runs. Default: MLX's default stream.
+
+    Returns:
+        array: ``[..., M, N]`` in the dtype that ``x``, ``scales`` and ``biases`` promote to.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    return _ext.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, stream)
+
+
+def gather_mm(
+    x: mx.array,
+    w: mx.array,
+    lhs_indices: mx.array | None = None,
+    rhs_indices: mx.array | None = None,
+    *,
+    stream: Stream = None,
+) -> mx.array:
+    """Products of matrices picked by indices: the layers of a mixture of experts.
+
+    Entries that use the same matrix of ``w`` are computed together, in any order of the indices.
+
+    Args:
+        x (array): ``[..., M, K]``.
+        w (array): ``[..., K, N]``.
+        lhs_indices, rhs_indices (array, optional): Flat integer indices into the leading axes of ``x`` and of ``w``;
+            they broadcast. Default: all in order.
+        stream (Stream or Device, optional): Where it runs. Default: MLX's default stream.
+
+    Returns:
+        array: ``[*indices, M, N]``.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+        RuntimeError: When evaluated, if an index lies outside the leading axes.
+    """
+    return _ext.gather_mm(x, w, lhs_indices, rhs_indices, stream)
+
+
+def gather_qmm(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    lhs_indices: mx.array | None = None,
+    rhs_indices: mx.array | None = None,
+    transpose: bool = True,
+    group_size: int = 64,
+    bits: int = 4,
+    *,
+    stream: Stream = None,
+) -> mx.array:
+    """:func:`gather_mm` with quantised ``w``.
+
+    Args:
+        x, lhs_indices, rhs_indices, stream: As :func:`gather_mm`.
+        w, scales, biases, transpose, group_size, bits: As :func:`quantized_matmul`.
+
+    Returns:
+        array: ``[*indices, M, N]``.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+        RuntimeError: When evaluated, if an index lies outside the leading axes.
+    """
+    return _ext.gather_qmm(x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, stream)

@@ -1,0 +1,5 @@
+// matmul_avx512.cc: the matrix products for avx512.
+#define MFA_ISA avx512
+#define MFA_ISA_MATMUL matmul_avx512
+#define MFA_ISA_TARGET HWY_AVX3
+#include "backend/cpu/matmul_kernels-inl.h"

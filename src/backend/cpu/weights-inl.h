@@ -1,0 +1,202 @@
+// weights-inl.h: dense weights as the matrix products read them: for a few vectors of columns, the terms w[k][n] in the
+// order of k, widened to float32 or, where the processor multiplies them, as pairs of bfloat16.
+//
+//   Load<G>(n0, g0, k0, k1, ahead, f): f(g, k, w) with lane i of w = w[k][n0 + g * kLanes + i], g0 <= g < g0 + G, for
+//   each k in [k0, k1) in order. With pairs k is even and lane i holds (w[k], w[k + 1]); past an odd K the second is
+//   zero.
+//
+// Lanes at and past column N repeat what is there or hold zero; nothing outside the matrix is read.
+
+// A lambda that is called from unrolled code must not become a function of its own: its captures would leave registers.
+#define MFA_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace mfa::cpu::MFA_ISA {
+namespace {
+
+// What a step of a product multiplies: a float32, or a pair of bfloat16.
+template <bool kPairs>
+struct Terms {
+  using Vector = VF;
+  using Stored = float;  // element of a packed panel
+  using X = float;       // element of a packed row of x
+  static constexpr int kStep = 1;
+  static HWY_INLINE VF Zero() { return hn::Zero(df); }
+};
+template <>
+struct Terms<true> {
+  using Vector = VU;
+  using Stored = uint32_t;
+  using X = bfloat16;
+  static constexpr int kStep = 2;
+  static HWY_INLINE VU Zero() { return hn::Zero(du); }
+};
+HWY_INLINE void StoreStep(VF w, float* p) { hn::Store(w, df, p); }
+HWY_INLINE void StoreStep(VU w, uint32_t* p) { hn::Store(w, du, p); }
+
+constexpr ptrdiff_t kCacheLine = 64;
+
+// Weights that will be read soon, asked for in the order of memory, as many lines at a time as are read: memory is
+// fastest so, and the processor's own prefetchers do not follow many rows at once. They go to the second cache, as the
+// first is full of what is needed now.
+class Prefetch {
+ public:
+  // Nothing, or from `p` on.
+  explicit Prefetch(const void* p = nullptr) : p_(static_cast<const char*>(p)) {}
+  template <int kLines>
+  HWY_INLINE void Lines() {
+    if (!p_) return;
+    MFA_UNROLL
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(p_ + i * kCacheLine, 0, 2);
+    p_ += kLines * kCacheLine;
+  }
+
+ private:
+  const char* p_;
+};
+
+// Transposed weights: a column of w is a dense stored row. kLanes rows are transposed in registers.
+template <class T, bool kPairs>
+class ColumnWeights {
+ public:
+  static constexpr bool kByRows = false;
+  static constexpr bool kDirect = true;
+  static constexpr bool kHalves = std::is_same_v<T, bfloat16>;  // two terms in 32 bits
+  static constexpr int kDirectVectors = 2;  // of columns at a time for one row: chains that hide the latency of sums
+  static constexpr int kChunk = kHalves ? 2 * kLanes : kLanes;
+
+  explicit ColumnWeights(const MatmulProblem& p)
+      : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N) {}
+
+  // Where the first of the columns from n on begins.
+  const void* Begin(int n) const { return data_ + n * stride_; }
+
+  HWY_INLINE void Prepare(int, int, int, int) {}
+
+  template <int G, class F>
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
+    n0 += g0 * kLanes;
+    if (n0 + G * kLanes <= N_) {
+      const T* base = data_ + n0 * stride_;
+      return Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return base + (g * kLanes + lane) * stride_; }, g0, k0,
+                     k1, ahead, f);
+    }
+    Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return data_ + Min(n0 + g * kLanes + lane, N_ - 1) * stride_; },
+            g0, k0, k1, ahead, f);
+  }
+
+ private:
+  template <int G, class Row, class F>
+  HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
+    // A whole cache line of each row at a time: rows a power of two apart compete for a few sets and do not stay.
+    constexpr int kLine = Max(kChunk, static_cast<int>(kCacheLine / sizeof(T)));
+    int k = k0;
+    for (; k + kLine <= k1; k += kLine) {
+      MFA_UNROLL
+      for (int g = 0; g < G; ++g) {
+        ahead.Lines<kLanes * kLine * sizeof(T) / kCacheLine>();
+        MFA_NO_UNROLL
+        for (int i = 0; i < kLine; i += kChunk) {
+          VF v[kLanes];
+          MFA_UNROLL
+          for (int lane = 0; lane < kLanes; ++lane) v[lane] = Raw(row(g, lane) + k + i);
+          Emit(g0 + g, k + i, kChunk, v, f);
+        }
+      }
+    }
+    for (; k < k1; k += kChunk) {
+      for (int g = 0; g < G; ++g) {
+        T tail[kLanes][kChunk] = {};
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (int i = 0; i < Min(kChunk, k1 - k); ++i) tail[lane][i] = row(g, lane)[k + i];
+        VF v[kLanes];
+        MFA_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) v[lane] = Raw(tail[lane]);
+        Emit(g0 + g, k, Min(kChunk, k1 - k), v, f);
+      }
+    }
+  }
+
+  static HWY_INLINE VF Raw(const T* p) {
+    if constexpr (kHalves) {
+      return hn::BitCast(df, hn::LoadU(du, reinterpret_cast<const uint32_t*>(p)));
+    } else {
+      return LoadFloat(p);
+    }
+  }
+
+  template <class F>
+  HWY_INLINE void Emit(int g, int k, int count, VF (&v)[kLanes], const F& f) const {
+    Transpose(v);
+    MFA_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if constexpr (kPairs) {
+        if (2 * i < count) f(g, k + 2 * i, hn::BitCast(du, v[i]));
+      } else if constexpr (kHalves) {
+        const VU bits = hn::BitCast(du, v[i]);
+        if (2 * i < count) f(g, k + 2 * i, hn::BitCast(df, hn::ShiftLeft<16>(bits)));
+        if (2 * i + 1 < count) f(g, k + 2 * i + 1, hn::BitCast(df, hn::And(bits, hn::Set(du, 0xffff0000u))));
+      } else {
+        if (i < count) f(g, k + i, v[i]);
+      }
+    }
+  }
+
+  const T* data_;
+  ptrdiff_t stride_;
+  int N_;
+};
+
+// Weights stored as they are: a row of w is dense.
+template <class T, bool kPairs>
+class RowWeights {
+ public:
+  static constexpr bool kByRows = true;
+  static constexpr bool kDirect = true;
+  static constexpr int kChunk = 8;
+
+  explicit RowWeights(const MatmulProblem& p)
+      : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N), K_(p.K) {}
+
+  HWY_INLINE void Prepare(int, int, int, int) {}
+
+  template <int G, class F>
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch&, const F& f) const {
+    n0 += g0 * kLanes;
+    constexpr int kStep = Terms<kPairs>::kStep;
+    if (n0 + G * kLanes <= N_) {
+      for (int k = k0; k < k1; k += kStep) {
+        const T* row = data_ + k * stride_ + n0;
+        const T* next = k + 1 < K_ ? row + stride_ : nullptr;
+        MFA_UNROLL
+        for (int g = 0; g < G; ++g) f(g0 + g, k, Widen(row + g * kLanes, next ? next + g * kLanes : nullptr));
+      }
+      return;
+    }
+    for (int k = k0; k < k1; k += kStep) {
+      T rows[2][G * kLanes] = {};
+      for (int n = n0; n < N_; ++n) {
+        rows[0][n - n0] = data_[k * stride_ + n];
+        if (kPairs && k + 1 < K_) rows[1][n - n0] = data_[(k + 1) * stride_ + n];
+      }
+      MFA_UNROLL
+      for (int g = 0; g < G; ++g) f(g0 + g, k, Widen(rows[0] + g * kLanes, rows[1] + g * kLanes));
+    }
+  }
+
+ private:
+  static HWY_INLINE typename Terms<kPairs>::Vector Widen(const T* row, const T* next) {
+    if constexpr (kPairs) {
+      static constexpr bfloat16 kZeros[kLanes] = {};
+      return LoadPairs(du, row, next ? next : kZeros);
+    } else {
+      return LoadFloat(row);
+    }
+  }
+
+  const T* data_;
+  ptrdiff_t stride_;
+  int N_, K_;
+};
+
+}  // namespace
+}  // namespace mfa::cpu::MFA_ISA

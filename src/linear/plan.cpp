@@ -1,0 +1,101 @@
+#include "linear/plan.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace mfa {
+namespace {
+
+// Rows of a tiled task: kInnerBlock of each, widened, take 200 KB, which leaves the second cache room for the sums.
+// With as many rows, bringing a panel of weights into the first cache costs 2 % of the products made with it.
+constexpr int64_t kMaxRows = 192;
+// Columns of a tiled task, for the same reason: its sums stay in the second cache.
+constexpr int64_t kMaxColumns = 336;
+// Weights of a direct task: less than this is read in the time it takes to hand out a task.
+constexpr int64_t kMinDirectBytes = 32 << 10;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A product of one row is a single pass over the weights; the widths of codes that models use have code for it.
+bool goes_direct(const MatmulProblem& p) {
+  if (!p.w.quantised()) return p.M <= (p.w.transposed ? kDirectRowsTransposed : kDirectRows);
+  return p.w.transposed && p.M <= kDirectRowsTransposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8);
+}
+
+void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {
+  // Four vectors of columns are in flight at a time. Several tasks a thread, since neighbours of this process may hold
+  // one of them up.
+  const int64_t unit = 4 * cpu.lanes;
+  const int64_t bytes_a_column = std::max<int64_t>(1, weight_bytes(p) / p.N);
+  const int64_t wanted = threads == 1 ? p.N : ceil_div(p.N, 4 * threads);
+  const int64_t columns = std::max(wanted, ceil_div(kMinDirectBytes, bytes_a_column));
+  plan.row_block = static_cast<int32_t>(p.M);
+  plan.row_blocks = 1;
+  plan.column_block =
+      static_cast<int32_t>(std::min<int64_t>(round_up(std::min<int64_t>(columns, 2048), unit), round_up(p.N, unit)));
+  plan.column_blocks = ceil_div(p.N, plan.column_block);
+}
+
+void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {
+  const int64_t panels = ceil_div(p.N, cpu.panel), most_panels = std::max<int64_t>(1, kMaxColumns / cpu.panel);
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t splits = 1; splits <= (threads == 1 ? 1 : 4); ++splits) {
+    const int64_t rows = std::min(p.M, round_up(ceil_div(p.M, ceil_div(p.M, kMaxRows) * splits), 8));
+    const int64_t row_blocks = ceil_div(p.M, rows);
+    for (int64_t width = std::min(panels, most_panels); width >= 1; --width) {
+      const int64_t tasks = row_blocks * ceil_div(panels, width);
+      // Time of the busiest thread: products of a row and a panel, plus what each panel and each row cost once a task.
+      const double task = static_cast<double>(rows * width + 4 * width + rows / 3 + 16);
+      const double time = task * static_cast<double>(ceil_div(tasks, threads));
+      if (time >= best) continue;
+      best = time;
+      plan.row_block = static_cast<int32_t>(rows);
+      plan.row_blocks = row_blocks;
+      plan.column_block = static_cast<int32_t>(width * cpu.panel);
+      plan.column_blocks = ceil_div(panels, width);
+    }
+  }
+}
+
+}  // namespace
+
+const char* name_of(MatmulKernel kernel) {
+  switch (kernel) {
+    case MatmulKernel::empty:
+      return "empty";
+    case MatmulKernel::direct:
+      return "direct";
+    case MatmulKernel::tiled:
+      return "tiled";
+  }
+  return "unknown";
+}
+
+MatmulPlan plan_matmul(const MatmulProblem& p, const MatmulTraits& cpu, int threads) {
+  MatmulPlan plan;
+  if (p.M == 0 || p.N == 0) return plan;
+  if (goes_direct(p)) {
+    plan.kernel = MatmulKernel::direct;
+    plan_direct(p, cpu, threads, plan);
+  } else {
+    plan.kernel = MatmulKernel::tiled;
+    plan_tiled(p, cpu, threads, plan);
+  }
+  plan.tasks = plan.row_blocks * plan.column_blocks;
+  return plan;
+}
+
+int64_t weight_bytes(const MatmulProblem& p) {
+  const int64_t elements = int64_t{p.N} * p.K;
+  if (!p.w.quantised()) return elements * static_cast<int64_t>(size_of(p.dtype));
+  const auto& affine = p.w.affine;
+  return elements * affine.bits / 8 + 2 * elements / affine.group_size * static_cast<int64_t>(size_of(p.dtype));
+}
+
+double estimated_seconds(const MatmulProblem& p) {
+  const double products = static_cast<double>(p.M) * p.N * p.K;
+  return std::max(static_cast<double>(weight_bytes(p)) / 10e9, products / 40e9);
+}
+
+}  // namespace mfa

@@ -1,0 +1,69 @@
+// problem.h: everything that defines one matrix product of a linear layer. Every entry point fills MatmulProblems; the
+// CPU kernels and the reference compute from them.
+//
+//   out[r][n] = alpha * sum_k x[r][k] w[k][n] + beta * c[r][n],     r < M, n < N, k < K
+//
+// Sums are float32. The order of a sum depends on K alone: blocks of kInnerBlock terms are each summed from zero in the
+// order of k and the blocks are added in order, so an element has the same bits whatever rows, tile or thread compute
+// it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace mfa {
+
+// Terms of a sum that are added before they join the total. Part of the numerical definition; a multiple of every group
+// size of quantised weights.
+inline constexpr int32_t kInnerBlock = 256;
+
+// Rows of which element r lies at data + (offsets ? offsets[r] : r * stride), in elements; each row is dense.
+struct RowsRef {
+  const void* data = nullptr;
+  int64_t stride = 0;
+  const int64_t* offsets = nullptr;
+  int64_t at(int64_t r) const { return offsets ? offsets[r] : r * stride; }
+};
+
+// Codes of MLX's affine quantisation: w = scale * code + bias, a scale and a bias for every `group_size` neighbours of
+// a stored row. A row is a little-endian stream of codes of `bits` bits.
+struct AffineRef {
+  int32_t bits = 0;  // 2, 3, 4, 5, 6 or 8
+  int32_t group_size = 0;
+  const void* scales = nullptr;  // [stored rows, groups], dtype of the problem
+  const void* biases = nullptr;
+  int64_t scale_stride = 0;  // between stored rows, in elements
+  int64_t bias_stride = 0;
+};
+
+// The matrix w [K, N], stored as it is or transposed; stored rows are dense.
+struct WeightRef {
+  const void* data = nullptr;  // elements, or 32-bit words of codes
+  bool transposed = false;     // stored as [N, K]
+  int64_t stride = 0;          // between stored rows, in elements or words
+  AffineRef affine;            // bits = 0: dense elements
+  bool quantised() const { return affine.bits != 0; }
+};
+
+// The added term; stride 0 along an axis that it is broadcast over. Absent: data is null.
+struct AddendRef {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+};
+
+struct MatmulProblem {
+  int64_t M = 0;
+  int32_t N = 0, K = 0;
+  DType dtype = DType::f32;  // of x, c, out, of dense weights and of scales and biases
+  RowsRef x;                 // [M, K]
+  WeightRef w;               // [K, N]
+  AddendRef c;               // [M, N]
+  float alpha = 1.f, beta = 1.f;
+  void* out = nullptr;  // row r is dense at out + (out_offsets ? out_offsets[r] : r * N)
+  const int64_t* out_offsets = nullptr;
+  int64_t out_at(int64_t r) const { return out_offsets ? out_offsets[r] : r * N; }
+};
+
+}  // namespace mfa

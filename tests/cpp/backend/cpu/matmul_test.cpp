@@ -1,0 +1,191 @@
+// Matrix products of the CPU backend: random problems against the float64 reference, and bits that depend on nothing
+// but the row, for every instruction set.
+#include "backend/cpu/matmul.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <iostream>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "common/thread_pool.h"
+#include "support/kernels.h"
+#include "support/matmul_case.h"
+
+namespace mfa {
+namespace {
+
+using testing::MatmulCase;
+using testing::MatmulSpec;
+using testing::Random;
+
+struct MatmulSweep {
+  const char* name;
+  uint64_t seed;
+  int cases;
+  int64_t max_products;
+};
+
+class CpuMatmulSweep : public ::testing::TestWithParam<MatmulSweep> {};
+
+TEST_P(CpuMatmulSweep, RandomProductsKeepTheErrorRule) {
+  Random random(GetParam().seed);
+  const int cases = testing::case_count(GetParam().cases);
+  std::cout << cases << " cases, seed " << GetParam().seed << std::endl;
+  for (int i = 0; i < cases; ++i) {
+    const MatmulSpec spec = testing::random_matmul(random, GetParam().max_products);
+    MatmulCase c(spec, random.bits());
+    testing::for_each_isa([&](const std::string& isa) {
+      SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+      c.clear_result();
+      c.run();
+      c.check();
+    });
+    if (HasFailure()) return;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, CpuMatmulSweep,
+                         ::testing::Values(MatmulSweep{"Small", 31, 3000, 1 << 16},
+                                           MatmulSweep{"Medium", 32, 400, 1 << 22},
+                                           MatmulSweep{"Large", 33, 30, 1 << 26}),
+                         [](const auto& info) { return info.param.name; });
+
+// Every dtype with dense weights and every width of codes, both ways of storing them.
+std::vector<MatmulSpec> kinds_of_weights() {
+  std::vector<MatmulSpec> out;
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
+    for (const bool transposed : {true, false})
+      for (const int32_t bits : {0, 2, 3, 4, 5, 6, 8}) {
+        MatmulSpec spec;
+        spec.dtype = dtype;
+        spec.transposed = transposed;
+        spec.bits = bits;
+        out.push_back(spec);
+      }
+  return out;
+}
+
+TEST(CpuMatmul, ARowHasTheSameBitsInAnyBatchOfRows) {
+  for (MatmulSpec spec : kinds_of_weights()) {
+    spec.M = 64;
+    spec.N = spec.bits && !spec.transposed ? 192 : 201;
+    spec.K = spec.bits && spec.transposed ? 576 : 583;
+    spec.has_c = true;
+    MatmulCase c(spec, 5);
+    testing::for_each_isa([&](const std::string& isa) {
+      SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+      c.clear_result();
+      c.run();
+      const std::vector<uint8_t> together = c.result_bytes();
+      for (int64_t rows = 1; rows < spec.M; rows += rows < 10 ? 1 : 9) {
+        c.clear_result();
+        for (int64_t r = 0; r < spec.M; r += rows) {
+          const MatmulProblem part = c.rows(r, std::min(rows, spec.M - r));
+          cpu::matmul({&part, 1});
+        }
+        ASSERT_EQ(c.result_bytes(), together) << rows << " rows at a time";
+      }
+    });
+  }
+}
+
+TEST(CpuMatmul, BitsDoNotDependOnTheNumberOfThreads) {
+  for (MatmulSpec spec : kinds_of_weights()) {
+    for (const int64_t rows : {1, 3, 130}) {
+      spec.M = rows;
+      spec.N = 1024;
+      spec.K = 512;
+      MatmulCase c(spec, 6);
+      testing::for_each_isa([&](const std::string& isa) {
+        SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+        set_thread_count(1);
+        c.clear_result();
+        c.run();
+        const std::vector<uint8_t> alone = c.result_bytes();
+        for (const int threads : {2, 3, 7}) {
+          set_thread_count(threads);
+          c.clear_result();
+          c.run();
+          ASSERT_EQ(c.result_bytes(), alone) << threads << " threads";
+        }
+        set_thread_count(0);
+      });
+    }
+  }
+}
+
+TEST(CpuMatmul, ARowOfNaNOrInfinityReachesNoOtherRow) {
+  for (MatmulSpec spec : kinds_of_weights()) {
+    for (const int64_t rows : {4, 37}) {
+      spec.M = rows;
+      spec.N = 64;
+      spec.K = 64;
+      MatmulCase c(spec, 7);
+      testing::for_each_isa([&](const std::string& isa) {
+        SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+        c.set_x(1, 5, 0.f);
+        c.run();
+        const std::vector<float> clean = c.result();
+        for (const float poison : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+          c.set_x(1, 5, poison);
+          c.run();
+          const std::vector<float> got = c.result();
+          for (int64_t i = 0; i < rows * spec.N; ++i) {
+            if (i / spec.N == 1) {
+              EXPECT_FALSE(std::isfinite(got[i])) << i;
+            } else {
+              ASSERT_EQ(got[i], clean[i]) << i;
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
+TEST(CpuMatmul, ProductsOfOneCallAreThoseOfSingleCalls) {
+  Random random(8);
+  std::vector<std::unique_ptr<MatmulCase>> cases;
+  std::vector<MatmulProblem> problems;
+  for (int i = 0; i < 40; ++i) {
+    MatmulSpec spec;
+    spec.M = random.integer(0, 40);
+    spec.N = 130;
+    spec.K = 300;
+    spec.dtype = DType::bf16;
+    cases.push_back(std::make_unique<MatmulCase>(spec, random.bits()));
+    problems.push_back(cases.back()->problem());
+  }
+  testing::for_each_isa([&](const std::string&) {
+    for (const size_t count : {size_t{2}, problems.size()}) {
+      cpu::matmul({problems.data(), count});
+      for (size_t i = 0; i < count; ++i) {
+        const std::vector<uint8_t> together = cases[i]->result_bytes();
+        cases[i]->clear_result();
+        cases[i]->run();
+        ASSERT_EQ(cases[i]->result_bytes(), together);
+      }
+    }
+  });
+}
+
+TEST(CpuMatmul, NoTermsGiveTheAddend) {
+  for (const int64_t rows : {2, 50}) {
+    MatmulSpec spec;
+    spec.M = rows;
+    spec.N = 29;
+    spec.K = 0;
+    spec.has_c = true;
+    MatmulCase c(spec, 9);
+    testing::for_each_isa([&](const std::string&) {
+      c.run();
+      c.check();
+    });
+  }
+}
+
+}  // namespace
+}  // namespace mfa

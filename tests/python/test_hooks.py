@@ -1,0 +1,207 @@
+"""The hooks: MLX's functions give the same answers and errors with them as without, and come back as they were."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_mfa
+import numpy as np
+import pytest
+from linear_problems import needs_kernels
+from problems import to_numpy
+
+pytestmark = needs_kernels
+
+NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm")
+
+
+@pytest.fixture
+def hooks():
+    """The hooks are in force, and afterwards as they were before."""
+    changed = mlx_mfa.enable()
+    yield
+    (mlx_mfa.disable if changed else mlx_mfa.enable)()
+
+
+@pytest.fixture
+def without_hooks(hooks):
+    mlx_mfa.disable()
+    yield
+    mlx_mfa.enable()
+
+
+def calls(name):
+    return mlx_mfa.hooks_status()["calls"][name]
+
+
+def run(code, **environment):
+    """The standard output of a fresh Python that has run ``code``."""
+    path = os.pathsep.join(sys.path)
+    env = {k: v for k, v in os.environ.items() if k != "MFA_DISABLE_AUTO_HOOKS"} | {"PYTHONPATH": path} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+
+
+def test_importing_the_package_installs_them():
+    code = (
+        "import mlx.core as mx; a = mx.matmul; import mlx_mfa; print(mx.matmul is a, mlx_mfa.hooks_status()['hooks'])"
+    )
+    text = run(code)
+    assert text.startswith("False")
+    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__"):
+        assert f"'{name}'" in text
+
+
+def test_the_environment_keeps_them_out():
+    code = (
+        "import mlx.core as mx; a = mx.matmul; import mlx_mfa; s = mlx_mfa.hooks_status();"
+        "print(mx.matmul is a, s['installed'], s['auto_hooks_disabled_env'], mlx_mfa.enable(), mx.matmul is a)"
+    )
+    assert run(code, MFA_DISABLE_AUTO_HOOKS="1").split() == ["True", "False", "True", "True", "False"]
+
+
+def test_disabling_restores_the_very_objects():
+    code = (
+        "import mlx.core as mx; names = ['matmul', 'addmm', 'quantized_matmul', 'gather_mm', 'gather_qmm'];"
+        "before = [getattr(mx, n) for n in names] + [mx.array.__matmul__]; import mlx_mfa;"
+        "print(mlx_mfa.disable(), mlx_mfa.disable());"
+        "after = [getattr(mx, n) for n in names] + [mx.array.__matmul__];"
+        "print(all(a is b for a, b in zip(before, after)), mlx_mfa.enable(), mlx_mfa.enable())"
+    )
+    assert run(code).split() == ["True", "False", "True", "True", "False"]
+
+
+def test_layers_run_on_them(hooks):
+    x = mx.random.normal((2, 3, 64))
+    layers = {"addmm": nn.Linear(64, 32), "matmul": nn.Linear(64, 32, bias=False)}
+    layers["quantized_matmul"] = nn.QuantizedLinear(64, 32)
+    for name, layer in layers.items():
+        before = calls(name)["mfa"]
+        ours = layer(x)
+        assert calls(name)["mfa"] == before + 1
+        mlx_mfa.disable()
+        theirs = layer(x)
+        mlx_mfa.enable()
+        np.testing.assert_allclose(to_numpy(ours), to_numpy(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_trains_alike(hooks):
+    x, layer = mx.random.normal((8, 64)), nn.Linear(64, 16)
+    step = nn.value_and_grad(layer, lambda x: mx.square(layer(x)).sum())
+    ours = step(x)
+    mlx_mfa.disable()
+    theirs = step(x)
+    mlx_mfa.enable()
+    assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
+    for name in ("weight", "bias"):
+        np.testing.assert_allclose(to_numpy(ours[1][name]), to_numpy(theirs[1][name]), rtol=1e-4, atol=1e-4)
+
+
+def quantised(shape=(5, 64, 128), dtype=mx.float32):
+    return mx.quantize(mx.random.normal(shape).astype(dtype), 64, 4)
+
+
+def a(*shape):
+    return mx.ones(shape)
+
+
+# Calls of MLX's functions in every way of passing arguments: ours where it says so.
+CALLS = {
+    "matmul": (lambda: mx.matmul(a(2, 64), a(64, 3)), "matmul", True),
+    "operator": (lambda: a(2, 64) @ a(64, 3), "matmul", True),
+    "stream": (lambda: mx.matmul(a(2, 64), a(64, 3), stream=mx.cpu), "matmul", True),
+    "promotion": (lambda: mx.matmul(a(2, 64).astype(mx.float16), a(64, 3).astype(mx.bfloat16)), "matmul", True),
+    "vectors": (lambda: mx.matmul(a(64), a(64)), "matmul", False),
+    "complex": (lambda: mx.matmul(a(2, 64).astype(mx.complex64), a(64, 3)), "matmul", False),
+    "addmm": (lambda: mx.addmm(a(3), a(2, 64), a(64, 3)), "addmm", True),
+    "factors": (lambda: mx.addmm(a(2, 1), a(2, 64), a(64, 3), 2.0, beta=0.5), "addmm", True),
+    "quantised": (lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128))), "quantized_matmul", True),
+    "quantised by name": (
+        lambda: mx.quantized_matmul(
+            a(2, 64), *quantised((64, 128))[:1], **dict(zip(("scales", "biases"), quantised((64, 128))[1:])),
+            transpose=False, group_size=None, bits=4, mode="affine", stream=mx.cpu),
+        "quantized_matmul", True,
+    ),
+    "another mode": (
+        lambda: mx.quantized_matmul(a(2, 128), *mx.quantize(a(64, 128), mode="mxfp4"), mode="mxfp4"),
+        "quantized_matmul", False,
+    ),
+    "gather": (lambda: mx.gather_mm(a(4, 1, 64), a(5, 64, 3), rhs_indices=mx.array([0, 4, 4, 1])), "gather_mm", True),
+    "sorted gather": (
+        lambda: mx.gather_mm(a(4, 1, 64), a(5, 64, 3), None, mx.array([0, 1, 1, 4]), sorted_indices=True),
+        "gather_mm", True,
+    ),
+    "quantised gather": (
+        lambda: mx.gather_qmm(a(4, 1, 128), *quantised(), rhs_indices=mx.array([0, 1, 1, 4]), sorted_indices=True),
+        "gather_qmm", True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_answer_as_without_the_hooks(name, hooks):
+    call, function, ours = CALLS[name]
+    before = calls(function)
+    mx.random.seed(1)
+    got = call()
+    after = calls(function)
+    assert (after["mfa"] - before["mfa"], after["mlx"] - before["mlx"]) == ((1, 0) if ours else (0, 1))
+    mlx_mfa.disable()
+    mx.random.seed(1)
+    expected = call()
+    mlx_mfa.enable()
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(np.array(got), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+# Wrong calls, each of which MLX itself reports.
+MISTAKES = {
+    "shapes": lambda: mx.matmul(a(2, 3), a(2, 3)),
+    "no axes": lambda: mx.matmul(a(2, 3), mx.array(1.0)),
+    "integers": lambda: mx.matmul(mx.ones((2, 2), mx.int32), mx.ones((2, 2), mx.int32)),
+    "not an array": lambda: mx.matmul([1.0], a(2, 3)),
+    "a number": lambda: a(2, 3) @ 2,
+    "one argument": lambda: mx.matmul(a(2, 3)),
+    "an unknown argument": lambda: mx.matmul(a(2, 3), a(3, 2), axis=1),
+    "addend": lambda: mx.addmm(a(7), a(2, 3), a(3, 4)),
+    "addend that is a number": lambda: mx.addmm(1.0, a(2, 3), a(3, 4)),
+    "no biases": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128))[:2]),
+    "scales": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), bits=3),
+    "codes": lambda: mx.quantized_matmul(a(2, 128), a(64, 16), a(64, 2), a(64, 2)),
+    "mode": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), mode="other"),
+    "indices": lambda: mx.gather_mm(a(4, 2, 3), a(5, 3, 6), rhs_indices=mx.array([1.0, 1, 4, 4])),
+    "many indices": lambda: mx.gather_mm(a(4, 2, 3), a(5, 3, 6), mx.array([1]), mx.array([1]), mx.array([1])),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_errors_are_those_of_mlx(name, hooks):
+    def error():
+        with pytest.raises((ValueError, TypeError)) as caught:
+            MISTAKES[name]()
+        return caught.type, str(caught.value)
+
+    got = error()
+    mlx_mfa.disable()
+    expected = error()
+    mlx_mfa.enable()
+    assert got == expected
+
+
+def test_compiled_functions_and_transformations_see_them(hooks):
+    x, w = mx.random.normal((3, 64)), mx.random.normal((64, 5))
+    before = calls("matmul")["mfa"]
+    compiled = mx.compile(lambda x: x @ w)
+    for _ in range(3):
+        result = compiled(x)
+    assert calls("matmul")["mfa"] == before + 1
+    assert mx.array_equal(result, mlx_mfa.matmul(x, w)).item()
+    np.testing.assert_allclose(to_numpy(mx.vmap(lambda r: r @ w)(x)), to_numpy(result), rtol=1e-5, atol=1e-5)
+
+
+def test_diagnostics_has_the_status(without_hooks):
+    found = mlx_mfa.diagnostics()
+    assert found["auto_hooks"] == mlx_mfa.hooks_status()
+    assert not found["auto_hooks"]["installed"]
+    assert set(found["linear_calls"]) == {"matmul", "quantized_matmul", "gather_mm", "gather_qmm"}
