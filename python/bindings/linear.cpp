@@ -1,9 +1,10 @@
-// linear.cpp: mfa::matmul and its relatives for Python.
+// linear.cpp: mfa::matmul and its relatives, and the small layers, for Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/variant.h>
 
 #include "bindings.h"
+#include "mfa/layers.h"
 #include "mfa/linear.h"
 
 namespace nb = nanobind;
@@ -84,6 +85,28 @@ void bind_linear(nb::module_& m) {
       "x"_a, "w"_a, "scales"_a, "biases"_a.none(), "lhs_indices"_a = nb::none(), "rhs_indices"_a = nb::none(),
       "transpose"_a = true, "group_size"_a = 64, "bits"_a = 4, "stream"_a = nb::none(),
       "The products, or None if MLX should compute them or report what is wrong.");
+
+  m.def(
+      "try_rms_norm",
+      [](const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice stream) -> OptionalArray {
+        if (!fuses_rms_norm(x, weight, stream)) return std::nullopt;
+        return rms_norm(x, weight, eps, stream);
+      },
+      "x"_a, "weight"_a.none(), "eps"_a, "stream"_a = nb::none(),
+      "RMS norm as one operation, or None if MLX should compute it or report what is wrong.");
+  m.def(
+      "try_rope",
+      [](const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
+         const std::variant<int, mx::array>& offset, const OptionalArray& freqs,
+         mx::StreamOrDevice stream) -> OptionalArray {
+        const auto* number = std::get_if<int>(&offset);
+        const mx::array first = number ? mx::array(*number, mx::int32) : std::get<mx::array>(offset);
+        if (!fuses_rope(x, dims, base, first, freqs, stream)) return std::nullopt;
+        return rope(x, dims, traditional, base, scale, first, freqs, stream);
+      },
+      "x"_a, "dims"_a, nb::kw_only(), "traditional"_a, "base"_a.none(), "scale"_a, "offset"_a, "freqs"_a = nb::none(),
+      "stream"_a = nb::none(),
+      "Rotary position encoding as one operation, or None if MLX should compute it or report what is wrong.");
 
   m.def(
       "linear_counters",

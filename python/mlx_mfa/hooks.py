@@ -1,7 +1,9 @@
-"""Puts this package's matrix products in the place of MLX's, so that models need no change.
+"""Puts this package's matrix products and small layers in the place of MLX's, so that models need no change.
 
-Replaced are ``mx.matmul``, ``mx.addmm``, ``mx.quantized_matmul``, ``mx.gather_mm``, ``mx.gather_qmm`` and the operator
-``@`` of arrays; ``nn.Linear``, ``nn.QuantizedLinear`` and the models of mlx-lm call these. A call that this package's
+Replaced are ``mx.matmul``, ``mx.addmm``, ``mx.quantized_matmul``, ``mx.gather_mm``, ``mx.gather_qmm``, the operator
+``@`` of arrays, ``mx.fast.rms_norm`` and ``mx.fast.rope`` (on the CPU MLX evaluates the latter two as 13 and 30 small
+operations, which take longer than the products of a token); ``nn.Linear``, ``nn.QuantizedLinear``, ``nn.RMSNorm``,
+``nn.RoPE`` and the models of mlx-lm call these. A call that this package's
 kernels do not cover, or that MLX does faster, goes on to MLX's own function with its arguments as they came: so do all
 calls on a GPU stream, and all that are wrong, whose errors are therefore MLX's.
 
@@ -25,23 +27,32 @@ DISABLED_BY = "MFA_DISABLE_AUTO_HOOKS"
 _DEFAULTS = {"group_size": 64, "bits": 4}  # of MLX's mode "affine"
 
 
-def _matmul(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    ours = _ext.try_matmul
+def _positional(
+    name: str, ours: Callable[..., mx.array | None], least: int, most: int, hints: frozenset[str] = frozenset()
+) -> Callable[[Callable[..., mx.array]], Callable[..., mx.array]]:
+    """A hook for a function of ``least`` to ``most`` positional arguments that ``ours`` takes likewise.
 
-    @functools.wraps(original)
-    def matmul(*args: Any, **kwargs: Any) -> mx.array:
-        if len(args) == 2:
-            try:
-                result = ours(*args, **kwargs)
-            except TypeError:  # not arrays, or unknown arguments
-                result = None
-            if result is not None:
-                _state.routed["matmul"] += 1
-                return result
-        _state.passed["matmul"] += 1
-        return original(*args, **kwargs)
+    Keywords in ``hints`` do not matter to ``ours``.
+    """
 
-    return matmul
+    def hook(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> mx.array:
+            if least <= len(args) <= most:
+                options = {k: v for k, v in kwargs.items() if k not in hints} if hints else kwargs
+                try:
+                    result = ours(*args, **options)
+                except TypeError:  # not arrays, or unknown arguments
+                    result = None
+                if result is not None:
+                    _state.routed[name] += 1
+                    return result
+            _state.passed[name] += 1
+            return original(*args, **kwargs)
+
+        return replacement
+
+    return hook
 
 
 def _operator(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -58,25 +69,6 @@ def _operator(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         return original(self, other)
 
     return __matmul__
-
-
-def _addmm(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    ours = _ext.try_addmm
-
-    @functools.wraps(original)
-    def addmm(*args: Any, **kwargs: Any) -> mx.array:
-        if 3 <= len(args) <= 5:
-            try:
-                result = ours(*args, **kwargs)
-            except TypeError:
-                result = None
-            if result is not None:
-                _state.routed["addmm"] += 1
-                return result
-        _state.passed["addmm"] += 1
-        return original(*args, **kwargs)
-
-    return addmm
 
 
 def _affine(options: dict[str, Any]) -> bool:
@@ -117,36 +109,16 @@ def _quantized(
     return hook
 
 
-def _gather_mm(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    ours = _ext.try_gather_mm
-
-    @functools.wraps(original)
-    def gather_mm(*args: Any, **kwargs: Any) -> mx.array:
-        if 2 <= len(args) <= 4:
-            options = {key: value for key, value in kwargs.items() if key != "sorted_indices"}
-            try:
-                result = ours(*args, **options)
-            except TypeError:
-                result = None
-            if result is not None:
-                _state.routed["gather_mm"] += 1
-                return result
-        _state.passed["gather_mm"] += 1
-        return original(*args, **kwargs)
-
-    return gather_mm
-
-
 _AFFINE = ("transpose", "group_size", "bits", "mode")
 _HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-    (mx, "matmul", _matmul),
-    (mx, "addmm", _addmm),
+    (mx, "matmul", _positional("matmul", _ext.try_matmul, 2, 2)),
+    (mx, "addmm", _positional("addmm", _ext.try_addmm, 3, 5)),
     (
         mx,
         "quantized_matmul",
         _quantized("quantized_matmul", ("x", "w", "scales", "biases", *_AFFINE), _ext.try_quantized_matmul),
     ),
-    (mx, "gather_mm", _gather_mm),
+    (mx, "gather_mm", _positional("gather_mm", _ext.try_gather_mm, 2, 4, frozenset({"sorted_indices"}))),
     (
         mx,
         "gather_qmm",
@@ -157,8 +129,11 @@ _HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         ),
     ),
     (mx.array, "__matmul__", _operator),
+    (mx.fast, "rms_norm", _positional("rms_norm", _ext.try_rms_norm, 1, 3)),
+    (mx.fast, "rope", _positional("rope", _ext.try_rope, 1, 2)),
 )
-_NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm")
+_NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm", "rms_norm", "rope")
+_OWNERS = {id(mx): "mx", id(mx.fast): "mx.fast", id(mx.array): "mx.array"}
 
 
 class _State:
@@ -175,7 +150,7 @@ _state = _State()
 
 
 def enable() -> bool:
-    """Put this package's matrix products in the place of MLX's, for the whole process.
+    """Put this package's matrix products and small layers in the place of MLX's, for the whole process.
 
     Returns:
         bool: True if this changed something; False if the hooks were installed already, or if there is no kernel for
@@ -229,7 +204,7 @@ def hooks_status() -> dict[str, Any]:
         (bool), and, for programs written for Apple GPUs, ``log`` (list) and ``m5_plus`` (bool).
     """
     with _state.lock:
-        replaced = [f"{'mx' if owner is mx else 'mx.array'}.{name}" for owner, name, _ in _state.originals]
+        replaced = [f"{_OWNERS[id(owner)]}.{name}" for owner, name, _ in _state.originals]
     return {
         "installed": bool(replaced),
         "hooks": replaced,

@@ -49,7 +49,7 @@ def test_importing_the_package_installs_them():
     )
     text = run(code)
     assert text.startswith("False")
-    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__"):
+    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__", "mx.fast.rms_norm", "mx.fast.rope"):
         assert f"'{name}'" in text
 
 
@@ -64,10 +64,10 @@ def test_the_environment_keeps_them_out():
 def test_disabling_restores_the_very_objects():
     code = (
         "import mlx.core as mx; names = ['matmul', 'addmm', 'quantized_matmul', 'gather_mm', 'gather_qmm'];"
-        "before = [getattr(mx, n) for n in names] + [mx.array.__matmul__]; import mlx_mfa;"
+        "now = lambda: [getattr(mx, n) for n in names] + [mx.array.__matmul__, mx.fast.rms_norm, mx.fast.rope];"
+        "before = now(); import mlx_mfa;"
         "print(mlx_mfa.disable(), mlx_mfa.disable());"
-        "after = [getattr(mx, n) for n in names] + [mx.array.__matmul__];"
-        "print(all(a is b for a, b in zip(before, after)), mlx_mfa.enable(), mlx_mfa.enable())"
+        "print(all(a is b for a, b in zip(before, now())), mlx_mfa.enable(), mlx_mfa.enable())"
     )
     assert run(code).split() == ["True", "False", "True", "True", "False"]
 
@@ -170,6 +170,10 @@ MISTAKES = {
     "scales": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), bits=3),
     "codes": lambda: mx.quantized_matmul(a(2, 128), a(64, 16), a(64, 2), a(64, 2)),
     "mode": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), mode="other"),
+    "norm": lambda: mx.fast.rms_norm(a(2, 3), a(4), 1e-5),
+    "norm without epsilon": lambda: mx.fast.rms_norm(a(2, 3), None),
+    "rope": lambda: mx.fast.rope(a(2, 3), 2, traditional=False, base=10.0, scale=1.0, offset=0),
+    "rope without base": lambda: mx.fast.rope(a(1, 2, 4), 4, traditional=False, base=None, scale=1.0, offset=0),
     "indices": lambda: mx.gather_mm(a(4, 2, 3), a(5, 3, 6), rhs_indices=mx.array([1.0, 1, 4, 4])),
     "many indices": lambda: mx.gather_mm(a(4, 2, 3), a(5, 3, 6), mx.array([1]), mx.array([1]), mx.array([1])),
 }
