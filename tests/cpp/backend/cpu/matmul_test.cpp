@@ -3,10 +3,13 @@
 #include "backend/cpu/matmul.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <iostream>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -170,6 +173,54 @@ TEST(CpuMatmul, ProductsOfOneCallAreThoseOfSingleCalls) {
       }
     }
   });
+}
+
+// Weights whose rows are 2^31 elements apart, in address space of which only they are touched.
+TEST(CpuMatmul, OffsetsPast32BitsAreReached) {
+  constexpr int64_t kStride = (int64_t{1} << 31) + 64;
+  constexpr int32_t N = 3, K = 40;
+  const size_t bytes = static_cast<size_t>(2 * kStride + K) * sizeof(bfloat16);
+  void* region = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (region == MAP_FAILED) GTEST_SKIP() << "no address space";
+  auto* far = static_cast<bfloat16*>(region);
+  std::vector<bfloat16> near(N * K), x(5 * K), expected(5 * N), got(5 * N);
+  Random random(10);
+  for (bfloat16& value : x) value = to_bfloat16(random.normal());
+  for (int32_t n = 0; n < N; ++n)
+    for (int32_t k = 0; k < K; ++k) far[n * kStride + k] = near[n * K + k] = to_bfloat16(random.normal());
+  MatmulProblem p;
+  p.N = N;
+  p.K = K;
+  p.dtype = DType::bf16;
+  p.w.transposed = true;
+  testing::for_each_isa([&](const std::string& isa) {
+    SCOPED_TRACE(isa);
+    for (const int64_t rows : {1, 5}) {
+      p.M = rows;
+      p.x = {x.data(), K, nullptr};
+      p.w.data = near.data();
+      p.w.stride = K;
+      p.out = expected.data();
+      cpu::matmul({&p, 1});
+      p.w.data = far;
+      p.w.stride = kStride;
+      p.out = got.data();
+      cpu::matmul({&p, 1});
+      for (int64_t i = 0; i < rows * N; ++i) EXPECT_EQ(got[i].bits, expected[i].bits) << i;
+      // The same region as rows of x.
+      p.M = N;
+      p.x = {far, kStride, nullptr};
+      p.w.data = x.data();
+      p.w.stride = K;
+      p.out = got.data();
+      cpu::matmul({&p, 1});
+      p.x = {near.data(), K, nullptr};
+      p.out = expected.data();
+      cpu::matmul({&p, 1});
+      for (int64_t i = 0; i < int64_t{N} * N; ++i) EXPECT_EQ(got[i].bits, expected[i].bits) << i;
+    }
+  });
+  munmap(region, bytes);
 }
 
 TEST(CpuMatmul, NoTermsGiveTheAddend) {
