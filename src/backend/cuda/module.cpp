@@ -17,6 +17,8 @@
 
 #define MFA_EMBED_DTYPES(stem) MFA_EMBED(stem##_f32) MFA_EMBED(stem##_f16) MFA_EMBED(stem##_bf16)
 MFA_EMBED_DTYPES(forward_tiled)
+MFA_EMBED(forward_decode_f16)
+MFA_EMBED(forward_decode_bf16)
 MFA_EMBED_DTYPES(backward_queries)
 MFA_EMBED_DTYPES(backward_keys)
 MFA_EMBED_DTYPES(term_gradients)
@@ -26,9 +28,10 @@ namespace {
 
 constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = 4, kMaxDevices = 16;
 
-enum Family { forward, queries, keys, terms, kFamilies };
+enum Family { forward, decode, queries, keys, terms, kFamilies };
 constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {mfa_fatbin_forward_tiled_f32, mfa_fatbin_forward_tiled_f16, mfa_fatbin_forward_tiled_bf16},
+    {nullptr, mfa_fatbin_forward_decode_f16, mfa_fatbin_forward_decode_bf16},
     {mfa_fatbin_backward_queries_f32, mfa_fatbin_backward_queries_f16, mfa_fatbin_backward_queries_bf16},
     {mfa_fatbin_backward_keys_f32, mfa_fatbin_backward_keys_f16, mfa_fatbin_backward_keys_bf16},
     {mfa_fatbin_term_gradients_f32, mfa_fatbin_term_gradients_f16, mfa_fatbin_term_gradients_bf16}};
@@ -39,6 +42,8 @@ Family family_of(Kernel kernel) {
     case Kernel::forward_few_rows:
     case Kernel::merge_splits:
       return forward;
+    case Kernel::forward_decode:
+      return decode;
     case Kernel::backward_rows:
     case Kernel::backward_queries:
       return queries;

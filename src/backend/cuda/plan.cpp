@@ -1,6 +1,7 @@
 #include "backend/cuda/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "backend/cuda/tiles.h"
@@ -33,6 +34,21 @@ Launch launch_of(Kernel kernel, Element dtype, int head_dim, int64_t blocks, int
   return launch;
 }
 
+// Into how many parts to split `keys` so that blocks * splits fill `slots` evenly. A split costs a pass over its result,
+// so a greater number must gain 5 %.
+int choose_splits(int64_t blocks, int64_t keys, int64_t slots) {
+  constexpr int64_t kMinKeys = 256;  // of a split
+  const int64_t most = std::min<int64_t>({kMaxSplits, std::max<int64_t>(1, keys / kMinKeys),
+                                          std::max<int64_t>(4, slots / std::max<int64_t>(1, blocks))});
+  int best = 1;
+  double best_use = 0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const double waves = double(blocks) * splits / slots, use = waves / std::ceil(waves);
+    if (use > 1.05 * best_use) best = static_cast<int>(splits), best_use = use;
+  }
+  return best;
+}
+
 int64_t rows_of_group(const AttentionProblem& p) { return int64_t{p.Hq / p.Hkv} * p.Nq; }
 
 }  // namespace
@@ -47,6 +63,8 @@ const char* stem_of(Kernel kernel) {
       return "forward_tiled";
     case Kernel::forward_few_rows:
       return "forward_few_rows";
+    case Kernel::forward_decode:
+      return "forward_decode";
     case Kernel::merge_splits:
       return "merge_splits";
     case Kernel::backward_rows:
@@ -83,26 +101,28 @@ ForwardPlan plan_forward(const AttentionProblem& p, const DeviceTraits& device) 
   const int size = element_size(dtype), index = tile_index(p.D, p.Dv);
   const int64_t rows = rows_of_group(p), heads = int64_t{p.B} * p.Hkv;
   ForwardPlan plan;
-  const bool few_rows = rows <= forward_tile(dtype, index, true).BQ;
-  const ForwardTile& tile = forward_tile(dtype, index, few_rows);
-  plan.row_tile = tile.BQ;
-  plan.key_tile = tile.BK;
-  const int64_t blocks = heads * ceil_div(rows, tile.BQ), key_tiles = std::max<int64_t>(1, ceil_div(p.Nk, tile.BK));
-
-  // Split the keys where the tiles of rows leave multiprocessors idle, into parts of at least four tiles.
-  const int64_t resident = std::max(1, device.shared_bytes / tile.shared_bytes(size));
-  const int64_t wanted = device.multiprocessors * std::min<int64_t>(resident, 2);
-  if (few_rows && blocks < wanted) {
-    const int64_t splits = std::clamp<int64_t>(wanted / std::max<int64_t>(blocks, 1), 1,
-                                               std::min<int64_t>(kMaxSplits, std::max<int64_t>(1, key_tiles / 4)));
-    const int64_t tiles_per_split = ceil_div(key_tiles, splits);
-    plan.splits = static_cast<int>(ceil_div(key_tiles, tiles_per_split));
-    plan.split_keys = static_cast<int>(std::min<int64_t>(tiles_per_split * tile.BK, p.Nk));
-    if (plan.splits > 1) plan.split_keys = static_cast<int>(tiles_per_split * tile.BK);
+  const bool few_rows = rows <= DecodeTile::kRows;
+  if (few_rows && dtype != Element::f32 && index < kDecodeSizes) {
+    const DecodeTile& tile = kDecode16[index];
+    plan.row_tile = DecodeTile::kRows;
+    plan.key_tile = DecodeTile::kKeys;
+    plan.attention =
+        launch_of(Kernel::forward_decode, dtype, index, heads, tile.threads(), tile.shared_bytes(size));
+  } else {
+    const ForwardTile& tile = forward_tile(dtype, index, few_rows);
+    plan.row_tile = tile.BQ;
+    plan.key_tile = tile.BK;
+    plan.attention = launch_of(few_rows ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, index,
+                               heads * ceil_div(rows, tile.BQ), tile.threads(), tile.shared_bytes(size));
   }
-  plan.attention = launch_of(few_rows ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, index, blocks,
-                             tile.threads(), tile.shared_bytes(size));
-  plan.attention.grid[2] = static_cast<uint32_t>(plan.splits);
+  if (few_rows && heads > 0) {
+    const int64_t resident = std::clamp<int64_t>(device.shared_bytes / plan.attention.shared_bytes, 1, 2);
+    const int splits = choose_splits(heads, p.Nk, device.multiprocessors * resident);
+    // Whole tiles, for decode one for each warp.
+    plan.split_keys = static_cast<int>(ceil_div(ceil_div(p.Nk, splits), 64) * 64);
+    plan.splits = static_cast<int>(std::max<int64_t>(1, p.Nk > 0 ? ceil_div(p.Nk, plan.split_keys) : 1));
+    plan.attention.grid[2] = static_cast<uint32_t>(plan.splits);
+  }
   if (plan.splits > 1)
     plan.merge = launch_of(Kernel::merge_splits, dtype, 0, ceil_div(int64_t{p.B} * p.Hq * p.Nq, kRowsPerBlock),
                            kWarpRowThreads, 0);
@@ -143,6 +163,7 @@ std::optional<std::string> unsupported(const AttentionProblem& p, const DeviceTr
   const int size = element_size(dtype);
   const int needed = std::max({forward_tile(dtype, index, false).shared_bytes(size),
                                forward_tile(dtype, index, true).shared_bytes(size),
+                               dtype != Element::f32 && index < kDecodeSizes ? kDecode16[index].shared_bytes(size) : 0,
                                backward_tile(dtype, index).shared_bytes(size)});
   if (needed > device.shared_bytes)
     return concat("head dims ", p.D, " and ", p.Dv, " in ", name_of(p.dtype), " need ", needed,

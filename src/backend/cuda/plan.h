@@ -21,6 +21,7 @@ struct DeviceTraits {
 enum class Kernel : uint8_t {
   forward_tiled,
   forward_few_rows,
+  forward_decode,
   merge_splits,
   backward_rows,
   backward_queries,

@@ -21,6 +21,18 @@ struct ForwardTile {
   }
 };
 
+// Decode: each of `warps` walks tiles of 16 keys on its own, `stages` of them on their way; up to 16 packed rows.
+struct DecodeTile {
+  int DP, stages, warps;
+
+  static constexpr int kRows = 16, kKeys = 16;
+  constexpr int threads() const { return 32 * warps; }
+  // Q, then the warps' rings of K and V tiles, in whose place the warps' results are merged.
+  constexpr int shared_bytes(int size) const {
+    return size * pitch_of(DP, size) * (kRows + warps * stages * 2 * kKeys);
+  }
+};
+
 // Backward: dQ [BQ, DP] from WM x WN warps; dK and dV [BK, DP] from KM x KN; scores [BQ, BK] from SM x SN of them.
 struct BackwardTile {
   int DP, BQ, BK, SM, SN, WM, WN, KM, KN;
@@ -43,6 +55,9 @@ inline constexpr ForwardTile kForwardFewRows16[] = {
     {64, 16, 128, 1, 4}, {128, 16, 64, 1, 4}, {256, 16, 64, 1, 4}, {576, 16, 32, 1, 4}};
 inline constexpr ForwardTile kForwardFewRows32[] = {
     {64, 16, 64, 1, 4}, {128, 16, 64, 1, 4}, {256, 16, 32, 1, 4}, {576, 16, 32, 1, 4}};
+
+inline constexpr DecodeTile kDecode16[] = {{64, 4, 4}, {128, 3, 4}, {256, 3, 4}};
+inline constexpr int kDecodeSizes = 3;  // larger head dims leave too few registers for a warp's outputs
 
 inline constexpr BackwardTile kBackward16[] = {{64, 64, 64, 4, 1, 4, 1, 4, 1},
                                                {128, 64, 64, 4, 2, 4, 2, 4, 2},

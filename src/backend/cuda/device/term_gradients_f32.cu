@@ -4,7 +4,7 @@
 
 using mfa::cuda::BackwardParams;
 
-extern "C" __global__ void __launch_bounds__(mfa::cuda::kHeadThreads)
+extern "C" __global__ void __launch_bounds__(mfa::cuda::kHeadThreads, 1)
     head_gradients_f32(const __grid_constant__ BackwardParams params) {
   mfa::cuda::head_gradients(params);
 }

@@ -65,14 +65,16 @@ __device__ __forceinline__ int round_up(int x, int to) { return (x + to - 1) / t
 
 // Fills `ROWS` rows from row r0 on with their D channels, and zeros up to a multiple of 16 and for rows at and behind
 // `end`. Waits for nothing: the copies belong to the group that is committed next.
+// `thread` numbers the THREADS that take part.
 template <int ROWS, int DP, int THREADS, typename T>
-__device__ __forceinline__ void load_rows(T* tile, const Rows<T>& rows, int r0, int end, int D, bool vector) {
+__device__ __forceinline__ void load_rows(T* tile, const Rows<T>& rows, int r0, int end, int D, bool vector,
+                                          int thread = threadIdx.x) {
   constexpr int V = kVector<T>, pitch = kPitch<T, DP>;
   constexpr int chunks = DP / V;
   constexpr int lanes = chunks >= 32 ? 32 : chunks >= 16 ? 16 : chunks >= 8 ? 8 : 4;  // of a row
-  const int lane = threadIdx.x % lanes, extent = round_up(D, 16);
+  const int lane = thread % lanes, extent = round_up(D, 16);
 #pragma unroll 2
-  for (int r = threadIdx.x / lanes; r < ROWS; r += THREADS / lanes) {
+  for (int r = thread / lanes; r < ROWS; r += THREADS / lanes) {
     const bool inside = r0 + r < end;
     const T* from = inside ? rows.at(r0 + r) : rows.data;
     T* to = tile + r * pitch;
@@ -160,6 +162,7 @@ __device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int 
     }
   } else {
     const int g = lane / 4, t = lane % 4;
+#pragma unroll 1
     for (int k = 0; k < depth; k += 4) {
       float af[MI][2][4];
 #pragma unroll
