@@ -15,9 +15,10 @@ struct ForwardTile {
   int DP, BQ, BK, WM, WN;
 
   constexpr int threads() const { return 32 * WM * WN; }
-  // Q, K, V, P, then the warps' row statistics.
+  // Q, K, V, P, then the warps' row statistics and the bits of the mask.
   constexpr int shared_bytes(int size) const {
-    return size * (pitch_of(DP, size) * (BQ + 2 * BK) + pitch_of(BK, size) * BQ) + 4 * WN * BQ;
+    return size * (pitch_of(DP, size) * (BQ + 2 * BK) + pitch_of(BK, size) * BQ) + 4 * WN * BQ +
+           BQ * BK / 8;
   }
 };
 
@@ -38,9 +39,9 @@ struct BackwardTile {
   int DP, BQ, BK, SM, SN, WM, WN, KM, KN;
 
   constexpr int threads() const { return 32 * WM * WN; }
-  // Q, dO, K, V, P, dS.
+  // Q, dO, K, V, P, dS, the bits of the mask.
   constexpr int shared_bytes(int size) const {
-    return size * (pitch_of(DP, size) * 2 * (BQ + BK) + pitch_of(BK, size) * 2 * BQ);
+    return size * (pitch_of(DP, size) * 2 * (BQ + BK) + pitch_of(BK, size) * 2 * BQ) + BQ * BK / 8;
   }
 };
 

@@ -41,16 +41,12 @@ __device__ __forceinline__ void store_pair(f16* to, float a, float b) {
   *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
 }
 
-// The element `i` of a buffer whose type is known at run time.
-__device__ __forceinline__ float load_element(const void* data, Element dtype, int64_t i) {
-  switch (dtype) {
-    case Element::f16:
-      return to_float(static_cast<const f16*>(data)[i]);
-    case Element::bf16:
-      return to_float(static_cast<const bf16*>(data)[i]);
-    default:
-      return static_cast<const float*>(data)[i];
-  }
+__device__ __forceinline__ float2 load_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ __forceinline__ float2 load_pair(const bf16* from) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+}
+__device__ __forceinline__ float2 load_pair(const f16* from) {
+  return __half22float2(*reinterpret_cast<const __half2*>(from));
 }
 
 }  // namespace mfa::cuda

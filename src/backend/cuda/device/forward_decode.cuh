@@ -68,8 +68,8 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
       wait_copies<kStages - 2>();
       __syncwarp();
       load(n + kStages - 1);  // into the slot that the last turn has read
-      const T* const k_tile = ring + n % kStages * 2 * kKeys * pitch;
-      const T* const v_tile = k_tile + kKeys * pitch;
+      T* const k_tile = ring + n % kStages * 2 * kKeys * pitch;
+      T* const v_tile = k_tile + kKeys * pitch;
       const int k0 = key_of(n), j0 = k0 + 2 * t;
       float s[1][2][4];
       clear(s);
@@ -80,7 +80,17 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
       if (partial) {
         hides = true;
         uint32_t visible[2];
-        visible_bits<1, 2>(p, seen, rows, j0, visible);
+        visible_bits<1, 2>(seen, rows, j0, visible);
+        if (p.mask.data) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            const int r = e / 2 % 2, bit = e / 4 * 2 + e % 2;
+            if (!(visible[r] >> bit & 1)) continue;
+            if (!p.mask.data[b * p.mask.stride[0] + rows.h[r] * p.mask.stride[1] + rows.i[r] * p.mask.stride[2] +
+                             (j0 + e / 4 * 8 + e % 2) * p.mask.stride[3]])
+              visible[r] &= ~(1u << bit);
+          }
+        }
 #pragma unroll
         for (int e = 0; e < 8; ++e)
           if (!(visible[e / 2 % 2] >> (e / 4 * 2 + e % 2) & 1)) s[0][e / 4][e % 4] = -infinity();
@@ -91,13 +101,13 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
         next = fmaxf(next, __shfl_xor_sync(~0u, next, 1));
         next = fmaxf(m[r], fmaxf(next, __shfl_xor_sync(~0u, next, 2)));
         const float shift = next == -infinity() ? 0.f : next;
-        const float alpha = exp2f(m[r] - shift);
+        const float alpha = exp2_of<T>(m[r] - shift);
         m[r] = next;
         float sum = 0.f;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float& x = s[0][e / 2][2 * r + e % 2];
-          x = exp2f(x - shift);
+          x = exp2_of<T>(x - shift);
           sum += x;
         }
         l[r] = l[r] * alpha + sum;
@@ -112,35 +122,50 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
         drop(p, kept, s);
       }
       if (contain && (partial || p.bias.data)) {
-        // As multiply_hiding(): a weight of 0 hides its key. The weights of a row are spread over the lanes of a quad.
-#pragma unroll
+        // As multiply_hiding(). The weights of a row are spread over the lanes of a quad.
+#pragma unroll 1
         for (int key = 0; key < kKeys; ++key) {
-          const float *own = s[0][key / 8], x = __shfl_sync(~0u, to_float(from_float<T>(own[key % 2])), key % 8 / 2, 4),
-                      y = __shfl_sync(~0u, to_float(from_float<T>(own[2 + key % 2])), key % 8 / 2, 4);
+          float x[2];
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const float first = key < 8 ? s[0][0][2 * r] : s[0][1][2 * r];
+            const float second = key < 8 ? s[0][0][2 * r + 1] : s[0][1][2 * r + 1];
+            x[r] = __shfl_sync(~0u, to_float(from_float<T>(key % 2 ? second : first)), key % 8 / 2, 4);
+          }
 #pragma unroll
           for (int ni = 0; ni < ON; ++ni) {
             if (8 * ni >= columns) break;
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
               const float z = to_float(v_tile[key * pitch + 8 * ni + 2 * t + c]);
-              if (x != 0.f) o[0][ni][c] = fmaf(x, z, o[0][ni][c]);
-              if (y != 0.f) o[0][ni][2 + c] = fmaf(y, z, o[0][ni][2 + c]);
+              if (is_finite(z)) continue;
+#pragma unroll
+              for (int r = 0; r < 2; ++r)
+                if (x[r] != 0.f) o[0][ni][2 * r + c] += x[r] * z;
             }
           }
         }
-      } else {
-        // The accumulators of S have the layout of the left operand.
-        const uint32_t weights[4] = {pack<T>(s[0][0][0], s[0][0][1]), pack<T>(s[0][0][2], s[0][0][3]),
-                                     pack<T>(s[0][1][0], s[0][1][1]), pack<T>(s[0][1][2], s[0][1][3])};
+        __syncwarp();
+        clear_nonfinite<kKeys, DP, 32>(v_tile, p.Dv, lane);
+        __syncwarp();
+      }
+      // The accumulators of S have the layout of the left operand.
+      const uint32_t weights[4] = {pack<T>(s[0][0][0], s[0][0][1]), pack<T>(s[0][0][2], s[0][0][3]),
+                                   pack<T>(s[0][1][0], s[0][1][1]), pack<T>(s[0][1][2], s[0][1][3])};
+      auto add_values = [&](auto all) {
 #pragma unroll
         for (int ni = 0; ni < ON; ni += 2) {
-          if (8 * ni >= columns) break;
+          if (!all && 8 * ni >= columns) break;
           uint32_t values[4];
           load_matrices_transposed(values, v_tile + lane % 16 * pitch + 8 * ni + lane / 16 * 8);
           multiply_add<T>(o[0][ni], weights, values[0], values[1]);
           multiply_add<T>(o[0][ni + 1], weights, values[2], values[3]);
         }
-      }
+      };
+      if (columns == DP)
+        add_values(std::true_type{});
+      else
+        add_values(std::false_type{});
       __syncwarp();
     }
     if (contain || !hides || !__any_sync(~0u, any_nonfinite(o))) break;

@@ -21,6 +21,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
   T* const v_tile = k_tile + BK * pitch;
   T* const p_tile = v_tile + BK * pitch;
   float* const statistics = reinterpret_cast<float*>(p_tile + BQ * p_pitch);  // [WN][BQ]
+  MaskTile<BQ, BK> mask{reinterpret_cast<uint16_t*>(statistics + WN * BQ), false};
 
   const Problem& p = f.p;
   const int row_count = p.G * p.Nq, row_tiles = (row_count + BQ - 1) / BQ;
@@ -58,7 +59,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
       const bool partial = p.mask.data || seen.begin(i_last) > k0 || seen.end(i_first) < k0 + BK;
       hides = hides || partial;
       const bool used =
-          !p.mask.data || mask_shows_any<BQ, BK, kThreads>(p, b, hkv * p.G, p.G, r0, row_count, k0);
+          !p.mask.data || mask.template load<kThreads>(p, b, hkv * p.G, p.G, r0, row_count, k0);
       if (used) {
         float s[MI][SN][4];
         clear(s);
@@ -68,7 +69,8 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
         add_terms(p, seen, s, rows, j0);
         if (partial) {
           uint32_t visible[2 * MI];
-          visible_bits<MI, SN>(p, seen, rows, j0, visible);
+          visible_bits<MI, SN>(seen, rows, j0, visible);
+          if (p.mask.data) mask_bits<MI, SN>(mask, wm * MI * 16 + g, wn * SN * 8 + 2 * t, visible);
 #pragma unroll
           for (int n = 0; n < 2 * MI; ++n)
 #pragma unroll
@@ -104,14 +106,14 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
           const int mi = n / 2, e = 2 * (n % 2);
           const float next = fmaxf(m[n], row_max[n]);
           const float shift = next == -infinity() ? 0.f : next;  // nothing visible yet: avoid (-inf) - (-inf)
-          const float alpha = exp2f(m[n] - shift);
+          const float alpha = exp2_of<T>(m[n] - shift);
           m[n] = next;
           float sum = 0.f;
 #pragma unroll
           for (int ni = 0; ni < SN; ++ni)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-              const float x = exp2f(s[mi][ni][e + c] - shift);
+              const float x = exp2_of<T>(s[mi][ni][e + c] - shift);
               s[mi][ni][e + c] = x;
               sum += x;
             }
@@ -132,7 +134,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
       if (used) {
         const T* weights = p_tile + wm * MI * 16 * p_pitch;
         if (contain && (partial || p.bias.data))
-          multiply_hiding<T, A::rows>(o, weights, p_pitch, v_tile + wn * ON * 8, pitch, BK, columns);
+          multiply_hiding<T, A::rows, BK, DP, kThreads>(o, weights, p_pitch, v_tile, wn * ON * 8, p.Dv);
         else
           multiply<T, A::rows, B::rows>(o, weights, p_pitch, v_tile + wn * ON * 8, pitch, BK, columns);
       }

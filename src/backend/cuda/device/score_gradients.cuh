@@ -20,6 +20,7 @@ struct GradientTiles {
   const BackwardParams& f;
   const Problem& p;
   T *q, *d_o, *k, *v, *weights, *d_s;  // tiles
+  MaskTile<BQ, BK> mask;
   int warp, row0, key0;                // of the warp's block in the tile
   bool active;                         // whether the warp has one
   int depth_qk, depth_v;
@@ -31,6 +32,7 @@ struct GradientTiles {
     v = k + BK * pitch;
     weights = v + BK * pitch;
     d_s = weights + BQ * p_pitch;
+    mask.bits = reinterpret_cast<uint16_t*>(d_s + BQ * p_pitch);
     warp = threadIdx.x / 32;
     row0 = warp / Tile.SN * MI * 16;
     key0 = warp % Tile.SN * NI * 8;
@@ -93,7 +95,11 @@ struct GradientTiles {
     scale_scores<T>(p, s, Damped ? d : nullptr);
     add_terms(p, seen, s, rows, j0);
     uint32_t visible[2 * MI];
-    if (partial) visible_bits<MI, NI>(p, seen, rows, j0, visible);
+    if (partial) {
+      const int lane = threadIdx.x % 32;
+      visible_bits<MI, NI>(seen, rows, j0, visible);
+      if (p.mask.data) mask_bits<MI, NI>(mask, row0 + lane / 4, key0 + 2 * (lane % 4), visible);
+    }
 #pragma unroll
     for (int n = 0; n < 2 * MI; ++n)
 #pragma unroll
@@ -101,7 +107,7 @@ struct GradientTiles {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float &x = s[n / 2][ni][2 * (n % 2) + c], &y = d[n / 2][ni][2 * (n % 2) + c];
-          x = exp2f(x - lse2[n]);
+          x = exp2_of<T>(x - lse2[n]);
           if (partial && !(visible[n] >> (2 * ni + c) & 1)) x = 0.f;
           y = x == 0.f ? 0.f : x * y;  // what has no weight gives no gradient, whatever its value
         }
@@ -113,8 +119,8 @@ struct GradientTiles {
     return p.mask.data || seen.begin(i_last) > k0 || seen.end(i_first) < k0 + BK;
   }
   // Whether it may have one that is not. For all threads of the block.
-  __device__ __forceinline__ bool is_used(int b, int first_head, int G, int r0, int rows, int k0) const {
-    return !p.mask.data || mask_shows_any<BQ, BK, kThreads>(p, b, first_head, G, r0, rows, k0);
+  __device__ __forceinline__ bool is_used(int b, int first_head, int G, int r0, int rows, int k0) {
+    return !p.mask.data || mask.template load<kThreads>(p, b, first_head, G, r0, rows, k0);
   }
 };
 

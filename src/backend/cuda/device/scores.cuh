@@ -92,6 +92,18 @@ __device__ __forceinline__ float tanh_of(float x) {
   }
 }
 
+// 2^x, by the special function unit where T's rounding hides that it flushes subnormals.
+template <typename T>
+__device__ __forceinline__ float exp2_of(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return exp2f(x);
+  } else {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+}
+
 // Products to scaled, capped scores; with `gradient`, that becomes the gradient with respect to the product's scale.
 template <typename T, int MI, int NI>
 __device__ __forceinline__ void scale_scores(const Problem& p, float (&s)[MI][NI][4],
@@ -117,6 +129,37 @@ __device__ __forceinline__ void scale_scores(const Problem& p, float (&s)[MI][NI
   }
 }
 
+// `keys`: those behind it have no bias to read.
+template <typename E, int MI, int NI>
+__device__ __forceinline__ void add_bias(const Problem& p, int keys, float (&s)[MI][NI][4], const BlockRows<MI>& rows,
+                                         int j0) {
+  const Bias& bias = p.bias;
+#pragma unroll
+  for (int n = 0; n < 2 * MI; ++n) {
+    const E* const row = static_cast<const E*>(bias.data) + rows.b * bias.stride[0] + rows.h[n] * bias.stride[1] +
+                         rows.i[n] * bias.stride[2];
+    const int end = rows.real[n] ? keys : 0;
+    if (bias.stride[3] == 1 && reinterpret_cast<uintptr_t>(row) % (2 * sizeof(E)) == 0 && j0 + 8 * NI <= end) {
+#pragma unroll
+      for (int ni = 0; ni < NI; ++ni) {
+        const float2 x = load_pair(row + j0 + 8 * ni);
+        float (&to)[4] = s[n / 2][ni];
+        to[2 * (n % 2)] = fmaf(kLog2e, x.x, to[2 * (n % 2)]);
+        to[2 * (n % 2) + 1] = fmaf(kLog2e, x.y, to[2 * (n % 2) + 1]);
+      }
+    } else {
+#pragma unroll
+      for (int ni = 0; ni < NI; ++ni)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int j = j0 + 8 * ni + c;
+          float& to = s[n / 2][ni][2 * (n % 2) + c];
+          if (j < end) to = fmaf(kLog2e, to_float(row[j * bias.stride[3]]), to);
+        }
+    }
+  }
+}
+
 // Adds ALiBi and the bias. `j0`: the key of the thread's first column.
 template <int MI, int NI>
 __device__ __forceinline__ void add_terms(const Problem& p, const Visibility& seen, float (&s)[MI][NI][4],
@@ -133,71 +176,90 @@ __device__ __forceinline__ void add_terms(const Problem& p, const Visibility& se
           s[n / 2][ni][2 * (n % 2) + c] = fmaf(slope, float(distance + 8 * ni + c), s[n / 2][ni][2 * (n % 2) + c]);
     }
   }
-  if (p.bias.data) {
-    const Bias& bias = p.bias;
-#pragma unroll
-    for (int n = 0; n < 2 * MI; ++n) {
-      const int64_t row = rows.b * bias.stride[0] + rows.h[n] * bias.stride[1] + rows.i[n] * bias.stride[2];
-#pragma unroll
-      for (int ni = 0; ni < NI; ++ni)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int j = j0 + 8 * ni + c;
-          if (rows.real[n] && j < seen.keys)
-            s[n / 2][ni][2 * (n % 2) + c] += kLog2e * load_element(bias.data, bias.dtype, row + j * bias.stride[3]);
-        }
-    }
+  switch (p.bias.data ? p.bias.dtype : Element{-1}) {
+    case Element::f32:
+      return add_bias<float>(p, seen.keys, s, rows, j0);
+    case Element::f16:
+      return add_bias<f16>(p, seen.keys, s, rows, j0);
+    case Element::bf16:
+      return add_bias<bf16>(p, seen.keys, s, rows, j0);
   }
 }
 
-// Whether the mask shows any key of [k0, k0 + BK) to any of the packed rows [r0, r0 + BQ). For all threads of the block.
-template <int BQ, int BK, int THREADS>
-__device__ __forceinline__ bool mask_shows_any(const Problem& p, int b, int first_head, int G, int r0, int rows,
-                                               int k0) {
-  constexpr int kChunk = 16, kChunks = BK / kChunk;
-  const Mask& mask = p.mask;
-  const uint8_t* const data = mask.data + b * mask.stride[0] + first_head * mask.stride[1];
-  const bool same_rows = mask.stride[2] == 0 && (G == 1 || mask.stride[1] == 0);
-  const int end = same_rows ? min(r0 + 1, rows) : min(r0 + BQ, rows);
-  uint32_t any = 0;
-  for (int n = threadIdx.x; n < BQ * kChunks && !any; n += THREADS) {
-    const int r = r0 + n / kChunks, j = k0 + n % kChunks * kChunk;
-    if (r >= end) break;
-    const int i = G == 1 ? r : r / G;
-    const uint8_t* from = data + (r - i * G) * mask.stride[1] + i * mask.stride[2] + j * mask.stride[3];
-    if (mask.stride[3] == 1 && j + kChunk <= p.Nk && reinterpret_cast<uintptr_t>(from) % kChunk == 0) {
-      const uint4 x = *reinterpret_cast<const uint4*>(from);
-      any = x.x | x.y | x.z | x.w;
-    } else {
-      for (int c = 0; c < kChunk && j + c < p.Nk; ++c) any |= from[c * mask.stride[3]];
-    }
-  }
-  return __syncthreads_or(any != 0);
-}
+// The boolean mask of a tile of BQ packed rows and BK keys, as bits in shared memory: bit j of the row's bits.
+template <int BQ, int BK>
+struct MaskTile {
+  static constexpr int kWords = BK / 16;
+  uint16_t* bits;  // [BQ][kWords], in shared memory
+  bool same_rows;  // all rows have those of row 0
 
-// Bit (2 ni + c) of visible[n]: whether row n sees the thread's column c of block ni. Unreal rows see nothing. Loops
-// over blocks stay loops here and below: unrolled, they would hold registers that the accumulators need.
+  // Reads the tile; answers whether it shows any key. For all threads of the block: ends with a barrier.
+  template <int THREADS>
+  __device__ __forceinline__ bool load(const Problem& p, int b, int first_head, int G, int r0, int rows, int k0) {
+    const Mask& mask = p.mask;
+    const uint8_t* const data = mask.data + b * mask.stride[0] + first_head * mask.stride[1];
+    same_rows = mask.stride[2] == 0 && (G == 1 || mask.stride[1] == 0);
+    const int count = same_rows ? 1 : min(BQ, rows - r0);
+    uint32_t any = 0;
+    for (int n = threadIdx.x; n < count * kWords; n += THREADS) {
+      const int r = r0 + n / kWords, j = k0 + n % kWords * 16, i = G == 1 ? r : r / G;
+      const uint8_t* from = data + (r - i * G) * mask.stride[1] + i * mask.stride[2] + j * mask.stride[3];
+      uint32_t word = 0;
+      if (mask.stride[3] == 1 && j + 16 <= p.Nk && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        const uint4 x = *reinterpret_cast<const uint4*>(from);
+        word = four_bits(x.x) | four_bits(x.y) << 4 | four_bits(x.z) << 8 | four_bits(x.w) << 12;
+      } else {
+        for (int c = 0; c < 16 && j + c < p.Nk; ++c) word |= uint32_t(from[c * mask.stride[3]] != 0) << c;
+      }
+      bits[n] = uint16_t(word);
+      any |= word;
+    }
+    return __syncthreads_or(any != 0);
+  }
+  // Bit b of the result: whether byte b of x is not 0.
+  static __device__ __forceinline__ uint32_t four_bits(uint32_t x) {
+    return ((__vcmpne4(x, 0) & 0x01010101u) * 0x01020408u >> 24) & 15u;  // each byte's bit to its place in byte 3
+  }
+  // The two bits from column `c`, which is even.
+  __device__ __forceinline__ uint32_t pair(int row, int c) const {
+    return bits[(same_rows ? 0 : row) * kWords + c / 16] >> c % 16 & 3u;
+  }
+};
+
+// Bit (2 ni + c) of visible[n]: whether row n sees the thread's column c of block ni, by its range of keys. Unreal rows
+// see nothing.
 template <int MI, int NI>
-__device__ __forceinline__ void visible_bits(const Problem& p, const Visibility& seen, const BlockRows<MI>& rows,
-                                             int j0, uint32_t (&visible)[2 * MI]) {
+__device__ __forceinline__ void visible_bits(const Visibility& seen, const BlockRows<MI>& rows, int j0,
+                                             uint32_t (&visible)[2 * MI]) {
 #pragma unroll
   for (int n = 0; n < 2 * MI; ++n) {
     const int begin = seen.begin(rows.i[n]), end = rows.real[n] ? seen.end(rows.i[n]) : 0;
-    const uint8_t* row = p.mask.data;
-    if (row) row += rows.b * p.mask.stride[0] + rows.h[n] * p.mask.stride[1] + rows.i[n] * p.mask.stride[2];
     visible[n] = 0;
-#pragma unroll 1
+#pragma unroll
     for (int ni = 0; ni < NI; ++ni)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int j = j0 + 8 * ni + c;
-        const bool in_range = j >= begin && j < end;
-        visible[n] |= uint32_t(in_range && (!row || row[j * p.mask.stride[3]])) << (2 * ni + c);
+        visible[n] |= uint32_t(j >= begin && j < end) << (2 * ni + c);
       }
   }
 }
 
-// Bit (2 ni + c) of kept[n]: whether dropout keeps that element.
+// The mask's part of those bits. `row`, `column`: the thread's first in the tile.
+template <int MI, int NI, int BQ, int BK>
+__device__ __forceinline__ void mask_bits(const MaskTile<BQ, BK>& mask, int row, int column,
+                                          uint32_t (&visible)[2 * MI]) {
+#pragma unroll
+  for (int n = 0; n < 2 * MI; ++n) {
+    uint32_t shown = 0;
+#pragma unroll
+    for (int ni = 0; ni < NI; ++ni) shown |= mask.pair(row + 8 * n, column + 8 * ni) << (2 * ni);
+    visible[n] &= shown;
+  }
+}
+
+// Bit (2 ni + c) of kept[n]: whether dropout keeps that element. The loop over blocks stays one: unrolled, it would hold
+// registers that the accumulators need.
 template <int MI, int NI>
 __device__ __forceinline__ void kept_bits(const Problem& p, const BlockRows<MI>& rows, int j0,
                                           uint32_t (&kept)[2 * MI]) {

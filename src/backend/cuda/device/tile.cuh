@@ -127,10 +127,11 @@ __device__ __forceinline__ void clear(float (&c)[MI][NI][4]) {
 enum class A { rows, columns };  // A is stored [m][k] or [k][m]
 enum class B { rows, columns };  // B is stored [k][n] or [n][k]
 
-// c += A B over k < `depth`, a multiple of 16, for the columns n < `columns`, a multiple of 16 unless NI is 1.
-template <typename T, A Ta, B Tb, int MI, int NI>
-__device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int a_pitch, const T* b, int b_pitch,
-                                         int depth, int columns) {
+// c += A B over k < `depth`, a multiple of 16; without `All`, for the blocks of columns before `columns` only. Checks
+// between the products of blocks keep their loads from running ahead, hence the two versions.
+template <typename T, A Ta, B Tb, bool All, int MI, int NI>
+__device__ __forceinline__ void multiply_blocks(float (&c)[MI][NI][4], const T* a, int a_pitch, const T* b, int b_pitch,
+                                                int depth, int columns) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     const int low = lane % 8, half = lane / 8 % 2, upper = lane / 16;
@@ -146,7 +147,7 @@ __device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int 
       }
 #pragma unroll
       for (int ni = 0; ni < NI; ni += 2) {
-        if (8 * ni >= columns) break;
+        if (!All && 8 * ni >= columns) break;
         uint32_t bf[4];
         const int n = NI == 1 ? 0 : 8 * upper;  // a single block is loaded twice
         if constexpr (Tb == B::columns)
@@ -180,7 +181,7 @@ __device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int 
         }
 #pragma unroll
       for (int ni = 0; ni < NI; ++ni) {
-        if (8 * ni >= columns) break;
+        if (!All && 8 * ni >= columns) break;
         float bf[4][2];  // [kk][column]
         const int n = 8 * ni + 2 * t;
         if constexpr (Tb == B::columns) {
@@ -207,29 +208,65 @@ __device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int 
   }
 }
 
-// The same product in which a factor of A that is 0 hides its row of B, even a NaN or an infinity there. Slow: for tiles
-// in which the fast product has met one.
+template <typename T, A Ta, B Tb, int MI, int NI>
+__device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int a_pitch, const T* b, int b_pitch,
+                                         int depth, int columns) {
+  if (columns >= 8 * NI)
+    multiply_blocks<T, Ta, Tb, true>(c, a, a_pitch, b, b_pitch, depth, columns);
+  else
+    multiply_blocks<T, Ta, Tb, false>(c, a, a_pitch, b, b_pitch, depth, columns);
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
+
+// Adds the terms of A B, B stored [k][n], in which B is not finite and A not 0: a factor of 0 hides what it meets.
 template <typename T, A Ta, int MI, int NI>
-__device__ __forceinline__ void multiply_hiding(float (&c)[MI][NI][4], const T* a, int a_pitch, const T* b, int b_pitch,
-                                                int depth, int columns) {
+__device__ __forceinline__ void add_nonfinite(float (&c)[MI][NI][4], const T* a, int a_pitch, const T* b, int b_pitch,
+                                              int depth, int columns) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int k = 0; k < depth; ++k) {
     float x[2 * MI];
 #pragma unroll
-    for (int n = 0; n < 2 * MI; ++n) x[n] = to_float(Ta == A::rows ? a[(8 * n + g) * a_pitch + k] : a[k * a_pitch + 8 * n + g]);
+    for (int n = 0; n < 2 * MI; ++n)
+      x[n] = to_float(Ta == A::rows ? a[(8 * n + g) * a_pitch + k] : a[k * a_pitch + 8 * n + g]);
 #pragma unroll
     for (int ni = 0; ni < NI; ++ni) {
       if (8 * ni >= columns) break;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float y = to_float(b[k * b_pitch + 8 * ni + 2 * t + e]);
+        if (is_finite(y)) continue;
 #pragma unroll
         for (int n = 0; n < 2 * MI; ++n)
-          if (x[n] != 0.f) c[n / 2][ni][2 * (n % 2) + e] = fmaf(x[n], y, c[n / 2][ni][2 * (n % 2) + e]);
+          if (x[n] != 0.f) c[n / 2][ni][2 * (n % 2) + e] += x[n] * y;
       }
     }
   }
+}
+
+// Zeros in place of what is not finite in the first `D` channels of a tile.
+template <int ROWS, int DP, int THREADS, typename T>
+__device__ __forceinline__ void clear_nonfinite(T* tile, int D, int thread = threadIdx.x) {
+#pragma unroll 1
+  for (int n = thread; n < ROWS * DP; n += THREADS) {
+    T& x = tile[n / DP * kPitch<T, DP> + n % DP];
+    if (n % DP < D && !is_finite(to_float(x))) x = from_float<T>(0.f);
+  }
+}
+
+// c += A B with a tile B of `DEPTH` rows of which the warp multiplies the columns from `first` on. A factor of 0 hides
+// even a NaN or an infinity; the bits are those of multiply() on a tile without them. Slow, and for all threads of the
+// block: for tiles in which the fast product has met one.
+template <typename T, A Ta, int DEPTH, int DP, int THREADS, int MI, int NI>
+__device__ __forceinline__ void multiply_hiding(float (&c)[MI][NI][4], const T* a, int a_pitch, T* tile, int first,
+                                                int D) {
+  const int columns = round_up(D, 16) - first;
+  add_nonfinite<T, Ta>(c, a, a_pitch, tile + first, kPitch<T, DP>, DEPTH, columns);
+  __syncthreads();
+  clear_nonfinite<DEPTH, DP, THREADS>(tile, D);
+  __syncthreads();
+  multiply<T, Ta, B::rows>(c, a, a_pitch, tile + first, kPitch<T, DP>, DEPTH, columns);
 }
 
 // Whether an accumulator of the thread is infinite or NaN.
