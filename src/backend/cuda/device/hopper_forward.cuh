@@ -1,0 +1,367 @@
+// hopper_forward.cuh: softmax attention forward for 16-bit inputs, D = Dv after padding.
+//
+// A block works on tiles of 64 * consumers queries of one head. Its first warpgroup feeds it: one thread draws tiles and
+// loads Q, K and V by tensor copies, three warps clean value tiles. The other warpgroups each own 64 queries: S = Q K^T
+// of the next key tile is computed while the softmax of the current one runs, P stays in registers as operand of P V.
+// Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; Milakov & Gimelshein, arXiv:1805.02867.
+//
+// Zero probabilities do not keep a NaN in a value row out of P V, so tiles that some row does not see in full are
+// cleaned in shared memory first; where that found something, the rows that do see it get it back at the end: `return_nonfinite`.
+#pragma once
+
+#include "hopper_softmax.cuh"
+
+namespace mfa::cuda::hopper {
+
+template <class T_, int columns_, int choice>
+struct ForwardTile {
+  using T = T_;
+  static constexpr TileChoice c = forward_tiles[choice];
+  static_assert(c.columns == columns_);
+  static constexpr int columns = c.columns, consumers = c.consumers, BQ = 64 * consumers, BK = c.tile,
+                       stages = c.stages, chunks = chunks_of(columns);
+  static constexpr bool alternate = c.alternate;
+  static constexpr ForwardLayout layout = forward_layout(c);
+  static constexpr int threads = layout.threads, q_bytes = layout.q_bytes, kv_bytes = layout.kv_bytes;
+  static constexpr int feeder_registers = consumers == 3 ? 32 : 40, consumer_registers = consumers == 3 ? 160 : 232;
+  // Barriers, in order.
+  static constexpr int tile_full = 0, tile_empty = 2, q_full = 4, q_empty = q_full + consumers,
+                       k_full = q_empty + consumers, k_empty = k_full + stages, v_full = k_empty + stages,
+                       v_empty = v_full + stages, v_clean = v_empty + stages, barriers = v_clean + stages;
+  static_assert(barriers == forward_barriers(c));
+};
+
+// One block's shared memory.
+template <class Tile>
+struct ForwardShared {
+  unsigned char* base;  // aligned to 1024 bytes
+  uint32_t at;          // its shared address
+
+  __device__ __forceinline__ explicit ForwardShared(unsigned char* raw) {
+    at = (shared_address(raw) + 1023) & ~1023u;
+    base = raw + (at - shared_address(raw));
+  }
+  __device__ __forceinline__ uint32_t barrier(int i) const { return at + Tile::layout.barriers_at + i * 8; }
+  __device__ __forceinline__ uint32_t q(int warpgroup) const { return at + warpgroup * Tile::q_bytes; }
+  __device__ __forceinline__ uint32_t k(int stage) const { return at + Tile::layout.k_at + stage * Tile::kv_bytes; }
+  __device__ __forceinline__ uint32_t v(int stage) const { return at + Tile::layout.v_at + stage * Tile::kv_bytes; }
+  __device__ __forceinline__ volatile uint32_t* found(int stage) const {
+    return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at + stage * 16);
+  }
+  __device__ __forceinline__ volatile int* tile_id() const {
+    return reinterpret_cast<volatile int*>(base + Tile::layout.tile_id_at);
+  }
+};
+
+// A tile of queries and the key tiles it visits, last first.
+template <class Tile>
+struct QueryTile {
+  int b, h, q0;
+  Visibility see;
+  KeyTiles keys;
+
+  __device__ __forceinline__ QueryTile(const Problem& p, const HopperSchedule& s, int id) {
+    const WorkItem w = work_item(s, p.B * p.Hq, p.Hq, id);
+    b = w.b;
+    h = w.h;
+    q0 = w.tile * Tile::BQ;
+    see = visibility(p, b);
+    keys = key_tiles<Tile::BK>(see, q0, min(q0 + Tile::BQ, p.Nq));
+  }
+};
+
+// The feeding warpgroup's first thread.
+template <class Tile>
+__device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, const ForwardShared<Tile>& shared,
+                                     const TensorMap* q, const TensorMap* k, const TensorMap* v) {
+  Ring<2> tile;
+  Ring<1> q_ring;
+  Ring<Tile::stages> k_ring, v_ring;
+  const auto load_k = [&](const QueryTile<Tile>& t, int n) {
+    barrier_wait(shared.barrier(Tile::k_empty + k_ring.stage), k_ring.parity ^ 1);
+    const uint32_t full = shared.barrier(Tile::k_full + k_ring.stage);
+    barrier_arrive_expect(full, Tile::kv_bytes);
+    load_tile<Tile::BK, Tile::columns>(shared.k(k_ring.stage), k, full, n * Tile::BK, t.h / p.G, t.b);
+    k_ring.advance();
+  };
+  for (int id = blockIdx.x;; id = draw_tile(s)) {
+    barrier_wait(shared.barrier(Tile::tile_empty + tile.stage), tile.parity ^ 1);
+    shared.tile_id()[tile.stage] = id < s.tiles ? id : -1;
+    barrier_arrive(shared.barrier(Tile::tile_full + tile.stage));
+    tile.advance();
+    if (id >= s.tiles) break;
+    const QueryTile<Tile> t(p, s, id);
+    if (t.keys.last == t.keys.first) continue;
+    load_k(t, t.keys.last - 1);
+#pragma unroll
+    for (int w = 0; w < Tile::consumers; ++w) {
+      barrier_wait(shared.barrier(Tile::q_empty + w), q_ring.parity ^ 1);
+      barrier_arrive_expect(shared.barrier(Tile::q_full + w), Tile::q_bytes);
+      load_tile<64, Tile::columns>(shared.q(w), q, shared.barrier(Tile::q_full + w), t.q0 + 64 * w, t.h, t.b);
+    }
+    q_ring.advance();
+    for (int n = t.keys.last - 1; n >= t.keys.first; --n) {
+      if (n > t.keys.first) load_k(t, n - 1);
+      barrier_wait(shared.barrier(Tile::v_empty + v_ring.stage), v_ring.parity ^ 1);
+      const uint32_t full = shared.barrier(Tile::v_full + v_ring.stage);
+      barrier_arrive_expect(full, Tile::kv_bytes);
+      load_tile<Tile::BK, Tile::columns>(shared.v(v_ring.stage), v, full, n * Tile::BK, t.h / p.G, t.b);
+      v_ring.advance();
+    }
+  }
+}
+
+// The feeding warpgroup's other warps: clean the value tiles that are not seen in full.
+template <class Tile, bool modified>
+__device__ __forceinline__ void clean(const Problem& p, const HopperSchedule& s, const ForwardShared<Tile>& shared,
+                                      int warp, int lane) {
+  Ring<2> tile;
+  Ring<Tile::stages> v_ring;
+  for (;;) {
+    barrier_wait(shared.barrier(Tile::tile_full + tile.stage), tile.parity);
+    const int id = shared.tile_id()[tile.stage];
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.barrier(Tile::tile_empty + tile.stage));
+    tile.advance();
+    if (id < 0) break;
+    const QueryTile<Tile> t(p, s, id);
+    for (int n = t.keys.last - 1; n >= t.keys.first; --n) {
+      barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
+      if (modified ? p.mask.data || !t.keys.full(n) : !t.keys.full(n)) {
+        const bool any = clean_tile<typename Tile::T, Tile::kv_bytes, 3>(
+            shared.base + (shared.v(v_ring.stage) - shared.at), warp, lane);
+        if (lane == 0) shared.found(v_ring.stage)[warp] = any;
+        fence_async_shared();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared.barrier(Tile::v_clean + v_ring.stage));
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared.barrier(Tile::v_empty + v_ring.stage));
+      v_ring.advance();
+    }
+  }
+}
+
+// Adds to written rows of the output the NaNs and infinities that cleaning took from keys they see. A lane works on the
+// columns that it wrote. Rare, and therefore small rather than fast.
+template <class Tile, class Seen>
+__device__ __forceinline__ void return_nonfinite(const Problem& p, const QueryTile<Tile>& t,
+                                                 typename Tile::T* const (&row)[2], int lane, const Seen& seen) {
+  using T = typename Tile::T;
+#pragma unroll 1
+  for (int key = t.keys.first * Tile::BK; key < min(t.keys.last * Tile::BK, t.see.keys); ++key) {
+    const bool sees[2] = {row[0] && seen(0, key), row[1] && seen(1, key)};
+    if (!sees[0] && !sees[1]) continue;
+    const T* v = static_cast<const T*>(p.v.data) + t.b * p.v.stride[0] + t.h / p.G * p.v.stride[1] +
+                 key * p.v.stride[2];
+#pragma unroll 1
+    for (int column = lane % 4 * 8; column < p.Dv; column += column % 8 == 7 ? 25 : 1) {
+      const float x = static_cast<float>(v[column]);
+      if (fabsf(x) < INFINITY) continue;
+      if (sees[0]) row[0][column] = T(static_cast<float>(row[0][column]) + x);
+      if (sees[1]) row[1][column] = T(static_cast<float>(row[1][column]) + x);
+    }
+  }
+}
+
+template <class Tile, bool modified>
+__device__ __forceinline__ void consume(const ForwardParams& params, const HopperSchedule& s,
+                                        const ForwardShared<Tile>& shared, int warpgroup, int thread) {
+  using T = typename Tile::T;
+  constexpr int BK = Tile::BK, columns = Tile::columns;
+  const Problem& p = params.p;
+  const int lane = thread % 32, warp = thread / 32;
+  const float scale = modified ? 1.f : p.scale_log2;
+  const uint32_t my_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % Tile::consumers;
+  if (Tile::alternate && warpgroup == Tile::consumers - 1) named_arrive(next_turn, 256);
+
+  Ring<2> tile;
+  Ring<1> q_ring;
+  Ring<Tile::stages> k_ring, v_ring;
+  uint32_t clean_parity = 0;  // one bit a stage
+  const auto release = [&](int barrier) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.barrier(barrier));
+  };
+
+  for (;;) {
+    barrier_wait(shared.barrier(Tile::tile_full + tile.stage), tile.parity);
+    const int id = shared.tile_id()[tile.stage];
+    release(Tile::tile_empty + tile.stage);
+    tile.advance();
+    if (id < 0) break;
+    const QueryTile<Tile> t(p, s, id);
+
+    RowPair rows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rows.query[r] = t.q0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * r;
+      const bool inside = rows.query[r] < p.Nq;
+      rows.begin[r] = inside ? t.see.begin(rows.query[r]) : 0;
+      rows.end[r] = inside ? t.see.end(rows.query[r]) : 0;
+    }
+    const ScoreModifiers scores(p, t.b, t.h, t.see.offset);
+
+    Softmax softmax;
+    float o[columns / 2] = {};
+    float sums[BK / 2];
+    uint32_t probabilities[BK / 4];
+
+    const auto softmax_step = [&](int n, float(&alpha)[2]) {
+      if constexpr (modified)
+        scores.template apply<BK>(sums, rows, n * BK, lane);
+      else if (!t.keys.full(n))
+        mask_scores<BK>(sums, rows, n * BK, lane);
+      softmax.template step<BK>(sums, scale, alpha);
+    };
+    const auto finish_step = [&](int n) {
+      if constexpr (modified)
+        if (p.dropout_seed) drop<BK>(sums, p, t.b * p.Hq + t.h, rows, n * BK, lane);
+      pack_fragment<T, BK>(sums, probabilities);
+    };
+    const auto uncleaned = [&](int n) { return t.keys.full(n) && !(modified && p.mask.data); };
+    const auto wait_values = [&](int n) {
+      barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
+      if (!uncleaned(n)) {
+        barrier_wait(shared.barrier(Tile::v_clean + v_ring.stage), clean_parity >> v_ring.stage & 1);
+        clean_parity ^= 1u << v_ring.stage;
+      }
+    };
+    bool cleaned = false;
+    const auto release_values = [&](int n) {
+      if (!uncleaned(n)) {
+        const volatile uint32_t* found = shared.found(v_ring.stage);
+        cleaned |= (found[0] | found[1] | found[2]) != 0;
+      }
+      release(Tile::v_empty + v_ring.stage);
+      v_ring.advance();
+    };
+
+    if (t.keys.last > t.keys.first) {
+      float alpha[2];
+      int n = t.keys.last - 1;
+      barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity);
+      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
+      products_fence();
+      multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage));
+      products_commit();
+      products_wait<0>();
+      settle(sums);
+      release(Tile::k_empty + k_ring.stage);
+      k_ring.advance();
+      softmax_step(n, alpha);
+      finish_step(n);
+
+      // n is the tile whose probabilities are ready; a round computes those of n - 1.
+      for (; n > t.keys.first; --n) {
+        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
+        if (Tile::alternate) named_sync(my_turn, 256);
+        settle(sums);
+        settle(o);
+        settle(probabilities);
+        products_fence();
+        multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage));
+        products_commit();
+        wait_values(n);
+        products_fence();
+        multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage), 1);
+        products_commit();
+        if (Tile::alternate) named_arrive(next_turn, 256);
+        products_wait<1>();
+        settle(sums);
+        release(Tile::k_empty + k_ring.stage);
+        k_ring.advance();
+        softmax_step(n - 1, alpha);
+        settle(sums);  // the wait below must not move up past the softmax
+        products_wait<0>();
+        settle(o);
+        release_values(n);
+        if (__any_sync(0xffffffffu, alpha[0] != 1.f || alpha[1] != 1.f)) {
+#pragma unroll
+          for (int i = 0; i < columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
+        }
+        finish_step(n - 1);
+      }
+      release(Tile::q_empty + warpgroup);
+      q_ring.advance();
+      wait_values(n);
+      settle(o);
+      settle(probabilities);
+      products_fence();
+      multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage), 1);
+      products_commit();
+      products_wait<0>();
+      settle(o);
+      release_values(n);
+    }
+
+    float weight[2], lse[2];
+    softmax.finish(scale, p.sinks ? p.sinks[t.h] * log2_e : -INFINITY, weight, lse);
+    T* row[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = rows.query[r];
+      row[r] = query < p.Nq ? static_cast<T*>(params.o.data) + t.b * params.o.stride[0] + t.h * params.o.stride[1] +
+                                  query * params.o.stride[2]
+                            : nullptr;
+      if (params.lse && row[r] && lane % 4 == 0)
+        params.lse[(int64_t{t.b} * p.Hq + t.h) * p.Nq + query] = params.lse_base2 ? lse[r] : lse[r] * ln_2;
+    }
+    write_rows<T, columns>(o, weight, row, p.Dv, lane);
+    if (cleaned) {
+      return_nonfinite<Tile>(p, t, row, lane, [&](int r, int key) {
+        const bool inside = key >= rows.begin[r] && key < rows.end[r];
+        if constexpr (modified) return inside && scores.visible(rows.query[r], key);
+        return inside;
+      });
+    }
+  }
+}
+
+// Grid: at most one block an SM, no more than there are tiles.
+template <class Tile, bool modified>
+__device__ __forceinline__ void forward(const ForwardParams& params, const HopperSchedule& s, const TensorMap* q,
+                                        const TensorMap* k, const TensorMap* v) {
+  extern __shared__ unsigned char raw_shared[];
+  const ForwardShared<Tile> shared(raw_shared);
+  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    prefetch_map(q);
+    prefetch_map(k);
+    prefetch_map(v);
+    constexpr int consumer_warps = Tile::consumers * 4, readers = consumer_warps + 3;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.barrier(Tile::tile_full + i), 1);
+      barrier_init(shared.barrier(Tile::tile_empty + i), readers);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::consumers; ++i) {
+      barrier_init(shared.barrier(Tile::q_full + i), 1);
+      barrier_init(shared.barrier(Tile::q_empty + i), 4);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::stages; ++i) {
+      barrier_init(shared.barrier(Tile::k_full + i), 1);
+      barrier_init(shared.barrier(Tile::k_empty + i), consumer_warps);
+      barrier_init(shared.barrier(Tile::v_full + i), 1);
+      barrier_init(shared.barrier(Tile::v_empty + i), readers);
+      barrier_init(shared.barrier(Tile::v_clean + i), 3);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    give_registers<Tile::feeder_registers>();
+    if (warp == 0) {
+      if (lane == 0) feed<Tile>(params.p, s, shared, q, k, v);
+    } else {
+      clean<Tile, modified>(params.p, s, shared, warp - 1, lane);
+    }
+  } else {
+    take_registers<Tile::consumer_registers>();
+    consume<Tile, modified>(params, s, shared, warpgroup - 1, threadIdx.x % 128);
+  }
+}
+
+}  // namespace mfa::cuda::hopper

@@ -1,0 +1,140 @@
+// hopper_tiles.cuh: the tile choice of every Hopper kernel, how work is handed to blocks, and which key tiles a query
+// tile visits. Included by kernels and host.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+#ifdef __CUDACC__
+#define MFA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MFA_HOST_DEVICE inline
+#endif
+
+namespace mfa::cuda {
+
+// Blocks draw tiles from a counter, so that unequal tiles balance. `slot` names the counter; calls in flight at the same
+// time need different ones. A kernel leaves its counter at zero.
+struct HopperSchedule {
+  static constexpr int slots = 4096;
+  int32_t tiles;              // in all
+  int32_t tiles_per_head;     // query tiles (forward, dq) or key tiles (dk, dv) of a head
+  int32_t heads_per_section;  // heads that are worked on together, so that their keys and values stay in the L2 cache
+  int32_t longest_last;       // tile 0 of a head is the shortest: hand out the last one first
+  int32_t slot;
+};
+
+namespace hopper {
+
+// --- Tile choice. D and Dv are padded with zeros to `columns`; a warpgroup owns 64 rows. -------------------------------
+
+struct TileChoice {
+  int columns;    // of q, k and v
+  int consumers;  // warpgroups that multiply
+  int tile;       // keys (forward, dq) or queries (dk, dv) a step
+  int stages;     // of the rings of those tiles
+  bool alternate;  // warpgroups take turns at issuing products
+};
+
+constexpr TileChoice forward_tiles[] = {
+    {64, 3, 128, 2, true}, {96, 2, 128, 2, true}, {128, 2, 128, 2, true}, {192, 2, 96, 2, true}, {256, 2, 80, 2, false},
+};
+
+constexpr int columns_of(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256; }
+constexpr int chunks_of(int columns) { return (columns + 63) / 64; }
+
+// Shared memory of the forward: Q of each warpgroup, rings of K and V, what cleaning found, barriers, tile numbers.
+struct ForwardLayout {
+  int q_bytes, kv_bytes;  // of one warpgroup; of one stage
+  int k_at, v_at, found_at, barriers_at, tile_id_at, bytes;
+  int threads;
+};
+constexpr int forward_barriers(TileChoice c) { return 4 + 2 * c.consumers + 5 * c.stages; }
+constexpr ForwardLayout forward_layout(TileChoice c) {
+  ForwardLayout l{};
+  l.q_bytes = chunks_of(c.columns) * 64 * 128;
+  l.kv_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.k_at = c.consumers * l.q_bytes;
+  l.v_at = l.k_at + c.stages * l.kv_bytes;
+  l.found_at = l.v_at + c.stages * l.kv_bytes;
+  l.barriers_at = l.found_at + c.stages * 16;
+  l.tile_id_at = l.barriers_at + forward_barriers(c) * 8;
+  l.bytes = l.tile_id_at + 16 + 1024;  // 1024: tiles are aligned to that
+  l.threads = 128 * (c.consumers + 1);
+  return l;
+}
+
+// --- Which head, which tile --------------------------------------------------------------------------------------------
+
+struct WorkItem {
+  int b, h, tile;
+};
+
+MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, int heads, int id) {
+  const int section = id / (s.heads_per_section * s.tiles_per_head);
+  const int first_head = section * s.heads_per_section;
+  const int within = id - first_head * s.tiles_per_head;
+  const int left = heads_in_all - first_head;
+  const int width = left < s.heads_per_section ? left : s.heads_per_section;
+  const int rank = within / width, head = first_head + within % width;
+  return {head / heads, head % heads, s.longest_last ? s.tiles_per_head - 1 - rank : rank};
+}
+
+// `head_bytes`: the keys and values of one head. Heads share a section as long as their keys and values fill about half of
+// the L2 cache; with equal tiles one head at a time is best.
+inline HopperSchedule schedule(int heads_in_all, int tiles_per_head, int64_t head_bytes, bool unequal, int slot) {
+  constexpr int64_t section_bytes = 24 << 20;
+  int64_t heads = unequal ? section_bytes / (head_bytes > 0 ? head_bytes : 1) : 1;
+  if (unequal && heads < 4) heads = 4;
+  if (heads < 1) heads = 1;
+  if (heads > heads_in_all) heads = heads_in_all;
+  return {heads_in_all * tiles_per_head, tiles_per_head, static_cast<int32_t>(heads), unequal,
+          slot % HopperSchedule::slots};
+}
+
+// --- Visibility of a tile: the rules of attention/visibility.h ----------------------------------------------------------
+
+struct Visibility {
+  int keys;    // of this batch entry
+  int offset;  // pos(i) - i
+  int left;    // j >= pos(i) - left; -1 = open
+  int right;   // j <= pos(i) + right; -1 = open. Causal is right = 0
+
+  MFA_HOST_DEVICE int begin(int i) const {
+    const int64_t j = int64_t{i} + offset - left;
+    return left < 0 || j < 0 ? 0 : j > keys ? keys : static_cast<int>(j);
+  }
+  MFA_HOST_DEVICE int end(int i) const {
+    const int64_t j = int64_t{i} + offset + right + 1;
+    return right < 0 || j > keys ? keys : static_cast<int>(j);
+  }
+};
+
+MFA_HOST_DEVICE Visibility visibility(const Problem& p, int b) {
+  int keys = p.kv_lengths ? p.kv_lengths[b] : p.Nk;
+  keys = keys < 0 ? 0 : keys > p.Nk ? p.Nk : keys;
+  const int right = p.causal ? 0 : p.window_right;
+  return {keys, keys > p.Nq ? keys - p.Nq : 0, p.window_left, right};
+}
+
+// Tiles [first, last) hold every key that rows [row_begin, row_end) see; in [full_first, full_last) every row sees all.
+struct KeyTiles {
+  int first, last, full_first, full_last;
+  MFA_HOST_DEVICE bool full(int n) const { return n >= full_first && n < full_last; }
+};
+
+template <int BK>
+MFA_HOST_DEVICE KeyTiles key_tiles(const Visibility& v, int row_begin, int row_end) {
+  const int begin = v.begin(row_begin), end = v.end(row_end - 1);
+  KeyTiles t{begin / BK, (end + BK - 1) / BK, (v.begin(row_end - 1) + BK - 1) / BK, v.end(row_begin) / BK};
+  if (t.last < t.first) t.last = t.first;
+  if (end <= begin) t.last = t.first;
+  if (t.full_first < t.first) t.full_first = t.first;
+  if (t.full_last > t.last) t.full_last = t.last;
+  if (t.full_last <= t.full_first) t.full_first = t.full_last = t.first;
+  return t;
+}
+
+}  // namespace hopper
+}  // namespace mfa::cuda
