@@ -5,128 +5,27 @@
 using namespace harness;
 using mfa::cuda::ForwardParams;
 using mfa::cuda::HopperSchedule;
-using mfa::cuda::Problem;
 namespace hopper = mfa::cuda::hopper;
-
-struct Case {
-  int B, Hq, Hkv, Nq, Nk, D;
-  bool causal;
-  int left = -1, right = -1;
-  bool lengths = false, sinks = false, poison = false;
-  float softcap = 0;
-  bool alibi = false, bias = false, mask = false;
-  float dropout = 0;
-  bool modified() const { return softcap > 0 || alibi || bias || mask || dropout > 0; }
-};
 
 static int slot = 0;
 
 template <class T>
-struct Run {
-  Case c;
-  Problem p{};
+struct Run : Inputs<T> {
+  using Inputs<T>::c;
+  using Inputs<T>::p;
   ForwardParams f{};
-  T *q, *k, *v, *o;
-  int64_t q_rows, k_rows;
+  T* o;
   CUtensorMap qm, km, vm;
   CUfunction kernel;
   hopper::ForwardLayout layout;
   HopperSchedule s{};
-  std::vector<void*> owned;
 
-  template <class U>
-  U* take(size_t n) {
-    U* x = device<U>(n);
-    owned.push_back(x);
-    return x;
-  }
-  ~Run() {
-    for (void* x : owned) cudaFree(x);
-  }
-
-  // [B, N, H, D] in memory, viewed as [B, H, N, D]; `extra` rows of NaN between batch entries.
-  T* tensor(int H, int N, int extra, mfa::cuda::Tensor& t, uint64_t seed) {
-    const size_t n = size_t(c.B) * (N + extra) * H * c.D;
-    T* x = take<T>(n);
-    randomise(x, n, seed);
-    t.data = x;
-    t.stride[0] = int64_t(N + extra) * H * c.D;
-    t.stride[1] = c.D;
-    t.stride[2] = int64_t(H) * c.D;
-    if (extra)
-      for (int b = 0; b < c.B; ++b)
-        fill_value<<<64, 256>>>(x + b * t.stride[0] + int64_t(N) * H * c.D, size_t(extra) * H * c.D, NAN);
-    return x;
-  }
-
-  Run(const Kernels& kernels, const Case& c_) : c(c_) {
+  Run(const Kernels& kernels, const Case& c_) : Inputs<T>(c_) {
     const bool half = std::is_same_v<T, __half>;
-    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = p.Dv = c.D, p.G = c.Hq / c.Hkv;
-    q = tensor(c.Hq, c.Nq, c.poison ? 3 : 0, p.q, 1);
-    k = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.k, 2);
-    v = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.v, 3);
-    p.scale = 1.f / std::sqrt(float(c.D));
-    p.scale_log2 = p.scale * 1.44269504f;
-    p.causal = c.causal, p.window_left = c.left, p.window_right = c.right;
-    if (c.lengths) {
-      std::vector<int> lengths(c.B);
-      for (int b = 0; b < c.B; ++b) lengths[b] = b == 1 ? 0 : c.Nk - 37 * b - 5;
-      int* d = take<int>(c.B);
-      cudaMemcpy(d, lengths.data(), c.B * 4, cudaMemcpyHostToDevice);
-      p.kv_lengths = d;
-      if (c.poison)
-        for (int b = 0; b < c.B; ++b) {
-          const size_t n = size_t(c.Nk - std::max(0, lengths[b])) * c.Hkv * c.D;
-          if (!n) continue;
-          fill_value<<<64, 256>>>(k + b * p.k.stride[0] + lengths[b] * p.k.stride[2], n, NAN);
-          fill_value<<<64, 256>>>(v + b * p.v.stride[0] + lengths[b] * p.v.stride[2], n, NAN);
-        }
-    }
-    if (c.poison && c.Nk > 40) {  // one value each, seen by some rows only
-      fill_value<<<1, 1>>>(v + (c.Nk - 20) * p.v.stride[2] + 3, 1, NAN);
-      fill_value<<<1, 1>>>(v + (c.Nk - 31) * p.v.stride[2] + 17, 1, INFINITY);
-      fill_value<<<1, 1>>>(k + (c.Nk - 9) * p.k.stride[2] + 5, 1, NAN);
-    }
-    if (c.sinks || c.alibi) {
-      float* x = take<float>(c.Hq);
-      randomise(x, c.Hq, 7);
-      if (c.sinks) p.sinks = x;
-      if (c.alibi) p.alibi_slopes = x;
-    }
-    if (c.softcap > 0) {
-      p.softcap = c.softcap;
-      p.softcap_log2 = c.softcap * 1.44269504f;
-      p.scale_over_softcap = p.scale / c.softcap;
-    }
-    if (c.bias) {
-      float* x = take<float>(size_t(c.Hq) * c.Nq * c.Nk);
-      randomise(x, size_t(c.Hq) * c.Nq * c.Nk, 8);
-      p.bias.data = x;
-      p.bias.stride[1] = int64_t(c.Nq) * c.Nk;
-      p.bias.stride[2] = c.Nk;
-      p.bias.stride[3] = 1;
-    }
-    if (c.mask) {
-      std::vector<uint8_t> x(size_t(c.Nq) * c.Nk);
-      for (size_t i = 0; i < x.size(); ++i) x[i] = (i * 2654435761u >> 13 & 3) != 0 && (i / c.Nk) % 19 != 5;
-      uint8_t* d = take<uint8_t>(x.size());
-      cudaMemcpy(d, x.data(), x.size(), cudaMemcpyHostToDevice);
-      p.mask.data = d;
-      p.mask.stride[2] = c.Nk;
-      p.mask.stride[3] = 1;
-    }
-    if (c.dropout > 0) {
-      const uint32_t seed[2] = {123, 456};
-      uint32_t* d = take<uint32_t>(2);
-      cudaMemcpy(d, seed, 8, cudaMemcpyHostToDevice);
-      p.dropout_seed = d;
-      p.dropout_threshold = uint64_t(std::floor(double(c.dropout) * 4294967296.0));
-      p.dropout_scale = 1.f / (1.f - c.dropout);
-    }
     f.p = p;
-    o = take<T>(size_t(c.B) * c.Nq * c.Hq * c.D);
+    o = this->template take<T>(size_t(c.B) * c.Nq * c.Hq * c.D);
     f.o = {o, {int64_t(c.Nq) * c.Hq * c.D, c.D, int64_t(c.Hq) * c.D}};
-    f.lse = take<float>(size_t(c.B) * c.Hq * c.Nq);
+    f.lse = this->template take<float>(size_t(c.B) * c.Hq * c.Nq);
     f.splits = 1;
 
     const int columns = hopper::columns_of(c.D);
@@ -137,11 +36,11 @@ struct Run {
     kernel = kernels.get(std::string("hopper_forward_") + (c.modified() ? "modified_" : "") +
                              std::to_string(columns) + (half ? "_f16" : "_bf16"),
                          layout.bytes);
-    qm = tensor_map(q, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, 64);
-    km = tensor_map(k, half, c.B, c.Hkv, c.Nk, c.D, p.k.stride, tile.tile);
-    vm = tensor_map(v, half, c.B, c.Hkv, c.Nk, c.D, p.v.stride, tile.tile);
+    qm = tensor_map(p.q.data, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, 64);
+    km = tensor_map(p.k.data, half, c.B, c.Hkv, c.Nk, c.D, p.k.stride, tile.tile);
+    vm = tensor_map(p.v.data, half, c.B, c.Hkv, c.Nk, c.D, p.v.stride, tile.tile);
     s = hopper::schedule(c.B * c.Hq, (c.Nq + 64 * tile.consumers - 1) / (64 * tile.consumers),
-                         int64_t(c.Nk) * c.D * 4, c.causal, ++slot);
+                         int64_t(c.Nk) * c.D * 4, c.causal, true, ++slot);
   }
   void launch() {
     void* args[] = {&f, &s, &qm, &km, &vm};
@@ -156,7 +55,7 @@ struct Run {
     fill_value<<<256, 256>>>(f.lse, rows, 777.f);
     launch();
     check(cudaDeviceSynchronize(), "forward");
-    double *ro = take<double>(n), *rl = take<double>(rows), *prob = take<double>(rows * c.Nk);
+    double *ro = this->template take<double>(n), *rl = this->template take<double>(rows), *prob = this->template take<double>(rows * c.Nk);
     reference_forward<T><<<dim3(c.Nq, c.Hq, c.B), 128>>>(p, prob, ro, rl);
     check(cudaDeviceSynchronize(), "reference");
     std::vector<double> r(n), x(n), rlse(rows), xlse(rows);

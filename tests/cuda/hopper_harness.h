@@ -180,6 +180,171 @@ __global__ void reference_forward(mfa::cuda::Problem p, double* prob, double* o,
   }
 }
 
+// --- One problem with its inputs ---------------------------------------------------------------------------------------
+
+struct Case {
+  int B, Hq, Hkv, Nq, Nk, D;
+  bool causal;
+  int left = -1, right = -1;
+  bool lengths = false, sinks = false, poison = false;
+  float softcap = 0;
+  bool alibi = false, bias = false, mask = false;
+  float dropout = 0;
+  bool modified() const { return softcap > 0 || alibi || bias || mask || dropout > 0; }
+};
+
+template <class T>
+struct Inputs {
+  Case c;
+  mfa::cuda::Problem p{};
+  T *q, *k, *v;
+  std::vector<void*> owned;
+
+  template <class U>
+  U* take(size_t n) {
+    U* x = device<U>(n);
+    owned.push_back(x);
+    return x;
+  }
+  ~Inputs() {
+    for (void* x : owned) cudaFree(x);
+  }
+
+  // [B, N, H, D] in memory, viewed as [B, H, N, D]; `extra` rows of NaN between batch entries.
+  T* tensor(int H, int N, int extra, mfa::cuda::Tensor& t, uint64_t seed) {
+    const size_t n = size_t(c.B) * (N + extra) * H * c.D;
+    T* x = take<T>(n);
+    randomise(x, n, seed);
+    t.data = x;
+    t.stride[0] = int64_t(N + extra) * H * c.D;
+    t.stride[1] = c.D;
+    t.stride[2] = int64_t(H) * c.D;
+    if (extra)
+      for (int b = 0; b < c.B; ++b)
+        fill_value<<<64, 256>>>(x + b * t.stride[0] + int64_t(N) * H * c.D, size_t(extra) * H * c.D, NAN);
+    return x;
+  }
+
+  explicit Inputs(const Case& c_) : c(c_) {
+    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = p.Dv = c.D, p.G = c.Hq / c.Hkv;
+    q = tensor(c.Hq, c.Nq, c.poison ? 3 : 0, p.q, 1);
+    k = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.k, 2);
+    v = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.v, 3);
+    p.scale = 1.f / std::sqrt(float(c.D));
+    p.scale_log2 = p.scale * 1.44269504f;
+    p.causal = c.causal, p.window_left = c.left, p.window_right = c.right;
+    if (c.lengths) {
+      std::vector<int> lengths(c.B);
+      for (int b = 0; b < c.B; ++b) lengths[b] = b == 1 ? 0 : c.Nk - 37 * b - 5;
+      int* d = take<int>(c.B);
+      cudaMemcpy(d, lengths.data(), c.B * 4, cudaMemcpyHostToDevice);
+      p.kv_lengths = d;
+      if (c.poison)
+        for (int b = 0; b < c.B; ++b) {
+          const size_t n = size_t(c.Nk - std::max(0, lengths[b])) * c.Hkv * c.D;
+          if (!n) continue;
+          fill_value<<<64, 256>>>(k + b * p.k.stride[0] + lengths[b] * p.k.stride[2], n, NAN);
+          fill_value<<<64, 256>>>(v + b * p.v.stride[0] + lengths[b] * p.v.stride[2], n, NAN);
+        }
+    }
+    if (c.poison && c.Nk > 40) {  // one value each, seen by some rows only
+      fill_value<<<1, 1>>>(v + (c.Nk - 20) * p.v.stride[2] + 3, 1, NAN);
+      fill_value<<<1, 1>>>(v + (c.Nk - 31) * p.v.stride[2] + 17, 1, INFINITY);
+      fill_value<<<1, 1>>>(k + (c.Nk - 9) * p.k.stride[2] + 5, 1, NAN);
+    }
+    if (c.sinks || c.alibi) {
+      float* x = take<float>(c.Hq);
+      randomise(x, c.Hq, 7);
+      if (c.sinks) p.sinks = x;
+      if (c.alibi) p.alibi_slopes = x;
+    }
+    if (c.softcap > 0) {
+      p.softcap = c.softcap;
+      p.softcap_log2 = c.softcap * 1.44269504f;
+      p.scale_over_softcap = p.scale / c.softcap;
+    }
+    if (c.bias) {
+      float* x = take<float>(size_t(c.Hq) * c.Nq * c.Nk);
+      randomise(x, size_t(c.Hq) * c.Nq * c.Nk, 8);
+      p.bias.data = x;
+      p.bias.stride[1] = int64_t(c.Nq) * c.Nk;
+      p.bias.stride[2] = c.Nk;
+      p.bias.stride[3] = 1;
+    }
+    if (c.mask) {
+      std::vector<uint8_t> x(size_t(c.Nq) * c.Nk);
+      for (size_t i = 0; i < x.size(); ++i) x[i] = (i * 2654435761u >> 13 & 3) != 0 && (i / c.Nk) % 19 != 5;
+      uint8_t* d = take<uint8_t>(x.size());
+      cudaMemcpy(d, x.data(), x.size(), cudaMemcpyHostToDevice);
+      p.mask.data = d;
+      p.mask.stride[2] = c.Nk;
+      p.mask.stride[3] = 1;
+    }
+    if (c.dropout > 0) {
+      const uint32_t seed[2] = {123, 456};
+      uint32_t* d = take<uint32_t>(2);
+      cudaMemcpy(d, seed, 8, cudaMemcpyHostToDevice);
+      p.dropout_seed = d;
+      p.dropout_threshold = uint64_t(std::floor(double(c.dropout) * 4294967296.0));
+      p.dropout_scale = 1.f / (1.f - c.dropout);
+    }
+  }
+};
+
+// Grid: (Nq, Hq, B), 128 threads. Turns probabilities into ds (of scale * q . k) and pz (dropped probabilities); writes dq.
+template <class T>
+__global__ void reference_backward_rows(mfa::cuda::Problem p, mfa::cuda::Tensor d_o, const double* o,
+                                        const float* dlse, double* prob, double* ds, double* dq) {
+  const int i = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
+  const int64_t row = (int64_t{b} * p.Hq + h) * p.Nq + i;
+  double delta = dlse ? -double(dlse[row]) : 0;
+  for (int d = 0; d < p.Dv; ++d) delta += o[row * p.Dv + d] * load<T>(d_o, b, h, i, d);
+  for (int j = threadIdx.x; j < p.Nk; j += blockDim.x) {
+    const Score z = score<T>(p, b, h, i, j);
+    double g = 0;
+    if (z.s > -INFINITY || isnan(z.s)) {
+      double dp = 0;
+      for (int d = 0; d < p.Dv; ++d) dp += load<T>(d_o, b, h, i, d) * load<T>(p.v, b, h / p.G, j, d);
+      g = prob[row * p.Nk + j] * (dp * z.drop - delta) * z.ds;
+      prob[row * p.Nk + j] *= z.drop;
+    } else {
+      prob[row * p.Nk + j] = -1;  // not seen
+    }
+    ds[row * p.Nk + j] = g;
+  }
+  __syncthreads();
+  for (int d = threadIdx.x; d < p.D; d += blockDim.x) {
+    double sum = 0;
+    for (int j = 0; j < p.Nk; ++j)
+      if (prob[row * p.Nk + j] != -1) sum += ds[row * p.Nk + j] * load<T>(p.k, b, h / p.G, j, d);
+    dq[row * p.D + d] = sum * p.scale;
+  }
+}
+// Grid: (Nk, Hkv, B), 128 threads.
+template <class T>
+__global__ void reference_backward_keys(mfa::cuda::Problem p, mfa::cuda::Tensor d_o, const double* prob,
+                                        const double* ds, double* dk, double* dv) {
+  const int j = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
+  const int64_t key = (int64_t{b} * p.Hkv + h) * p.Nk + j;
+  for (int d = threadIdx.x; d < p.D; d += blockDim.x) {
+    double k = 0, v = 0;
+    for (int g = 0; g < p.G; ++g)
+      for (int i = 0; i < p.Nq; ++i) {
+        const int64_t at = ((int64_t{b} * p.Hq + h * p.G + g) * p.Nq + i) * p.Nk + j;
+        if (prob[at] == -1) continue;
+        k += ds[at] * load<T>(p.q, b, h * p.G + g, i, d);
+        v += prob[at] * load<T>(d_o, b, h * p.G + g, i, d);
+      }
+    dk[key * p.D + d] = k * p.scale;
+    dv[key * p.D + d] = v;
+  }
+}
+template <class T>
+__global__ void convert(const double* from, T* to, size_t n) {
+  for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < n; i += size_t(gridDim.x) * blockDim.x)
+    to[i] = T(static_cast<float>(from[i]));
+}
+
 // --- Comparison ----------------------------------------------------------------------------------------------------------
 
 struct Error {

@@ -25,7 +25,7 @@ struct ForwardTile {
   static constexpr int threads = layout.threads, q_bytes = layout.q_bytes, kv_bytes = layout.kv_bytes;
   static constexpr int feeder_registers = consumers == 3 ? 32 : 40, consumer_registers = consumers == 3 ? 160 : 232;
   // Barriers, in order.
-  static constexpr int tile_full = 0, tile_empty = 2, q_full = 4, q_empty = q_full + consumers,
+  static constexpr int work_full = 0, work_empty = 2, q_full = 4, q_empty = q_full + consumers,
                        k_full = q_empty + consumers, k_empty = k_full + stages, v_full = k_empty + stages,
                        v_empty = v_full + stages, v_clean = v_empty + stages, barriers = v_clean + stages;
   static_assert(barriers == forward_barriers(c));
@@ -48,86 +48,79 @@ struct ForwardShared {
   __device__ __forceinline__ volatile uint32_t* found(int stage) const {
     return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at + stage * 16);
   }
-  __device__ __forceinline__ volatile int* tile_id() const {
-    return reinterpret_cast<volatile int*>(base + Tile::layout.tile_id_at);
+  __device__ __forceinline__ volatile Work* work(int slot) const {
+    return reinterpret_cast<volatile Work*>(base + Tile::layout.work_at) + slot;
   }
 };
 
-// A tile of queries and the key tiles it visits, last first.
+// Queries of a tile; key tiles are visited last first.
 template <class Tile>
-struct QueryTile {
-  int b, h, q0;
-  Visibility see;
-  KeyTiles keys;
-
-  __device__ __forceinline__ QueryTile(const Problem& p, const HopperSchedule& s, int id) {
-    const WorkItem w = work_item(s, p.B * p.Hq, p.Hq, id);
-    b = w.b;
-    h = w.h;
-    q0 = w.tile * Tile::BQ;
-    see = visibility(p, b);
-    keys = key_tiles<Tile::BK>(see, q0, min(q0 + Tile::BQ, p.Nq));
-  }
-};
+__device__ __forceinline__ Work query_work(const Problem& p, const HopperSchedule& s, int id) {
+  if (id >= s.tiles) return {-1};
+  const WorkItem item = work_item(s, p.B * p.Hq, p.Hq, id);
+  Work w{item.b, item.h, item.tile * Tile::BQ};
+  w.see = visibility(p, w.b);
+  w.tiles = key_tiles<Tile::BK>(w.see, w.row0, min(w.row0 + Tile::BQ, p.Nq));
+  w.passes = w.tiles.last > w.tiles.first;
+  return w;
+}
 
 // The feeding warpgroup's first thread.
 template <class Tile>
 __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, const ForwardShared<Tile>& shared,
                                      const TensorMap* q, const TensorMap* k, const TensorMap* v) {
-  Ring<2> tile;
+  Ring<2> slot;
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
-  const auto load_k = [&](const QueryTile<Tile>& t, int n) {
-    barrier_wait(shared.barrier(Tile::k_empty + k_ring.stage), k_ring.parity ^ 1);
-    const uint32_t full = shared.barrier(Tile::k_full + k_ring.stage);
+  const auto load = [&](Ring<Tile::stages>& ring, int full_barrier, int empty_barrier, int at, const TensorMap* map,
+                        const Work& w, int n) {
+    const uint32_t full = shared.barrier(full_barrier + ring.stage);
+    barrier_wait(shared.barrier(empty_barrier + ring.stage), ring.parity ^ 1);
     barrier_arrive_expect(full, Tile::kv_bytes);
-    load_tile<Tile::BK, Tile::columns>(shared.k(k_ring.stage), k, full, n * Tile::BK, t.h / p.G, t.b);
-    k_ring.advance();
+    load_tile<Tile::BK, Tile::columns>(shared.at + at + ring.stage * Tile::kv_bytes, map, full, n * Tile::BK, w.h / p.G,
+                                       w.b);
+    ring.advance();
+  };
+  const auto load_k = [&](const Work& w, int n) {
+    load(k_ring, Tile::k_full, Tile::k_empty, Tile::layout.k_at, k, w, n);
   };
   for (int id = blockIdx.x;; id = draw_tile(s)) {
-    barrier_wait(shared.barrier(Tile::tile_empty + tile.stage), tile.parity ^ 1);
-    shared.tile_id()[tile.stage] = id < s.tiles ? id : -1;
-    barrier_arrive(shared.barrier(Tile::tile_full + tile.stage));
-    tile.advance();
-    if (id >= s.tiles) break;
-    const QueryTile<Tile> t(p, s, id);
-    if (t.keys.last == t.keys.first) continue;
-    load_k(t, t.keys.last - 1);
-#pragma unroll
-    for (int w = 0; w < Tile::consumers; ++w) {
-      barrier_wait(shared.barrier(Tile::q_empty + w), q_ring.parity ^ 1);
-      barrier_arrive_expect(shared.barrier(Tile::q_full + w), Tile::q_bytes);
-      load_tile<64, Tile::columns>(shared.q(w), q, shared.barrier(Tile::q_full + w), t.q0 + 64 * w, t.h, t.b);
+    const Work w = query_work<Tile>(p, s, id);
+    barrier_wait(shared.barrier(Tile::work_empty + slot.stage), slot.parity ^ 1);
+    leave(shared.work(slot.stage), w);
+    barrier_arrive(shared.barrier(Tile::work_full + slot.stage));
+    slot.advance();
+    if (w.b < 0) break;
+    if (!w.passes) continue;
+    load_k(w, w.tiles.last - 1);
+#pragma unroll 1
+    for (int i = 0; i < Tile::consumers; ++i) {
+      const uint32_t full = shared.barrier(Tile::q_full + i);
+      barrier_wait(shared.barrier(Tile::q_empty + i), q_ring.parity ^ 1);
+      barrier_arrive_expect(full, Tile::q_bytes);
+      load_tile<64, Tile::columns>(shared.q(i), q, full, w.row0 + 64 * i, w.h, w.b);
     }
     q_ring.advance();
-    for (int n = t.keys.last - 1; n >= t.keys.first; --n) {
-      if (n > t.keys.first) load_k(t, n - 1);
-      barrier_wait(shared.barrier(Tile::v_empty + v_ring.stage), v_ring.parity ^ 1);
-      const uint32_t full = shared.barrier(Tile::v_full + v_ring.stage);
-      barrier_arrive_expect(full, Tile::kv_bytes);
-      load_tile<Tile::BK, Tile::columns>(shared.v(v_ring.stage), v, full, n * Tile::BK, t.h / p.G, t.b);
-      v_ring.advance();
+    for (int n = w.tiles.last - 1; n >= w.tiles.first; --n) {
+      if (n > w.tiles.first) load_k(w, n - 1);
+      load(v_ring, Tile::v_full, Tile::v_empty, Tile::layout.v_at, v, w, n);
     }
   }
 }
 
 // The feeding warpgroup's other warps: clean the value tiles that are not seen in full.
 template <class Tile, bool modified>
-__device__ __forceinline__ void clean(const Problem& p, const HopperSchedule& s, const ForwardShared<Tile>& shared,
-                                      int warp, int lane) {
-  Ring<2> tile;
+__device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile>& shared, int warp, int lane) {
+  Ring<2> slot;
   Ring<Tile::stages> v_ring;
-  for (;;) {
-    barrier_wait(shared.barrier(Tile::tile_full + tile.stage), tile.parity);
-    const int id = shared.tile_id()[tile.stage];
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::tile_empty + tile.stage));
-    tile.advance();
-    if (id < 0) break;
-    const QueryTile<Tile> t(p, s, id);
-    for (int n = t.keys.last - 1; n >= t.keys.first; --n) {
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
+    const SharedWork work{shared.work(slot.stage)};
+    if (work.w->b < 0) break;
+    const int tiles = work.w->passes ? work.w->tiles.last - work.w->tiles.first : 0;
+    for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
-      if (modified ? p.mask.data || !t.keys.full(n) : !t.keys.full(n)) {
+      if ((modified && p.mask.data) || !work.full(work.w->tiles.last - 1 - i)) {
         const bool any = clean_tile<typename Tile::T, Tile::kv_bytes, 3>(
             shared.base + (shared.v(v_ring.stage) - shared.at), warp, lane);
         if (lane == 0) shared.found(v_ring.stage)[warp] = any;
@@ -139,20 +132,22 @@ __device__ __forceinline__ void clean(const Problem& p, const HopperSchedule& s,
       if (lane == 0) barrier_arrive(shared.barrier(Tile::v_empty + v_ring.stage));
       v_ring.advance();
     }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage));
   }
 }
 
 // Adds to written rows of the output the NaNs and infinities that cleaning took from keys they see. A lane works on the
 // columns that it wrote. Rare, and therefore small rather than fast.
 template <class Tile, class Seen>
-__device__ __forceinline__ void return_nonfinite(const Problem& p, const QueryTile<Tile>& t,
+__device__ __forceinline__ void return_nonfinite(const Problem& p, const SharedWork& work,
                                                  typename Tile::T* const (&row)[2], int lane, const Seen& seen) {
   using T = typename Tile::T;
 #pragma unroll 1
-  for (int key = t.keys.first * Tile::BK; key < min(t.keys.last * Tile::BK, t.see.keys); ++key) {
+  for (int key = work.w->tiles.first * Tile::BK; key < min(work.w->tiles.last * Tile::BK, work.w->see.keys); ++key) {
     const bool sees[2] = {row[0] && seen(0, key), row[1] && seen(1, key)};
     if (!sees[0] && !sees[1]) continue;
-    const T* v = static_cast<const T*>(p.v.data) + t.b * p.v.stride[0] + t.h / p.G * p.v.stride[1] +
+    const T* v = static_cast<const T*>(p.v.data) + work.w->b * p.v.stride[0] + work.w->h / p.G * p.v.stride[1] +
                  key * p.v.stride[2];
 #pragma unroll 1
     for (int column = lane % 4 * 8; column < p.Dv; column += column % 8 == 7 ? 25 : 1) {
@@ -165,17 +160,17 @@ __device__ __forceinline__ void return_nonfinite(const Problem& p, const QueryTi
 }
 
 template <class Tile, bool modified>
-__device__ __forceinline__ void consume(const ForwardParams& params, const HopperSchedule& s,
-                                        const ForwardShared<Tile>& shared, int warpgroup, int thread) {
+__device__ __forceinline__ void consume(const ForwardParams& params, const ForwardShared<Tile>& shared, int warpgroup,
+                                        int thread) {
   using T = typename Tile::T;
   constexpr int BK = Tile::BK, columns = Tile::columns;
   const Problem& p = params.p;
-  const int lane = thread % 32, warp = thread / 32;
+  const int lane = thread % 32, row_in_tile = 64 * warpgroup + thread / 32 * 16 + lane / 4;
   const float scale = modified ? 1.f : p.scale_log2;
   const uint32_t my_turn = 1 + warpgroup, next_turn = 1 + (warpgroup + 1) % Tile::consumers;
   if (Tile::alternate && warpgroup == Tile::consumers - 1) named_arrive(next_turn, 256);
 
-  Ring<2> tile;
+  Ring<2> slot;
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   uint32_t clean_parity = 0;  // one bit a stage
@@ -184,42 +179,32 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Hoppe
     if (lane == 0) barrier_arrive(shared.barrier(barrier));
   };
 
-  for (;;) {
-    barrier_wait(shared.barrier(Tile::tile_full + tile.stage), tile.parity);
-    const int id = shared.tile_id()[tile.stage];
-    release(Tile::tile_empty + tile.stage);
-    tile.advance();
-    if (id < 0) break;
-    const QueryTile<Tile> t(p, s, id);
-
-    RowPair rows;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      rows.query[r] = t.q0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * r;
-      const bool inside = rows.query[r] < p.Nq;
-      rows.begin[r] = inside ? t.see.begin(rows.query[r]) : 0;
-      rows.end[r] = inside ? t.see.end(rows.query[r]) : 0;
-    }
-    const ScoreModifiers scores(p, t.b, t.h, t.see.offset);
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
+    const SharedWork work{shared.work(slot.stage)};
+    if (work.w->b < 0) break;
+    const auto rows = [&] { return row_pair(work.see(), work.w->row0 + row_in_tile, p.Nq); };
 
     Softmax softmax;
     float o[columns / 2] = {};
     float sums[BK / 2];
     uint32_t probabilities[BK / 4];
+    bool cleaned = false;
 
     const auto softmax_step = [&](int n, float(&alpha)[2]) {
       if constexpr (modified)
-        scores.template apply<BK>(sums, rows, n * BK, lane);
-      else if (!t.keys.full(n))
-        mask_scores<BK>(sums, rows, n * BK, lane);
+        ScoreModifiers(p, work.w->b, work.w->h, work.w->see.offset).apply<BK>(sums, rows(), n * BK, lane);
+      else if (!work.full(n))
+        mask_scores<BK>(sums, rows(), n * BK, lane);
       softmax.template step<BK>(sums, scale, alpha);
     };
     const auto finish_step = [&](int n) {
       if constexpr (modified)
-        if (p.dropout_seed) drop<BK>(sums, p, t.b * p.Hq + t.h, rows, n * BK, lane);
+        if (p.dropout_seed)
+          drop<BK>(sums, p, work.w->b * p.Hq + work.w->h, work.w->row0 + row_in_tile, n * BK, lane);
       pack_fragment<T, BK>(sums, probabilities);
     };
-    const auto uncleaned = [&](int n) { return t.keys.full(n) && !(modified && p.mask.data); };
+    const auto uncleaned = [&](int n) { return !(modified && p.mask.data) && work.full(n); };
     const auto wait_values = [&](int n) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
       if (!uncleaned(n)) {
@@ -227,7 +212,6 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Hoppe
         clean_parity ^= 1u << v_ring.stage;
       }
     };
-    bool cleaned = false;
     const auto release_values = [&](int n) {
       if (!uncleaned(n)) {
         const volatile uint32_t* found = shared.found(v_ring.stage);
@@ -237,9 +221,10 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Hoppe
       v_ring.advance();
     };
 
-    if (t.keys.last > t.keys.first) {
+    if (work.w->passes) {
       float alpha[2];
-      int n = t.keys.last - 1;
+      int n = work.w->tiles.last - 1;
+      const int first = work.w->tiles.first;
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity);
       barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
       products_fence();
@@ -253,10 +238,10 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Hoppe
       finish_step(n);
 
       // n is the tile whose probabilities are ready; a round computes those of n - 1.
-      for (; n > t.keys.first; --n) {
+#pragma unroll 1
+      for (; n > first; --n) {
         barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
         if (Tile::alternate) named_sync(my_turn, 256);
-        settle(sums);
         settle(o);
         settle(probabilities);
         products_fence();
@@ -295,26 +280,30 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Hoppe
       release_values(n);
     }
 
+    const int b = work.w->b, h = work.w->h;
     float weight[2], lse[2];
-    softmax.finish(scale, p.sinks ? p.sinks[t.h] * log2_e : -INFINITY, weight, lse);
+    softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse);
     T* row[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = rows.query[r];
-      row[r] = query < p.Nq ? static_cast<T*>(params.o.data) + t.b * params.o.stride[0] + t.h * params.o.stride[1] +
+      const int query = work.w->row0 + row_in_tile + 8 * r;
+      row[r] = query < p.Nq ? static_cast<T*>(params.o.data) + b * params.o.stride[0] + h * params.o.stride[1] +
                                   query * params.o.stride[2]
                             : nullptr;
       if (params.lse && row[r] && lane % 4 == 0)
-        params.lse[(int64_t{t.b} * p.Hq + t.h) * p.Nq + query] = params.lse_base2 ? lse[r] : lse[r] * ln_2;
+        params.lse[(int64_t{b} * p.Hq + h) * p.Nq + query] = params.lse_base2 ? lse[r] : lse[r] * ln_2;
     }
     write_rows<T, columns>(o, weight, row, p.Dv, lane);
     if (cleaned) {
-      return_nonfinite<Tile>(p, t, row, lane, [&](int r, int key) {
-        const bool inside = key >= rows.begin[r] && key < rows.end[r];
-        if constexpr (modified) return inside && scores.visible(rows.query[r], key);
+      const RowPair pair = rows();
+      return_nonfinite<Tile>(p, work, row, lane, [&](int r, int key) {
+        const bool inside = key >= pair.begin[r] && key < pair.end[r];
+        if constexpr (modified)
+          return inside && ScoreModifiers(p, b, h, 0).visible(work.w->row0 + row_in_tile + 8 * r, key);
         return inside;
       });
     }
+    release(Tile::work_empty + slot.stage);
   }
 }
 
@@ -332,8 +321,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
     constexpr int consumer_warps = Tile::consumers * 4, readers = consumer_warps + 3;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.barrier(Tile::tile_full + i), 1);
-      barrier_init(shared.barrier(Tile::tile_empty + i), readers);
+      barrier_init(shared.barrier(Tile::work_full + i), 1);
+      barrier_init(shared.barrier(Tile::work_empty + i), readers);
     }
 #pragma unroll
     for (int i = 0; i < Tile::consumers; ++i) {
@@ -356,11 +345,11 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
     if (warp == 0) {
       if (lane == 0) feed<Tile>(params.p, s, shared, q, k, v);
     } else {
-      clean<Tile, modified>(params.p, s, shared, warp - 1, lane);
+      clean<Tile, modified>(params.p, shared, warp - 1, lane);
     }
   } else {
     take_registers<Tile::consumer_registers>();
-    consume<Tile, modified>(params, s, shared, warpgroup - 1, threadIdx.x % 128);
+    consume<Tile, modified>(params, shared, warpgroup - 1, threadIdx.x % 128);
   }
 }
 

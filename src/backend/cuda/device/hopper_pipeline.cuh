@@ -32,6 +32,37 @@ __device__ __forceinline__ int draw_tile(const HopperSchedule& s) {
   return static_cast<int>(drawn + gridDim.x);
 }
 
+// What a block works on: `rows` stationary rows from row0 of one head and the passing tiles they meet, `passes` times. The
+// feeding thread works it out and leaves it in shared memory, where the other warps read what they need when they need
+// it: their registers are full.
+struct Work {
+  int b, h;  // b < 0: no more work
+  int row0, passes;
+  KeyTiles tiles;
+  Visibility see;
+};
+struct SharedWork {
+  const volatile Work* w;
+  __device__ __forceinline__ bool full(int n) const { return n >= w->tiles.full_first && n < w->tiles.full_last; }
+  __device__ __forceinline__ Visibility see() const {
+    return {w->see.keys, w->see.offset, w->see.left, w->see.right};
+  }
+};
+__device__ __forceinline__ void leave(volatile Work* to, const Work& w) {
+  to->b = w.b;
+  to->h = w.h;
+  to->row0 = w.row0;
+  to->passes = w.passes;
+  to->tiles.first = w.tiles.first;
+  to->tiles.last = w.tiles.last;
+  to->tiles.full_first = w.tiles.full_first;
+  to->tiles.full_last = w.tiles.full_last;
+  to->see.keys = w.see.keys;
+  to->see.offset = w.see.offset;
+  to->see.left = w.see.left;
+  to->see.right = w.see.right;
+}
+
 // Loads `rows` rows of `columns` columns into chunks of 64 columns, `rows` rows each.
 template <int rows, int columns>
 __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, uint32_t barrier, int n, int h, int b) {

@@ -13,11 +13,20 @@ namespace mfa::cuda::hopper {
 constexpr float log2_e = 1.44269504088896341f;
 constexpr float ln_2 = 0.693147180559945309f;
 
-// The two rows of a lane.
+// The keys that the two rows of a lane see: rows `query` and `query` + 8.
 struct RowPair {
-  int query[2];  // row in the sequence
-  int begin[2], end[2];  // keys it sees
+  int query;
+  int begin[2], end[2];
 };
+__device__ __forceinline__ RowPair row_pair(const Visibility& see, int query, int Nq) {
+  RowPair rows{query};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    rows.begin[r] = see.begin(query + 8 * r);
+    rows.end[r] = query + 8 * r < Nq ? see.end(query + 8 * r) : 0;
+  }
+  return rows;
+}
 
 // Scores of keys outside a row's range become -inf, whatever they were. k0: first key of the tile.
 template <int BK>
@@ -162,9 +171,9 @@ struct ScoreModifiers {
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * i + e];
           const int key = k0 + 8 * i + 2 * (lane % 4) + e;
-          const int query = r ? rows.query[1] : rows.query[0];
+          const int query = rows.query + 8 * r;
           const bool seen = key >= (r ? rows.begin[1] : rows.begin[0]) && key < (r ? rows.end[1] : rows.end[0]) &&
-                            visible_fast(query, key);
+                            visible(query, key);
           float y = softcap_log2 != 0.f ? softcap_log2 * tanhf(x * scale_over_softcap) : x * scale_log2;
           y = fmaf(slope_log2, static_cast<float>(key - query - offset), y);
           if (bias && seen) y = fmaf(bias_at(query, key), log2_e, y);
@@ -173,22 +182,19 @@ struct ScoreModifiers {
         }
     }
   }
-
- private:
-  __device__ __forceinline__ bool visible_fast(int query, int key) const { return visible(query, key); }
 };
 
 // Zeroes dropped probabilities and scales the kept; `words` of Philox serve four keys, so lanes of a quad pair up: the
 // even one computes row 0's words for both, the odd one row 1's.
 template <int BK>
-__device__ __forceinline__ void drop(float (&s)[BK / 2], const Problem& p, uint32_t row_head, const RowPair& rows,
-                                     int k0, int lane) {
+__device__ __forceinline__ void drop(float (&s)[BK / 2], const Problem& p, uint32_t row_head, int query, int k0,
+                                     int lane) {
   const uint32_t seed0 = p.dropout_seed[0], seed1 = p.dropout_seed[1];
   const bool odd = lane & 1;
 #pragma unroll
   for (int i = 0; i < BK / 8; ++i) {
     const uint32_t group = (k0 + 8 * i + 2 * (lane % 4)) >> 2;
-    const uint4 w = philox({group, static_cast<uint32_t>(odd ? rows.query[1] : rows.query[0]), row_head, 0u}, seed0,
+    const uint4 w = philox({group, static_cast<uint32_t>(odd ? query + 8 : query), row_head, 0u}, seed0,
                            seed1);
     // Row 0 needs from the even lane: x, y for itself and z, w for the odd lane; row 1 the same from the odd lane.
     const uint32_t got0 = __shfl_xor_sync(0xffffffffu, odd ? w.x : w.z, 1);

@@ -97,6 +97,9 @@ struct Product;
 #define MFA_REGS_32 MFA_R0 ", " MFA_R1
 #define MFA_SUMS_32 MFA_D(0), MFA_D(1)
 MFA_PRODUCT(32, MFA_REGS_32, MFA_SUMS_32, 16, 17, 18, 19, 20, 21, 22)
+#define MFA_REGS_48 MFA_R0 ", " MFA_R1 ", " MFA_R2
+#define MFA_SUMS_48 MFA_D(0), MFA_D(1), MFA_D(2)
+MFA_PRODUCT(48, MFA_REGS_48, MFA_SUMS_48, 24, 25, 26, 27, 28, 29, 30)
 #define MFA_REGS_64 MFA_R0 ", " MFA_R1 ", " MFA_R2 ", " MFA_R3
 #define MFA_SUMS_64 MFA_D(0), MFA_D(1), MFA_D(2), MFA_D(3)
 MFA_PRODUCT(64, MFA_REGS_64, MFA_SUMS_64, 32, 33, 34, 35, 36, 37, 38)
@@ -145,6 +148,8 @@ MFA_PRODUCT(256, MFA_REGS_256, MFA_SUMS_256, 128, 129, 130, 131, 132, 133, 134)
 #undef MFA_PRODUCT_ASM
 #undef MFA_REGS_32
 #undef MFA_SUMS_32
+#undef MFA_REGS_48
+#undef MFA_SUMS_48
 #undef MFA_REGS_64
 #undef MFA_SUMS_64
 #undef MFA_REGS_80
@@ -165,10 +170,12 @@ MFA_PRODUCT(256, MFA_REGS_256, MFA_SUMS_256, 128, 129, 130, 131, 132, 133, 134)
 #undef MFA_SUMS_256
 // clang-format on
 
-// d [64, N] (+)= A B^T over `depth` columns: both tiles keep the inner dimension along their columns. `a` and `b` are the
+// d [64, N] = A B^T over `depth` columns: both tiles keep the inner dimension along their columns. `a` and `b` are the
 // tiles' addresses, their chunks `a_rows` and `b_rows` rows long; A starts at a multiple of 8 rows.
 template <class T, int N, int depth, int a_rows, int b_rows>
 __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], uint32_t a, uint32_t b) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) d[i] = 0.f;  // costs nothing: says that old values are dead
   asm volatile("" : "+r"(a), "+r"(b));  // descriptors are cheaper made anew than kept: they would fill the registers
   const uint64_t da = tile_descriptor(a), db = tile_descriptor(b);
 #pragma unroll
