@@ -64,9 +64,12 @@ struct Run : Inputs<T> {
     const char* type = half ? "_f16" : "_bf16";
     prepare = kernels.get(std::string("hopper_backward_prepare") + type, 0);
     const auto add = [&](const char* name, bool keeps_queries) {
-      const auto tile = keeps_queries ? choose(hopper::dq_tiles, columns) : choose(hopper::dkv_tiles, columns);
+      const bool shared_keys = columns > 128 && !keeps_queries;
+      const auto tile = keeps_queries ? choose(hopper::dq_tiles, columns)
+                        : shared_keys ? choose(hopper::dkv_shared_tiles, columns)
+                                      : choose(hopper::dkv_tiles, columns);
       Launch l;
-      l.layout = hopper::backward_layout(tile);
+      l.layout = hopper::backward_layout(tile, shared_keys);
       l.f = kernels.get(std::string("hopper_") + name + "_" + std::to_string(columns) + type, l.layout.bytes);
       const int q_rows = keeps_queries ? 64 : tile.tile, k_rows = keeps_queries ? tile.tile : 64;
       l.q = tensor_map(p.q.data, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, q_rows);
@@ -84,12 +87,7 @@ struct Run : Inputs<T> {
       launches.push_back(l);
     };
     add("dq", true);
-    if (columns <= 128) {
-      add("dkv", false);
-    } else {
-      add("dk", false);
-      add("dv", false);
-    }
+    add(columns <= 128 ? "dkv" : "dkv_shared", false);
   }
 
   void launch_prepare() {

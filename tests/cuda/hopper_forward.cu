@@ -142,7 +142,19 @@ int main(int argc, char** argv) {
       }
     }
   if (checks) std::printf("%d failures\n", failures);
-  if (times)
+  if (times && modified)
+    for (int D : dims)
+      for (int which = 0; which < 5; ++which) {
+        Case c{4, 16, 16, 4096, 4096, D, which == 2};
+        c.mask = which == 0, c.bias = which == 1, c.alibi = which == 2, c.softcap = which == 3 ? 20 : 0;
+        c.dropout = which == 4 ? .1f : 0;
+        Run<__nv_bfloat16> run(kernels, c);
+        const double ms = median_ms([&] { run.launch(); }, 9);
+        const char* names[] = {"mask", "bias", "alibi causal", "softcap", "dropout"};
+        std::printf("TIME ours D%d N4096 %s: %.3f ms %.1f TFLOP/s\n", D, names[which], ms,
+                    4.0 * 64 * 4096.0 * 4096 * D * (c.causal ? .5 : 1.) / ms * 1e-9);
+      }
+  else if (times)
     for (int D : dims)
       for (auto [B, N] : {std::pair{4, 4096}, std::pair{1, 16384}})
         for (bool causal : {false, true}) {

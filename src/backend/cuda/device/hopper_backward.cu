@@ -1,7 +1,8 @@
 // hopper_backward.cu: the Hopper backward kernels, in this order on a stream: hopper_backward_prepare_<dtype>, then in any
-// order hopper_dq_<columns>_<dtype> and hopper_dkv_<columns>_<dtype>; for 192 and 256 columns, where dk and dv do not fit
-// the registers together, hopper_dk_ and hopper_dv_. They know visibility (causal, window, lengths) and sinks.
-#include "hopper_backward.cuh"
+// order hopper_dq_<columns>_<dtype> and hopper_dkv_<columns>_<dtype>, which is hopper_dkv_shared_ for 192 and 256 columns.
+// They know visibility (causal, window, lengths) and sinks.
+#include "hopper_backward_prepare.cuh"
+#include "hopper_backward_shared.cuh"
 
 namespace {
 using namespace mfa::cuda;
@@ -21,23 +22,19 @@ using namespace mfa::cuda::hopper;
     backward<Tile>(params, schedule,                                                                                \
                    Tile::keeps_queries ? BackwardMaps{&q, &d_o, &k, &v} : BackwardMaps{&k, &v, &q, &d_o});          \
   }
-#define MFA_HOPPER_BACKWARDS(COLUMNS, CHOICE)                                                \
-  MFA_HOPPER_BACKWARD(hopper_dq_##COLUMNS##_bf16, __nv_bfloat16, dq, CHOICE)                 \
-  MFA_HOPPER_BACKWARD(hopper_dq_##COLUMNS##_f16, __half, dq, CHOICE)                         \
-  MFA_HOPPER_BACKWARD(hopper_dkv_##COLUMNS##_bf16, __nv_bfloat16, dkv, CHOICE)               \
-  MFA_HOPPER_BACKWARD(hopper_dkv_##COLUMNS##_f16, __half, dkv, CHOICE)
-#define MFA_HOPPER_BACKWARDS_WIDE(COLUMNS, CHOICE)                                           \
-  MFA_HOPPER_BACKWARD(hopper_dq_##COLUMNS##_bf16, __nv_bfloat16, dq, CHOICE)                 \
-  MFA_HOPPER_BACKWARD(hopper_dq_##COLUMNS##_f16, __half, dq, CHOICE)                         \
-  MFA_HOPPER_BACKWARD(hopper_dk_##COLUMNS##_bf16, __nv_bfloat16, dk, CHOICE)                 \
-  MFA_HOPPER_BACKWARD(hopper_dk_##COLUMNS##_f16, __half, dk, CHOICE)                         \
-  MFA_HOPPER_BACKWARD(hopper_dv_##COLUMNS##_bf16, __nv_bfloat16, dv, CHOICE)                 \
-  MFA_HOPPER_BACKWARD(hopper_dv_##COLUMNS##_f16, __half, dv, CHOICE)
+#define MFA_HOPPER_BACKWARDS(GRADIENT, COLUMNS, CHOICE)                                            \
+  MFA_HOPPER_BACKWARD(hopper_##GRADIENT##_##COLUMNS##_bf16, __nv_bfloat16, GRADIENT, CHOICE)      \
+  MFA_HOPPER_BACKWARD(hopper_##GRADIENT##_##COLUMNS##_f16, __half, GRADIENT, CHOICE)
 
 MFA_HOPPER_PREPARE(hopper_backward_prepare_bf16, __nv_bfloat16)
 MFA_HOPPER_PREPARE(hopper_backward_prepare_f16, __half)
-MFA_HOPPER_BACKWARDS(64, 0)
-MFA_HOPPER_BACKWARDS(96, 1)
-MFA_HOPPER_BACKWARDS(128, 2)
-MFA_HOPPER_BACKWARDS_WIDE(192, 3)
-MFA_HOPPER_BACKWARDS_WIDE(256, 4)
+MFA_HOPPER_BACKWARDS(dq, 64, 0)
+MFA_HOPPER_BACKWARDS(dq, 96, 1)
+MFA_HOPPER_BACKWARDS(dq, 128, 2)
+MFA_HOPPER_BACKWARDS(dq, 192, 3)
+MFA_HOPPER_BACKWARDS(dq, 256, 4)
+MFA_HOPPER_BACKWARDS(dkv, 64, 0)
+MFA_HOPPER_BACKWARDS(dkv, 96, 1)
+MFA_HOPPER_BACKWARDS(dkv, 128, 2)
+MFA_HOPPER_BACKWARDS(dkv_shared, 192, 0)
+MFA_HOPPER_BACKWARDS(dkv_shared, 256, 1)

@@ -16,26 +16,31 @@
 
 namespace mfa::cuda::hopper {
 
-enum class Gradient { dq, dkv, dk, dv };
+enum class Gradient { dq, dkv, dkv_shared };
 
-template <class T_, Gradient gradient_, int choice>
+constexpr TileChoice backward_choice(Gradient g, int choice) {
+  return g == Gradient::dq ? dq_tiles[choice] : g == Gradient::dkv ? dkv_tiles[choice] : dkv_shared_tiles[choice];
+}
+
+template <class T_, Gradient gradient, int choice>
 struct BackwardTile {
   using T = T_;
-  static constexpr Gradient gradient = gradient_;
   static constexpr bool keeps_queries = gradient == Gradient::dq;
-  static constexpr bool first = gradient != Gradient::dv;                              // sums dS times the first of the pair
-  static constexpr bool second = gradient == Gradient::dkv || gradient == Gradient::dv;  // P times the second
-  static constexpr TileChoice c = keeps_queries ? dq_tiles[choice] : dkv_tiles[choice];
+  static constexpr bool values = !keeps_queries;  // sums dv as well
+  static constexpr bool shared_keys = gradient == Gradient::dkv_shared;
+  static constexpr TileChoice c = backward_choice(gradient, choice);
   static constexpr int columns = c.columns, consumers = c.consumers, rows = 64 * consumers, BN = c.tile,
-                       stages = c.stages, chunks = chunks_of(columns);
-  static constexpr BackwardLayout layout = backward_layout(c);
-  static constexpr int threads = layout.threads;
-  static constexpr int feeder_registers = consumers == 3 ? 32 : 24, consumer_registers = consumers == 3 ? 160 : 240;
+                       stages = c.stages;
+  static constexpr BackwardLayout layout = backward_layout(c, shared_keys);
+  static constexpr int threads = layout.threads, consumer_warps = threads / 32 - 4;
+  // dk and dv of 128 columns leave no room in 232 registers.
+  static constexpr int feeder_registers = gradient == Gradient::dkv && columns == 128 ? 24 : 40,
+                       consumer_registers = gradient == Gradient::dkv && columns == 128 ? 240 : 232;
   // Barriers, in order.
-  static constexpr int work_full = 0, work_empty = 2, stay_full = 4, stay_empty = stay_full + consumers,
-                       first_full = stay_empty + consumers, second_full = first_full + stages,
-                       first_empty = second_full + stages, second_empty = first_empty + stages,
-                       clean = second_empty + stages, barriers = clean + stages;
+  static constexpr int work_full = 0, work_empty = 2, p_full = 4, p_empty = 6, stay_full = 8,
+                       stay_empty = stay_full + consumers, first_full = stay_empty + consumers,
+                       second_full = first_full + stages, first_empty = second_full + stages,
+                       second_empty = first_empty + stages, clean = second_empty + stages, barriers = clean + stages;
   static_assert(barriers == backward_barriers(c));
 };
 
@@ -98,22 +103,20 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
   Ring<1> stay;
   Ring<Tile::stages> ring;
   for (int id = blockIdx.x;; id = draw_tile(s)) {
-    const Work w = backward_work<Tile>(p, s, id);
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage), slot.parity ^ 1);
-    leave(shared.work(slot.stage), w);
+    const volatile Work& w = *shared.work(slot.stage);
+    leave(shared.work(slot.stage), backward_work<Tile>(p, s, id));
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage));
     slot.advance();
     if (w.b < 0) break;
     if (!w.passes) continue;
 #pragma unroll 1
     for (int i = 0; i < Tile::consumers; ++i) {
-      constexpr int tiles = Tile::first ? 2 : 1;
       const uint32_t full = shared.barrier(Tile::stay_full + i);
       barrier_wait(shared.barrier(Tile::stay_empty + i), stay.parity ^ 1);
-      barrier_arrive_expect(full, tiles * Tile::layout.stay_bytes);
+      barrier_arrive_expect(full, 2 * Tile::layout.stay_bytes);
       load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, full, w.row0 + 64 * i, w.h, w.b);
-      if constexpr (Tile::first)
-        load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, full, w.row0 + 64 * i, w.h, w.b);
+      load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, full, w.row0 + 64 * i, w.h, w.b);
     }
     stay.advance();
     for (int pass = 0; pass < w.passes; ++pass) {
@@ -162,7 +165,7 @@ __device__ __forceinline__ void clean(const BackwardShared<Tile>& shared, int wa
           using T = typename Tile::T;
           constexpr int bytes = Tile::layout.pass_bytes;
           clean_tile<T, bytes, 3>(shared.base + (shared.first(ring.stage) - shared.at), warp, lane);
-          if constexpr (Tile::second)
+          if constexpr (Tile::values)
             clean_tile<T, bytes, 3>(shared.base + (shared.second(ring.stage) - shared.at), warp, lane);
           fence_async_shared();
           __syncwarp();
@@ -192,6 +195,88 @@ __device__ __forceinline__ void meets(const Visibility& see, int Nq, int row, in
     begin = max(first, 0);
     end = row < see.keys ? min(last, Nq) : 0;
   }
+}
+
+// Scores become probabilities. `lse` is of kept queries; that of passing ones is in shared memory.
+template <class Tile>
+__device__ __forceinline__ void exponents(float (&x)[Tile::BN / 2], const float (&lse)[2],
+                                          const BackwardShared<Tile>& shared, int stage, float scale_log2, int lane) {
+#pragma unroll
+  for (int i = 0; i < Tile::BN / 8; ++i) {
+    float2 column;
+    if constexpr (!Tile::keeps_queries)
+      column = *reinterpret_cast<const float2*>(shared.row_lse(stage) + 8 * i + 2 * (lane % 4));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float l = Tile::keeps_queries ? lse[j / 2] : j % 2 ? column.y : column.x;
+      x[4 * i + j] = exp2_fast(fmaf(x[4 * i + j], scale_log2, -l));
+    }
+  }
+}
+
+// dP becomes dS = P (dP - delta).
+template <class Tile>
+__device__ __forceinline__ void score_gradients(const float (&x)[Tile::BN / 2], float (&y)[Tile::BN / 2],
+                                                const float (&delta)[2], const BackwardShared<Tile>& shared, int stage,
+                                                int lane) {
+#pragma unroll
+  for (int i = 0; i < Tile::BN / 8; ++i) {
+    float2 column;
+    if constexpr (!Tile::keeps_queries)
+      column = *reinterpret_cast<const float2*>(shared.row_delta(stage) + 8 * i + 2 * (lane % 4));
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      y[4 * i + j] = x[4 * i + j] * (y[4 * i + j] - (Tile::keeps_queries ? delta[j / 2] : j % 2 ? column.y : column.x));
+  }
+}
+
+// Probabilities of what is not seen become zero, whatever they were. column0: first passing row of the tile.
+template <class Tile>
+__device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const BackwardShared<Tile>& shared, int stage,
+                                          const SharedWork& work, int Nq, int row_in_tile, int column0, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int begin, end;
+    meets<Tile>(work.see(), Nq, work.w->row0 + row_in_tile + 8 * r, begin, end);
+    const uint32_t width = max(end - begin, 0);
+    begin -= column0 + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < Tile::BN / 8; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& value = x[4 * i + 2 * r + e];
+        // delta is finite unless d_o is not: then dv must not miss it, though the tile is clean.
+        const float spoil = Tile::values ? 0.f * shared.row_delta(stage)[8 * i + e + 2 * (lane % 4)] : 0.f;
+        value = static_cast<uint32_t>(8 * i + e - begin) < width ? value + spoil : 0.f;
+      }
+  }
+}
+
+// Where the probability is zero, so is dS: a NaN in what is not seen would survive the product.
+template <int BN>
+__device__ __forceinline__ void drop_unseen(const float (&x)[BN / 2], float (&y)[BN / 2]) {
+#pragma unroll
+  for (int i = 0; i < BN / 2; ++i)
+    if (x[i] == 0.f) y[i] = 0.f;
+}
+
+// The two rows of a lane of a gradient, times `scale`.
+template <class Tile>
+__device__ __forceinline__ void write_gradient(const float (&d)[Tile::columns / 2], const MutableTensor& to,
+                                               const SharedWork& work, int row_in_tile, int rows, int width,
+                                               float scale, int lane) {
+  using T = typename Tile::T;
+  if (!to.data) return;
+  const float weight[2] = {scale, scale};
+  T* at[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = work.w->row0 + row_in_tile + 8 * r;
+    at[r] = row < rows ? static_cast<T*>(to.data) + work.w->b * to.stride[0] + work.w->h * to.stride[1] +
+                             row * to.stride[2]
+                       : nullptr;
+  }
+  write_rows<T, Tile::columns>(d, weight, at, width, lane);
 }
 
 template <class Tile>
@@ -227,7 +312,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
       }
     }
     float sums[columns / 2] = {};                          // dS times the first of the pair: dq or dk
-    float sums_v[Tile::second ? columns / 2 : 1] = {};  // P times the second: dv
+    float sums_v[Tile::values ? columns / 2 : 1] = {};  // P times the second: dv
     float x[BN / 2], y[BN / 2];                            // S, then P; dP, then dS
     uint32_t packed_p[BN / 4], packed_ds[BN / 4];
 
@@ -247,92 +332,39 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, warpgroup), shared.first(ring.stage));
         products_commit();
         barrier_wait(shared.barrier(Tile::second_full + ring.stage), ring.parity);
-        if constexpr (Tile::first) {
-          products_fence();
-          multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage));
-          products_commit();
-          products_wait<1>();
-        } else {
-          products_wait<0>();
-        }
+        products_fence();
+        multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage));
+        products_commit();
+        products_wait<1>();
         settle(x);
         // The products of the round before are finished too.
         if (last_stage >= 0) {
           release(Tile::first_empty + last_stage);
-          if constexpr (Tile::second) release(Tile::second_empty + last_stage);
+          if constexpr (Tile::values) release(Tile::second_empty + last_stage);
         }
         last_stage = ring.stage;
 
-#pragma unroll
-        for (int i = 0; i < BN / 8; ++i) {
-          float2 column_lse;
-          if constexpr (!Tile::keeps_queries)
-            column_lse = *reinterpret_cast<const float2*>(shared.row_lse(ring.stage) + 8 * i + 2 * (lane % 4));
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& value = x[4 * i + 2 * r + e];
-              const float l = Tile::keeps_queries ? lse[r] : e ? column_lse.y : column_lse.x;
-              value = exp2_fast(fmaf(value, p.scale_log2, -l));
-            }
-        }
-        int begin[2];  // of what the lane's rows meet in this tile, from its first column
-        uint32_t width[2];
-        if (partial) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            int end;
-            meets<Tile>(work.see(), p.Nq, work.w->row0 + row_in_tile + 8 * r, begin[r], end);
-            width[r] = max(end - begin[r], 0);
-            begin[r] -= n * BN + 2 * (lane % 4);
-          }
-#pragma unroll
-          for (int i = 0; i < BN / 2; ++i) {
-            const int column = i / 4 * 8 + i % 2;
-            // delta is finite unless d_o is not: then dv must not miss it, though the tile is clean.
-            const float spoil = Tile::second ? 0.f * shared.row_delta(ring.stage)[column + 2 * (lane % 4)] : 0.f;
-            x[i] = static_cast<uint32_t>(column - begin[i / 2 % 2]) < width[i / 2 % 2] ? x[i] + spoil : 0.f;
-          }
-        }
-        if constexpr (Tile::second) {
+        exponents<Tile>(x, lse, shared, ring.stage, p.scale_log2, lane);
+        if (partial) keep_seen<Tile>(x, shared, ring.stage, work, p.Nq, row_in_tile, n * BN, lane);
+        if constexpr (Tile::values) {
           pack_fragment<T, BN>(x, packed_p);
           settle(packed_p);
           products_fence();
           multiply_rows<T, columns, BN, BN>(sums_v, packed_p, shared.second(ring.stage), 1);
           products_commit();
         }
-        if constexpr (Tile::first) {
-          settle(x);
-          products_wait<Tile::second ? 1 : 0>();
-          settle(y);
-          if constexpr (!Tile::second) release(Tile::second_empty + ring.stage);
-#pragma unroll
-          for (int i = 0; i < BN / 8; ++i) {
-            float2 column_delta;
-            if constexpr (!Tile::keeps_queries)
-              column_delta = *reinterpret_cast<const float2*>(shared.row_delta(ring.stage) + 8 * i + 2 * (lane % 4));
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                float& value = y[4 * i + 2 * r + e];
-                value = x[4 * i + 2 * r + e] *
-                        (value - (Tile::keeps_queries ? delta[r] : e ? column_delta.y : column_delta.x));
-              }
-          }
-          if (partial) {  // a NaN in what is not seen survives the product with zero
-#pragma unroll
-            for (int i = 0; i < BN / 2; ++i)
-              if (static_cast<uint32_t>(i / 4 * 8 + i % 2 - begin[i / 2 % 2]) >= width[i / 2 % 2]) y[i] = 0.f;
-          }
-          pack_fragment<T, BN>(y, packed_ds);
-          settle(packed_ds);
-          products_fence();
-          multiply_rows<T, columns, BN, BN>(sums, packed_ds, shared.first(ring.stage), 1);
-          products_commit();
-        }
-        if constexpr (Tile::second && Tile::first) products_wait<1>();  // frees packed_p
+        settle(x);
+        products_wait<Tile::values ? 1 : 0>();
+        settle(y);
+        if constexpr (!Tile::values) release(Tile::second_empty + ring.stage);
+        score_gradients<Tile>(x, y, delta, shared, ring.stage, lane);
+        if (partial) drop_unseen<BN>(x, y);
+        pack_fragment<T, BN>(y, packed_ds);
+        settle(packed_ds);
+        products_fence();
+        multiply_rows<T, columns, BN, BN>(sums, packed_ds, shared.first(ring.stage), 1);
+        products_commit();
+        if constexpr (Tile::values) products_wait<1>();  // frees packed_p
         ring.advance();
       }
     products_wait<0>();
@@ -340,111 +372,18 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
     settle(sums_v);
     if (passes > 0) {
       release(Tile::first_empty + last_stage);
-      if constexpr (Tile::second) release(Tile::second_empty + last_stage);
+      if constexpr (Tile::values) release(Tile::second_empty + last_stage);
       release(Tile::stay_empty + warpgroup);
       stay.advance();
     }
 
-    const auto write = [&](const auto& d, const MutableTensor& to, int width, float scale) {
-      if (!to.data) return;
-      const float weight[2] = {scale, scale};
-      T* at[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = work.w->row0 + row_in_tile + 8 * r;
-        at[r] = row < (Tile::keeps_queries ? p.Nq : p.Nk) ? static_cast<T*>(to.data) + work.w->b * to.stride[0] +
-                                                                work.w->h * to.stride[1] + row * to.stride[2]
-                                                          : nullptr;
-      }
-      write_rows<T, columns>(d, weight, at, width, lane);
-    };
-    if constexpr (Tile::keeps_queries)
-      write(sums, params.dq, p.D, p.scale);
-    else if constexpr (Tile::first)
-      write(sums, params.dk, p.D, p.scale);
-    if constexpr (Tile::second) write(sums_v, params.dv, p.Dv, 1.f);
-    release(Tile::work_empty + slot.stage);
-  }
-}
-
-// Grid: at most one block an SM, no more than there are tiles.
-template <class Tile>
-__device__ __forceinline__ void backward(const BackwardParams& params, const HopperSchedule& s,
-                                         const BackwardMaps& maps) {
-  extern __shared__ unsigned char raw_shared[];
-  const BackwardShared<Tile> shared(raw_shared);
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    prefetch_map(maps.stay_first);
-    prefetch_map(maps.stay_second);
-    prefetch_map(maps.pass_first);
-    prefetch_map(maps.pass_second);
-    constexpr int readers = Tile::consumers * 4 + 3;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.barrier(Tile::work_full + i), 1);
-      barrier_init(shared.barrier(Tile::work_empty + i), readers);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::consumers; ++i) {
-      barrier_init(shared.barrier(Tile::stay_full + i), 1);
-      barrier_init(shared.barrier(Tile::stay_empty + i), 4);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(shared.barrier(Tile::first_full + i), 1);
-      barrier_init(shared.barrier(Tile::second_full + i), 1);
-      barrier_init(shared.barrier(Tile::first_empty + i), readers);
-      barrier_init(shared.barrier(Tile::second_empty + i), readers);
-      barrier_init(shared.barrier(Tile::clean + i), 3);
-    }
-    fence_barrier_init();
-  }
-  __syncthreads();
-  if (warpgroup == 0) {
-    give_registers<Tile::feeder_registers>();
-    if (warp == 0) {
-      if (lane == 0) feed<Tile>(params, s, shared, maps);
+    if constexpr (Tile::keeps_queries) {
+      write_gradient<Tile>(sums, params.dq, work, row_in_tile, p.Nq, p.D, p.scale, lane);
     } else {
-      clean<Tile>(shared, warp - 1, lane);
+      write_gradient<Tile>(sums, params.dk, work, row_in_tile, p.Nk, p.D, p.scale, lane);
+      write_gradient<Tile>(sums_v, params.dv, work, row_in_tile, p.Nk, p.Dv, 1.f, lane);
     }
-  } else {
-    take_registers<Tile::consumer_registers>();
-    consume<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
-  }
-}
-
-// delta = sum_d o d_o - dlse and the base-2 lse, rows padded to Nq_padded. One warp a row.
-template <class T>
-__device__ __forceinline__ void prepare(const BackwardParams& params) {
-  const Problem& p = params.p;
-  const int64_t at = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  if (at >= int64_t{p.B} * p.Hq * params.Nq_padded) return;
-  const int i = at % params.Nq_padded, h = at / params.Nq_padded % p.Hq, b = at / params.Nq_padded / p.Hq;
-  float delta = 0.f, lse = INFINITY;
-  if (i < p.Nq) {
-    const T* o = static_cast<const T*>(params.o.data) + b * params.o.stride[0] + h * params.o.stride[1] +
-                 i * params.o.stride[2];
-    const T* d_o = static_cast<const T*>(params.d_o.data) + b * params.d_o.stride[0] + h * params.d_o.stride[1] +
-                   i * params.d_o.stride[2];
-    for (int d = lane * 8; d < p.Dv; d += 256) {
-      T a[8], c[8];
-      *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(o + d);
-      *reinterpret_cast<uint4*>(c) = *reinterpret_cast<const uint4*>(d_o + d);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) delta = fmaf(static_cast<float>(a[e]), static_cast<float>(c[e]), delta);
-    }
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, distance);
-    const int64_t row = (int64_t{b} * p.Hq + h) * p.Nq + i;
-    if (params.dlse) delta -= params.dlse[row];
-    lse = params.lse[row];
-    lse = lse == -INFINITY ? INFINITY : params.lse_base2 ? lse : lse * log2_e;
-  }
-  if (lane == 0) {
-    params.delta[at] = delta;
-    params.lse2[at] = lse;
+    release(Tile::work_empty + slot.stage);
   }
 }
 

@@ -73,7 +73,7 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   const auto load = [&](Ring<Tile::stages>& ring, int full_barrier, int empty_barrier, int at, const TensorMap* map,
-                        const Work& w, int n) {
+                        const volatile Work& w, int n) {
     const uint32_t full = shared.barrier(full_barrier + ring.stage);
     barrier_wait(shared.barrier(empty_barrier + ring.stage), ring.parity ^ 1);
     barrier_arrive_expect(full, Tile::kv_bytes);
@@ -81,13 +81,13 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
                                        w.b);
     ring.advance();
   };
-  const auto load_k = [&](const Work& w, int n) {
+  const auto load_k = [&](const volatile Work& w, int n) {
     load(k_ring, Tile::k_full, Tile::k_empty, Tile::layout.k_at, k, w, n);
   };
   for (int id = blockIdx.x;; id = draw_tile(s)) {
-    const Work w = query_work<Tile>(p, s, id);
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage), slot.parity ^ 1);
-    leave(shared.work(slot.stage), w);
+    const volatile Work& w = *shared.work(slot.stage);
+    leave(shared.work(slot.stage), query_work<Tile>(p, s, id));
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage));
     slot.advance();
     if (w.b < 0) break;

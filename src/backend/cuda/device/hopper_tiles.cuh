@@ -46,7 +46,11 @@ constexpr TileChoice dq_tiles[] = {
 };
 // Keys and values stay, queries pass.
 constexpr TileChoice dkv_tiles[] = {
-    {64, 2, 96, 2, false}, {96, 2, 64, 2, false}, {128, 2, 64, 2, false}, {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
+    {64, 2, 96, 2, false}, {96, 2, 64, 2, false}, {128, 2, 64, 2, false},
+};
+// The same for wide heads, where one warpgroup cannot hold dk and dv: two work on the same 64 keys, one on each.
+constexpr TileChoice dkv_shared_tiles[] = {
+    {192, 1, 64, 2, false}, {256, 1, 64, 2, false},
 };
 
 constexpr int columns_of(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256; }
@@ -77,21 +81,23 @@ constexpr ForwardLayout forward_layout(TileChoice c) {
 // delta of passing queries, barriers, work.
 struct BackwardLayout {
   int stay_bytes, pass_bytes;  // of one tile of a warpgroup; of one tile of a stage
-  int first_at, second_at, rows_at, barriers_at, work_at, bytes;
+  int first_at, second_at, rows_at, exchange_at, barriers_at, work_at, bytes;
   int threads;
 };
-constexpr int backward_barriers(TileChoice c) { return 4 + 2 * c.consumers + 5 * c.stages; }
-constexpr BackwardLayout backward_layout(TileChoice c) {
+constexpr int backward_barriers(TileChoice c) { return 8 + 2 * c.consumers + 5 * c.stages; }
+// `shared_keys`: two warpgroups work on the same keys and pass probabilities on in shared memory, two tiles deep.
+constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false) {
   BackwardLayout l{};
   l.stay_bytes = chunks_of(c.columns) * 64 * 128;
   l.pass_bytes = chunks_of(c.columns) * c.tile * 128;
   l.first_at = 2 * c.consumers * l.stay_bytes;
   l.second_at = l.first_at + c.stages * l.pass_bytes;
   l.rows_at = l.second_at + c.stages * l.pass_bytes;
-  l.barriers_at = l.rows_at + c.stages * c.tile * 8;
+  l.exchange_at = l.rows_at + c.stages * c.tile * 8;
+  l.barriers_at = l.exchange_at + (shared_keys ? 2 * 64 * c.tile * 4 : 0);
   l.work_at = l.barriers_at + backward_barriers(c) * 8;
   l.bytes = l.work_at + 2 * 48 + 1024;
-  l.threads = 128 * (c.consumers + 1);
+  l.threads = 128 * ((shared_keys ? 2 : c.consumers) + 1);
   return l;
 }
 
