@@ -31,9 +31,12 @@ struct Run : Inputs<T> {
     const int columns = hopper::columns_of(c.D);
     int choice = 0;
     while (hopper::forward_tiles[choice].columns != columns) ++choice;
-    const auto tile = hopper::forward_tiles[choice];
+    const bool mask_only = c.mask && !c.bias && !c.alibi && c.softcap == 0 && c.dropout == 0 && c.Nk % 16 == 0;
+    const auto tile = mask_only      ? hopper::forward_mask_tiles[choice]
+                      : c.modified() ? hopper::forward_modified_tiles[choice]
+                                     : hopper::forward_tiles[choice];
     layout = hopper::forward_layout(tile);
-    kernel = kernels.get(std::string("hopper_forward_") + (c.modified() ? "modified_" : "") +
+    kernel = kernels.get(std::string("hopper_forward_") + (mask_only ? "mask_" : c.modified() ? "modified_" : "") +
                              std::to_string(columns) + (half ? "_f16" : "_bf16"),
                          layout.bytes);
     qm = tensor_map(p.q.data, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, 64);
@@ -132,7 +135,12 @@ int main(int argc, char** argv) {
         failures += !Run<__nv_bfloat16>(kernels, m).verify("bf16");
         m.bias = false, m.mask = true, m.causal = false;
         failures += !Run<__nv_bfloat16>(kernels, m).verify("bf16");
+        m.Nk = 416;
+        failures += !Run<__nv_bfloat16>(kernels, m).verify("bf16");
+        failures += !Run<__nv_bfloat16>(kernels, {3, 4, 2, 300, 1040, D, true, 300, -1, true, true, true, 0, false, false, true}).verify("bf16");
         m.poison = true;
+        failures += !Run<__half>(kernels, m).verify("f16");
+        m.Nk = 417;
         failures += !Run<__half>(kernels, m).verify("f16");
         m.poison = false, m.mask = false, m.dropout = .3f;
         failures += !Run<__nv_bfloat16>(kernels, m).verify("bf16");

@@ -13,11 +13,20 @@
 
 namespace mfa::cuda::hopper {
 
-template <class T_, int columns_, int choice>
+// none: visibility and sinks only. mask: a boolean mask too. all: anything.
+enum class Modifiers { none, mask, all };
+
+constexpr TileChoice forward_choice(Modifiers m, int choice) {
+  return m == Modifiers::none   ? forward_tiles[choice]
+         : m == Modifiers::mask ? forward_mask_tiles[choice]
+                                : forward_modified_tiles[choice];
+}
+
+template <class T_, Modifiers modifiers_, int choice>
 struct ForwardTile {
   using T = T_;
-  static constexpr TileChoice c = forward_tiles[choice];
-  static_assert(c.columns == columns_);
+  static constexpr Modifiers modifiers = modifiers_;
+  static constexpr TileChoice c = forward_choice(modifiers, choice);
   static constexpr int columns = c.columns, consumers = c.consumers, BQ = 64 * consumers, BK = c.tile,
                        stages = c.stages, chunks = chunks_of(columns);
   static constexpr bool alternate = c.alternate;
@@ -109,7 +118,7 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
 }
 
 // The feeding warpgroup's other warps: clean the value tiles that are not seen in full.
-template <class Tile, bool modified>
+template <class Tile>
 __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile>& shared, int warp, int lane) {
   Ring<2> slot;
   Ring<Tile::stages> v_ring;
@@ -120,7 +129,7 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
     const int tiles = work.w->passes ? work.w->tiles.last - work.w->tiles.first : 0;
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
-      if ((modified && p.mask.data) || !work.full(work.w->tiles.last - 1 - i)) {
+      if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.w->tiles.last - 1 - i)) {
         const bool any = clean_tile<typename Tile::T, Tile::kv_bytes, 3>(
             shared.base + (shared.v(v_ring.stage) - shared.at), warp, lane);
         if (lane == 0) shared.found(v_ring.stage)[warp] = any;
@@ -159,11 +168,12 @@ __device__ __forceinline__ void return_nonfinite(const Problem& p, const SharedW
   }
 }
 
-template <class Tile, bool modified>
+template <class Tile>
 __device__ __forceinline__ void consume(const ForwardParams& params, const ForwardShared<Tile>& shared, int warpgroup,
                                         int thread) {
   using T = typename Tile::T;
   constexpr int BK = Tile::BK, columns = Tile::columns;
+  constexpr bool modified = Tile::modifiers == Modifiers::all, mask_only = Tile::modifiers == Modifiers::mask;
   const Problem& p = params.p;
   const int lane = thread % 32, row_in_tile = 64 * warpgroup + thread / 32 * 16 + lane / 4;
   const float scale = modified ? 1.f : p.scale_log2;
@@ -191,11 +201,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
     uint32_t probabilities[BK / 4];
     bool cleaned = false;
 
+    MaskTile<mask_only ? BK : 16> mask;
+    const auto load_mask = [&](int n) {
+      if constexpr (mask_only) mask.load(p, work.w->b, work.w->h, work.w->row0 + row_in_tile, n * BK, lane);
+    };
     const auto softmax_step = [&](int n, float(&alpha)[2]) {
       if constexpr (modified)
         ScoreModifiers(p, work.w->b, work.w->h, work.w->see.offset).apply<BK>(sums, rows(), n * BK, lane);
       else if (!work.full(n))
         mask_scores<BK>(sums, rows(), n * BK, lane);
+      if constexpr (mask_only) mask.apply(sums, lane);
       softmax.template step<BK>(sums, scale, alpha);
     };
     const auto finish_step = [&](int n) {
@@ -204,7 +219,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
           drop<BK>(sums, p, work.w->b * p.Hq + work.w->h, work.w->row0 + row_in_tile, n * BK, lane);
       pack_fragment<T, BK>(sums, probabilities);
     };
-    const auto uncleaned = [&](int n) { return !(modified && p.mask.data) && work.full(n); };
+    const auto uncleaned = [&](int n) { return !(Tile::modifiers != Modifiers::none && p.mask.data) && work.full(n); };
     const auto wait_values = [&](int n) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
       if (!uncleaned(n)) {
@@ -225,6 +240,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       float alpha[2];
       int n = work.w->tiles.last - 1;
       const int first = work.w->tiles.first;
+      load_mask(n);
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity);
       barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
       products_fence();
@@ -240,6 +256,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       // n is the tile whose probabilities are ready; a round computes those of n - 1.
 #pragma unroll 1
       for (; n > first; --n) {
+        load_mask(n - 1);
         barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
         if (Tile::alternate) named_sync(my_turn, 256);
         settle(o);
@@ -298,7 +315,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       const RowPair pair = rows();
       return_nonfinite<Tile>(p, work, row, lane, [&](int r, int key) {
         const bool inside = key >= pair.begin[r] && key < pair.end[r];
-        if constexpr (modified)
+        if constexpr (modified || mask_only)
           return inside && ScoreModifiers(p, b, h, 0).visible(work.w->row0 + row_in_tile + 8 * r, key);
         return inside;
       });
@@ -308,7 +325,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 }
 
 // Grid: at most one block an SM, no more than there are tiles.
-template <class Tile, bool modified>
+template <class Tile>
 __device__ __forceinline__ void forward(const ForwardParams& params, const HopperSchedule& s, const TensorMap* q,
                                         const TensorMap* k, const TensorMap* v) {
   extern __shared__ unsigned char raw_shared[];
@@ -345,11 +362,11 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
     if (warp == 0) {
       if (lane == 0) feed<Tile>(params.p, s, shared, q, k, v);
     } else {
-      clean<Tile, modified>(params.p, shared, warp - 1, lane);
+      clean<Tile>(params.p, shared, warp - 1, lane);
     }
   } else {
     take_registers<Tile::consumer_registers>();
-    consume<Tile, modified>(params, shared, warpgroup - 1, threadIdx.x % 128);
+    consume<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
   }
 }
 

@@ -43,6 +43,53 @@ __device__ __forceinline__ void mask_scores(float (&s)[BK / 2], const RowPair& r
   }
 }
 
+// Which keys of a tile a boolean mask lets the lane's two rows see. The mask's bytes are read in place: a quad shares its
+// rows' bytes, a lane reads every fourth group of 16, and shares them as bits. Needs groups of 16 bytes that are aligned
+// and do not straddle the row end.
+template <int BK>
+struct MaskTile {
+  static constexpr int groups = BK / 16;
+  static_assert(BK % 16 == 0 && groups <= 8);
+  uint4 bytes[2][2];
+
+  __device__ __forceinline__ void load(const Problem& p, int b, int h, int query, int k0, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint8_t* row = p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1] + (query + 8 * r) * p.mask.stride[2] + k0;
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int group = lane % 4 + 4 * s;
+        const bool inside = query + 8 * r < p.Nq && group < groups && k0 + 16 * group < p.Nk;
+        bytes[r][s] = inside ? __ldg(reinterpret_cast<const uint4*>(row + 16 * group)) : uint4{0, 0, 0, 0};
+      }
+    }
+  }
+  // Bit i of the result: byte i of the four is not zero.
+  static __device__ __forceinline__ uint32_t bits_of(uint32_t four) {
+    return (__vminu4(four, 0x01010101u) * 0x10204080u) >> 28;
+  }
+  __device__ __forceinline__ void apply(float (&s)[BK / 2], int lane) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t own = 0;
+#pragma unroll
+      for (int g = 0; g < 2; ++g)
+        own |= (bits_of(bytes[r][g].x) | bits_of(bytes[r][g].y) << 4 | bits_of(bytes[r][g].z) << 8 |
+                bits_of(bytes[r][g].w) << 12)
+               << 16 * g;
+#pragma unroll
+      for (int from = 0; from < 4; ++from) {
+        const uint32_t bits = __shfl_sync(0xffffffffu, own, from, 4) >> 2 * (lane % 4);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int g = j / 4, i = 2 * (from + 4 * g) + j / 2 % 2, e = j % 2;
+          if (i < BK / 8 && !(bits & 1u << (16 * g + 8 * (i % 2) + e))) s[4 * i + 2 * r + e] = -INFINITY;
+        }
+      }
+    }
+  }
+};
+
 // m and l are of rows; l is this lane's share of the row sum until `finish`.
 struct Softmax {
   float m[2] = {-INFINITY, -INFINITY};

@@ -40,6 +40,14 @@ struct TileChoice {
 constexpr TileChoice forward_tiles[] = {
     {64, 3, 128, 2, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false}, {192, 2, 112, 2, false}, {256, 2, 80, 2, true},
 };
+// The same with every modifier of scores, which need registers.
+constexpr TileChoice forward_modified_tiles[] = {
+    {64, 2, 64, 2, false}, {96, 2, 64, 2, false}, {128, 2, 64, 2, false}, {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
+};
+// The same with a boolean mask alone.
+constexpr TileChoice forward_mask_tiles[] = {
+    {64, 2, 128, 2, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false}, {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
+};
 // Queries stay, keys and values pass.
 constexpr TileChoice dq_tiles[] = {
     {64, 2, 128, 3, false}, {96, 2, 96, 2, false}, {128, 2, 80, 3, false}, {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
