@@ -96,10 +96,10 @@ arm: $(VENV)/.build  ## cross-build the MLX-free tests for 64-bit Arm and run th
 	  $(CTEST) --test-dir build/arm --output-on-failure -j $(JOBS); \
 	fi
 
-wheel: $(VENV)/.build  ## build the source archive and, from it, the wheel into dist/
+wheel: $(VENV)/.build $(CUDA)  ## build the source archive and, from it, the wheel into dist/
 	$(PY) -m pip install -q build
 	rm -rf dist
-	$(PY) -m build --outdir dist
+	$(PY) -m build --outdir dist $(patsubst -D%,-Ccmake.define.%,$(WITH_CUDA))
 
 clean:  ## remove everything that these commands made
 	rm -rf build dist $(VENV) .pytest_cache .hypothesis .ruff_cache

@@ -50,6 +50,7 @@ endforeach()
 # ---- libmfa_cuda.so -------------------------------------------------------------------------------------------------
 add_library(mfa_cuda SHARED src/backend/cuda/attention.cpp src/backend/cuda/module.cpp)
 mfa_compile_options(mfa_cuda)
+target_compile_definitions(mfa_cuda PRIVATE MFA_MLX_VERSION="${MFA_MLX_VERSION}")
 set_source_files_properties(src/backend/cuda/module.cpp PROPERTIES
                             OBJECT_DEPENDS "${fatbins}" COMPILE_DEFINITIONS "MFA_CUDA_KERNELS=\"${kernel_folder}\"")
 target_include_directories(mfa_cuda PRIVATE include src)

@@ -24,7 +24,8 @@ class GpuAttention {
 
   // Why the kernels cannot run `p`, whose pointers are null. Never throws.
   virtual std::optional<std::string> refusal(const AttentionProblem& p) = 0;
-  virtual GpuKernel kernel(const AttentionProblem& p) = 0;
+  // What runs the forward if the arrays are dense.
+  virtual GpuKernel kernel(const AttentionParams& params, const AttentionProblem& p) = 0;
 
   // As eval_gpu of the primitives: allocate the outputs and launch on the stream.
   virtual void forward(const AttentionParams& params, const AttentionProblem& p, const std::vector<mx::array>& inputs,

@@ -165,7 +165,7 @@ Explanation explain(const mx::array& q, const mx::array& k, const mx::array& v, 
       break;
     }
     case Route::mfa_cuda: {
-      const GpuKernel kernel = gpu_attention()->kernel(describe(request.params, request.inputs));
+      const GpuKernel kernel = gpu_attention()->kernel(request.params, describe(request.params, request.inputs));
       e.kernel = kernel.name;
       e.row_tile = kernel.row_tile;
       e.key_block = kernel.key_tile;

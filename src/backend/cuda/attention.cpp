@@ -2,8 +2,7 @@
 // they become nodes of the graphs that MLX builds.
 #include <cuda.h>
 
-#include <cmath>
-#include <mutex>
+#include <atomic>
 #include <numbers>
 #include <stdexcept>
 
@@ -38,6 +37,10 @@ void allocate(mx::array& out, mx::Stream stream) {
     return;
   }
   mx::Exp(stream).eval_gpu({empty}, out);
+  if (!out.data_shared_ptr() || !out.buffer().ptr())
+    throw std::runtime_error(
+        "[mfa::cuda] MLX did not allocate an output as MLX " MFA_MLX_VERSION
+        " does, for which this library was built");
 }
 
 mx::array scratch(mx::Shape shape, mx::Dtype dtype, mx::Stream stream, CommandEncoder& encoder) {
@@ -95,12 +98,12 @@ struct Call {
     encoder.set_output_array(x);
     return {pointer<void>(x), {x.strides(0), x.strides(1), x.strides(2)}};
   }
-  template <typename Params>
-  void launch(const Launch& launch, const Params& params) {
+  template <typename... Params>
+  void launch(const Launch& launch, const Params&... params) {
     if (launch.grid[0] == 0) return;
     const CUfunction function = function_of(launch, encoder.device().cuda_device());
     encoder.add_kernel_node_ex(function, dim3(launch.grid[0], launch.grid[1], launch.grid[2]), dim3(launch.threads),
-                               dim3(1, 1, 1), launch.shared_bytes, const_cast<Params&>(params));
+                               dim3(1, 1, 1), launch.shared_bytes, const_cast<Params&>(params)...);
   }
 };
 
@@ -149,6 +152,83 @@ Problem make_problem(const AttentionParams& params, const AttentionProblem& p, c
   return result;
 }
 
+CallTraits traits_of(const AttentionParams& params) {
+  CallTraits traits;
+  traits.alibi = params.has_alibi;
+  traits.bias = params.has_bias;
+  traits.mask = params.has_mask;
+  traits.lengths = params.has_lengths;
+  traits.dropout = params.has_seed;
+  return traits;
+}
+
+// ---- Hopper's tensor copies -----------------------------------------------------------------------------------------
+
+// [B, H, N, D] as tensor maps take it: the strides of axes that are not stepped along do not count.
+bool is_mappable(const Tensor& x, int B, int H, int N) {
+  const int extent[3] = {B, H, N};
+  bool fits = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  for (int a = 0; a < 3; ++a) fits = fits && (extent[a] == 1 || (x.stride[a] > 0 && x.stride[a] % 8 == 0));
+  return fits;
+}
+
+bool has_words(const Mask& mask, int Nk) {
+  return reinterpret_cast<uintptr_t>(mask.data) % 16 == 0 && mask.stride[3] == 1 && Nk % 16 == 0 &&
+         mask.stride[0] % 16 == 0 && mask.stride[1] % 16 == 0 && mask.stride[2] % 16 == 0;
+}
+
+// Boxes of 64 channels and `rows` rows, zeros outside.
+CUtensorMap tensor_map(const Tensor& x, Element dtype, int B, int H, int N, int D, int rows) {
+  constexpr int kSize = 2;
+  const cuuint64_t extents[4] = {cuuint64_t(D), cuuint64_t(N), cuuint64_t(H), cuuint64_t(B)};
+  const int extent[3] = {N, H, B};
+  const int64_t stride[3] = {x.stride[2], x.stride[1], x.stride[0]};
+  cuuint64_t bytes[3];
+  for (int a = 0; a < 3; ++a) bytes[a] = cuuint64_t(extent[a] == 1 ? D : stride[a]) * kSize;
+  const cuuint32_t box[4] = {64, cuuint32_t(rows), 1, 1}, step[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  check_driver(cuTensorMapEncodeTiled(
+                   &map, dtype == Element::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+                   const_cast<void*>(x.data), extents, bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+               "encoding a tensor map");
+  return map;
+}
+
+bool is_mapped(const Problem& p) {
+  return is_mappable(p.q, p.B, p.Hq, p.Nq) && is_mappable(p.k, p.B, p.Hkv, p.Nk) &&
+         is_mappable(p.v, p.B, p.Hkv, p.Nk);
+}
+
+// Launches in flight at the same time must have different counters of tiles.
+HopperSchedule with_slot(HopperSchedule schedule) {
+  static std::atomic<uint32_t> next{0};
+  schedule.slot = static_cast<int32_t>(next.fetch_add(1, std::memory_order_relaxed) % HopperSchedule::slots);
+  return schedule;
+}
+
+// The maps of q, k and v for a launch, in the order of the kernels' parameters.
+struct Maps {
+  CUtensorMap q, k, v;
+  Maps(const Problem& p, const Launch& launch)
+      : q(tensor_map(p.q, launch.dtype, p.B, p.Hq, p.Nq, p.D, launch.query_box)),
+        k(tensor_map(p.k, launch.dtype, p.B, p.Hkv, p.Nk, p.D, launch.key_box)),
+        v(tensor_map(p.v, launch.dtype, p.B, p.Hkv, p.Nk, p.Dv, launch.key_box)) {}
+};
+
+void launch_forward(Call& call, const Launch& launch, const ForwardParams& f) {
+  if (!is_hopper(launch.kernel)) return call.launch(launch, f);
+  const Maps maps(f.p, launch);
+  call.launch(launch, f, with_slot(launch.schedule), maps.q, maps.k, maps.v);
+}
+
+void launch_backward(Call& call, const Launch& launch, const BackwardParams& f) {
+  if (launch.query_box == 0) return call.launch(launch, f);
+  const Maps maps(f.p, launch);
+  const CUtensorMap d_o = tensor_map(f.d_o, launch.dtype, f.p.B, f.p.Hq, f.p.Nq, f.p.Dv, launch.query_box);
+  call.launch(launch, f, with_slot(launch.schedule), maps.q, maps.k, maps.v, d_o);
+}
+
 // ---- the device -----------------------------------------------------------------------------------------------------
 
 DeviceTraits read_traits(int ordinal) {
@@ -171,8 +251,8 @@ class CudaAttention final : public GpuAttention {
 
   std::optional<std::string> refusal(const AttentionProblem& p) override { return unsupported(p, traits_); }
 
-  GpuKernel kernel(const AttentionProblem& p) override {
-    const ForwardPlan plan = plan_forward(p, traits_);
+  GpuKernel kernel(const AttentionParams& params, const AttentionProblem& p) override {
+    const ForwardPlan plan = plan_forward(p, traits_of(params), traits_);
     return {name_of(plan.attention), plan.row_tile, plan.key_tile, plan.splits,
             int64_t{plan.attention.grid[0]} * plan.splits};
   }
@@ -182,10 +262,12 @@ class CudaAttention final : public GpuAttention {
     for (auto& out : outputs) allocate(out, stream);
     if (outputs[1].size() == 0) return;
     Call call{stream, mx::cu::get_command_encoder(stream)};
-    const ForwardPlan plan = plan_forward(p, traits_);
-
     ForwardParams f{};
     f.p = make_problem(params, p, inputs, false, call);
+    CallTraits traits = traits_of(params);
+    traits.mapped = is_mapped(f.p);
+    traits.mask_in_words = has_words(f.p.mask, p.Nk);
+    const ForwardPlan plan = plan_forward(p, traits, traits_);
     f.lse_base2 = true;
     f.splits = plan.splits;
     f.split_keys = plan.split_keys;
@@ -193,7 +275,7 @@ class CudaAttention final : public GpuAttention {
       f.o = call.output(outputs[0]);
       call.encoder.set_output_array(outputs[1]);
       f.lse = pointer<float>(outputs[1]);
-      call.launch(plan.attention, f);
+      launch_forward(call, plan.attention, f);
       return;
     }
     const auto o_part = scratch({plan.splits, p.B * p.Hq, p.Nq, p.Dv}, mx::float32, stream, call.encoder);
@@ -231,7 +313,9 @@ class CudaAttention final : public GpuAttention {
       set_strides(f.dbias_stride, *dbias);
       for (int a = 0; a < 4; ++a) axes.summed[a] = f.dbias_stride[a] == 0;
     }
-    const BackwardPlan plan = plan_backward(p, axes, traits_);
+    CallTraits traits = traits_of(params);
+    traits.mapped = is_mapped(f.p) && is_mappable(f.o, p.B, p.Hq, p.Nq) && is_mappable(f.d_o, p.B, p.Hq, p.Nq);
+    const BackwardPlan plan = plan_backward(p, traits, axes, traits_);
     f.Nq_padded = plan.Nq_padded;
 
     const auto delta = scratch({p.B * p.Hq, plan.Nq_padded}, mx::float32, stream, call.encoder);
@@ -248,14 +332,14 @@ class CudaAttention final : public GpuAttention {
     next();
     if (mx::array* dq = output(Gradient::q); dq && dq->size() > 0) {
       f.dq = call.output(*dq);
-      call.launch(plan.queries, f);
+      launch_backward(call, plan.queries, f);
       next();
     }
     mx::array *dk = output(Gradient::k), *dv = output(Gradient::v);
     if ((dk && dk->size() > 0) || (dv && dv->size() > 0)) {
       if (dk) f.dk = call.output(*dk);
       if (dv) f.dv = call.output(*dv);
-      call.launch(plan.keys, f);
+      launch_backward(call, plan.keys, f);
       next();
     }
     if (mx::array* dbias = output(Gradient::bias); dbias && dbias->size() > 0) {

@@ -22,19 +22,23 @@ MFA_EMBED(forward_decode_bf16)
 MFA_EMBED_DTYPES(backward_queries)
 MFA_EMBED_DTYPES(backward_keys)
 MFA_EMBED_DTYPES(term_gradients)
+MFA_EMBED(hopper_forward)
+MFA_EMBED(hopper_backward)
 
 namespace mfa::cuda {
 namespace {
 
-constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = 4, kMaxDevices = 16;
+constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = 5, kMaxDevices = 16;
 
-enum Family { forward, decode, queries, keys, terms, kFamilies };
+enum Family { forward, decode, queries, keys, terms, hopper_forward, hopper_backward, kFamilies };
 constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {mfa_fatbin_forward_tiled_f32, mfa_fatbin_forward_tiled_f16, mfa_fatbin_forward_tiled_bf16},
     {nullptr, mfa_fatbin_forward_decode_f16, mfa_fatbin_forward_decode_bf16},
     {mfa_fatbin_backward_queries_f32, mfa_fatbin_backward_queries_f16, mfa_fatbin_backward_queries_bf16},
     {mfa_fatbin_backward_keys_f32, mfa_fatbin_backward_keys_f16, mfa_fatbin_backward_keys_bf16},
-    {mfa_fatbin_term_gradients_f32, mfa_fatbin_term_gradients_f16, mfa_fatbin_term_gradients_bf16}};
+    {mfa_fatbin_term_gradients_f32, mfa_fatbin_term_gradients_f16, mfa_fatbin_term_gradients_bf16},
+    {nullptr, mfa_fatbin_hopper_forward, mfa_fatbin_hopper_forward},
+    {nullptr, mfa_fatbin_hopper_backward, mfa_fatbin_hopper_backward}};
 
 Family family_of(Kernel kernel) {
   switch (kernel) {
@@ -44,6 +48,15 @@ Family family_of(Kernel kernel) {
       return forward;
     case Kernel::forward_decode:
       return decode;
+    case Kernel::hopper_forward:
+    case Kernel::hopper_forward_mask:
+    case Kernel::hopper_forward_modified:
+      return hopper_forward;
+    case Kernel::hopper_backward_prepare:
+    case Kernel::hopper_dq:
+    case Kernel::hopper_dkv:
+    case Kernel::hopper_dkv_shared:
+      return hopper_backward;
     case Kernel::backward_rows:
     case Kernel::backward_queries:
       return queries;

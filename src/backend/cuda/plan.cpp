@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "backend/cuda/plan_hopper.h"
 #include "backend/cuda/tiles.h"
 #include "common/check.h"
 
@@ -79,6 +80,20 @@ const char* stem_of(Kernel kernel) {
       return "slope_rows";
     case Kernel::head_gradients:
       return "head_gradients";
+    case Kernel::hopper_forward:
+      return "hopper_forward";
+    case Kernel::hopper_forward_mask:
+      return "hopper_forward_mask";
+    case Kernel::hopper_forward_modified:
+      return "hopper_forward_modified";
+    case Kernel::hopper_backward_prepare:
+      return "hopper_backward_prepare";
+    case Kernel::hopper_dq:
+      return "hopper_dq";
+    case Kernel::hopper_dkv:
+      return "hopper_dkv";
+    case Kernel::hopper_dkv_shared:
+      return "hopper_dkv_shared";
     case Kernel::count:
       break;
   }
@@ -86,22 +101,31 @@ const char* stem_of(Kernel kernel) {
 }
 
 bool is_tiled(Kernel kernel) {
-  return kernel != Kernel::merge_splits && kernel != Kernel::backward_rows && kernel != Kernel::head_gradients;
+  return kernel != Kernel::merge_splits && kernel != Kernel::backward_rows && kernel != Kernel::head_gradients &&
+         !is_hopper(kernel);
 }
+
+bool is_hopper(Kernel kernel) { return kernel >= Kernel::hopper_forward && kernel < Kernel::count; }
 
 std::string name_of(const Launch& launch) {
   const char* dtype = launch.dtype == Element::f32 ? "f32" : launch.dtype == Element::f16 ? "f16" : "bf16";
+  if (is_hopper(launch.kernel) && launch.kernel != Kernel::hopper_backward_prepare)
+    return concat(stem_of(launch.kernel), "_", kHopperColumns[launch.head_dim], "_", dtype);
   std::string name = concat(stem_of(launch.kernel), "_", dtype);
   if (is_tiled(launch.kernel)) name += concat("_", kHeadDims[launch.head_dim]);
   return name;
 }
 
-ForwardPlan plan_forward(const AttentionProblem& p, const DeviceTraits& device) {
+ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
   const Element dtype = element_of(p.dtype);
   const int size = element_size(dtype), index = tile_index(p.D, p.Dv);
   const int64_t rows = rows_of_group(p), heads = int64_t{p.B} * p.Hkv;
   ForwardPlan plan;
   const bool few_rows = rows <= DecodeTile::kRows;
+  if (!few_rows && hopper_takes(p, call, device)) {
+    plan.attention = plan_hopper_forward(p, call, device, plan.row_tile, plan.key_tile);
+    return plan;
+  }
   if (few_rows && dtype != Element::f32 && index < kDecodeSizes) {
     const DecodeTile& tile = kDecode16[index];
     plan.row_tile = DecodeTile::kRows;
@@ -129,7 +153,8 @@ ForwardPlan plan_forward(const AttentionProblem& p, const DeviceTraits& device) 
   return plan;
 }
 
-BackwardPlan plan_backward(const AttentionProblem& p, const BiasAxes& bias, const DeviceTraits&) {
+BackwardPlan plan_backward(const AttentionProblem& p, const CallTraits& call, const BiasAxes& bias,
+                           const DeviceTraits& device) {
   const Element dtype = element_of(p.dtype);
   const int index = tile_index(p.D, p.Dv);
   const BackwardTile& tile = backward_tile(dtype, index);
@@ -142,6 +167,7 @@ BackwardPlan plan_backward(const AttentionProblem& p, const BiasAxes& bias, cons
                         kWarpRowThreads, 0);
   plan.queries = launch_of(Kernel::backward_queries, dtype, index, heads * row_tiles, threads, shared);
   plan.keys = launch_of(Kernel::backward_keys, dtype, index, heads * key_tiles, threads, shared);
+  if (hopper_takes(p, call, device) && !is_modified(p, call)) plan_hopper_backward(p, call, device, plan);
   plan.slopes = launch_of(Kernel::slope_rows, dtype, index, heads * row_tiles, threads, shared);
   plan.heads = launch_of(Kernel::head_gradients, dtype, 0, p.Hq, kHeadThreads, 0);
   const int64_t extent[4] = {p.B, p.Hq, ceil_div(p.Nq, tile.BQ), key_tiles};

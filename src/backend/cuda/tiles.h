@@ -55,7 +55,7 @@ inline constexpr ForwardTile kForward32[] = {
 inline constexpr ForwardTile kForwardFewRows16[] = {
     {64, 16, 128, 1, 4}, {128, 16, 64, 1, 4}, {256, 16, 64, 1, 4}, {576, 16, 32, 1, 4}};
 inline constexpr ForwardTile kForwardFewRows32[] = {
-    {64, 16, 64, 1, 4}, {128, 16, 64, 1, 4}, {256, 16, 32, 1, 4}, {576, 16, 32, 1, 4}};
+    {64, 16, 64, 1, 4}, {128, 16, 64, 1, 4}, {256, 16, 32, 1, 4}, {576, 16, 16, 1, 2}};
 
 inline constexpr DecodeTile kDecode16[] = {{64, 4, 4}, {128, 3, 4}, {256, 3, 4}};
 inline constexpr int kDecodeSizes = 3;  // larger head dims leave too few registers for a warp's outputs

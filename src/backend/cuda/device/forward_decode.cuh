@@ -19,6 +19,34 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
   }
 }
 
+// A warp's copies of tiles of 16 rows, DP columns wide, that lie `step` elements apart.
+template <typename T, int DP>
+struct TileStream {
+  static constexpr int kLanes = DP / kVector<T> < 32 ? DP / kVector<T> : 32;  // of a row
+  static constexpr int kRowsAtOnce = 32 / kLanes, kCopies = DecodeTile::kKeys / kRowsAtOnce;
+  static_assert(kLanes * kVector<T> == DP);
+  const T* from;  // of this lane, in tile 0
+  int64_t step, row_step;
+  int to;  // of this lane, in a tile in shared memory
+  bool inside;
+
+  __device__ __forceinline__ TileStream(const Rows<T>& rows, int first, int stride, int D, int lane) {
+    const int row = lane / kLanes, column = lane % kLanes * kVector<T>;
+    inside = column < D;
+    from = rows.at(first + row) + column;
+    row_step = kRowsAtOnce * rows.row_stride;
+    step = stride * rows.row_stride;
+    to = row * kPitch<T, DP> + column;
+  }
+  __device__ __forceinline__ void load(T* tile, int n) const {
+    if (!inside) return;
+    const T* source = from + n * step;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      copy_async(tile + to + i * kRowsAtOnce * kPitch<T, DP>, source + i * row_step, true);
+  }
+};
+
 // Grid: x = B * Hkv, z = splits of the keys.
 template <typename T, const DecodeTile& Tile>
 __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
@@ -41,25 +69,50 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
 
   const Rows<T> q = rows_of<T>(p.q, b, hkv, p.G), k = rows_of<T>(p.k, b, hkv, 1), v = rows_of<T>(p.v, b, hkv, 1);
   const bool k_vector = k.is_vector(p.D), v_vector = v.is_vector(p.Dv);
-  const int depth = round_up(p.D, 16), columns = round_up(p.Dv, 16);
   const BlockRows<1> rows(b, hkv * p.G, 0, p.G, row_count);
+  const int first_key = k_begin + warp * kKeys;
+  const TileStream<T, DP> k_stream(k, first_key, kWarps * kKeys, p.D, lane);
+  const TileStream<T, DP> v_stream(v, first_key, kWarps * kKeys, p.Dv, lane);
 
-  auto key_of = [&](int n) { return k_begin + (warp + n * kWarps) * kKeys; };
+  auto key_of = [&](int n) { return first_key + n * kWarps * kKeys; };
   auto load = [&](int n) {
     if (n < mine) {
       T* const k_tile = ring + n % kStages * 2 * kKeys * pitch;
-      load_rows<kKeys, DP, 32>(k_tile, k, key_of(n), seen.keys, p.D, k_vector, lane);
-      load_rows<kKeys, DP, 32>(k_tile + kKeys * pitch, v, key_of(n), seen.keys, p.Dv, v_vector, lane);
+      T* const v_tile = k_tile + kKeys * pitch;
+      const bool whole = key_of(n) + kKeys <= seen.keys;
+      if (whole && k_vector)
+        k_stream.load(k_tile, n);
+      else
+        load_rows<kKeys, DP, 32>(k_tile, k, key_of(n), seen.keys, p.D, k_vector, lane);
+      if (whole && v_vector)
+        v_stream.load(v_tile, n);
+      else
+        load_rows<kKeys, DP, 32>(v_tile, v, key_of(n), seen.keys, p.Dv, v_vector, lane);
     }
     commit_copies();
   };
 
+  // Narrower heads are multiplied at full width: the columns behind them stay zero.
+  if (p.D < DP || p.Dv < DP) {
+    uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
+    for (int n = threadIdx.x; n < Tile.shared_bytes(sizeof(T)) / 4; n += Tile.threads()) words[n] = 0;
+    __syncthreads();
+  }
   float o[1][ON][4], m[2], l[2];
   bool contain = false, hides = p.bias.data != nullptr;
   for (int n = 0; n < kStages - 1; ++n) load(n);
   load_rows<kRows, DP, Tile.threads()>(q_tile, q, 0, row_count, p.D, q.is_vector(p.D));
   drain_copies();
   __syncthreads();
+  constexpr bool kKeepQueries = DP <= 128;  // in registers
+  uint32_t queries[kKeepQueries ? DP / 16 : 1][4];
+  auto load_queries = [&](uint32_t (&to)[4], int kk) {
+    load_matrices(to, q_tile + lane % 16 * pitch + 16 * kk + lane / 16 * 8);
+  };
+  if constexpr (kKeepQueries) {
+#pragma unroll
+    for (int kk = 0; kk < DP / 16; ++kk) load_queries(queries[kk], kk);
+  }
   while (true) {
     clear(o);
     m[0] = m[1] = -infinity();
@@ -71,9 +124,22 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
       T* const k_tile = ring + n % kStages * 2 * kKeys * pitch;
       T* const v_tile = k_tile + kKeys * pitch;
       const int k0 = key_of(n), j0 = k0 + 2 * t;
-      float s[1][2][4];
+      // Two sums, of even and of odd steps: a product waits for the one before it.
+      float s[1][2][4], odd[2][4];
       clear(s);
-      multiply<T, A::rows, B::columns>(s, q_tile, pitch, k_tile, pitch, depth, kKeys);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) odd[e / 4][e % 4] = 0.f;
+#pragma unroll
+      for (int kk = 0; kk < DP / 16; ++kk) {
+        uint32_t keys[4];
+        load_matrices(keys, k_tile + (lane % 8 + lane / 16 * 8) * pitch + 16 * kk + lane / 8 % 2 * 8);
+        if constexpr (!kKeepQueries) load_queries(queries[0], kk);
+        float (&sums)[2][4] = kk % 2 ? odd : s[0];
+        multiply_add<T>(sums[0], queries[kKeepQueries ? kk : 0], keys[0], keys[1]);
+        multiply_add<T>(sums[1], queries[kKeepQueries ? kk : 0], keys[2], keys[3]);
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s[0][e / 4][e % 4] += odd[e / 4][e % 4];
       scale_scores<T>(p, s, nullptr);
       add_terms(p, seen, s, rows, j0);
       const bool partial = p.mask.data || seen.begin(p.Nq - 1) > k0 || seen.end(0) < k0 + kKeys;
@@ -134,7 +200,6 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
           }
 #pragma unroll
           for (int ni = 0; ni < ON; ++ni) {
-            if (8 * ni >= columns) break;
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
               const float z = to_float(v_tile[key * pitch + 8 * ni + 2 * t + c]);
@@ -152,20 +217,13 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
       // The accumulators of S have the layout of the left operand.
       const uint32_t weights[4] = {pack<T>(s[0][0][0], s[0][0][1]), pack<T>(s[0][0][2], s[0][0][3]),
                                    pack<T>(s[0][1][0], s[0][1][1]), pack<T>(s[0][1][2], s[0][1][3])};
-      auto add_values = [&](auto all) {
 #pragma unroll
-        for (int ni = 0; ni < ON; ni += 2) {
-          if (!all && 8 * ni >= columns) break;
-          uint32_t values[4];
-          load_matrices_transposed(values, v_tile + lane % 16 * pitch + 8 * ni + lane / 16 * 8);
-          multiply_add<T>(o[0][ni], weights, values[0], values[1]);
-          multiply_add<T>(o[0][ni + 1], weights, values[2], values[3]);
-        }
-      };
-      if (columns == DP)
-        add_values(std::true_type{});
-      else
-        add_values(std::false_type{});
+      for (int ni = 0; ni < ON; ni += 2) {
+        uint32_t values[4];
+        load_matrices_transposed(values, v_tile + lane % 16 * pitch + 8 * ni + lane / 16 * 8);
+        multiply_add<T>(o[0][ni], weights, values[0], values[1]);
+        multiply_add<T>(o[0][ni + 1], weights, values[2], values[3]);
+      }
       __syncwarp();
     }
     if (contain || !hides || !__any_sync(~0u, any_nonfinite(o))) break;

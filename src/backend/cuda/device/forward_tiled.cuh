@@ -41,6 +41,9 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
   const int depth = round_up(p.D, 16), columns = round_up(p.Dv, 16) - wn * ON * 8;
   const BlockRows<MI> rows(b, hkv * p.G, r0 + wm * MI * 16, p.G, row_count);
 
+  const bool deferred = defers_scale(p);
+  const float factor = deferred ? p.scale_log2 : 1.f;  // from what the tiles hold to scores
+
   float o[MI][ON][4], m[2 * MI], l[2 * MI];
   bool contain = false, hides = p.bias.data != nullptr;
   load_rows<BQ, DP, kThreads>(q_tile, q, r0, row_count, p.D, q_vector);
@@ -65,8 +68,10 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
         clear(s);
         multiply<T, A::rows, B::columns>(s, q_tile + wm * MI * 16 * pitch, pitch, k_tile + wn * SN * 8 * pitch, pitch,
                                          depth, BK);
-        scale_scores<T>(p, s, nullptr);
-        add_terms(p, seen, s, rows, j0);
+        if (!deferred) {
+          scale_scores<T>(p, s, nullptr);
+          add_terms(p, seen, s, rows, j0);
+        }
         if (partial) {
           uint32_t visible[2 * MI];
           visible_bits<MI, SN>(seen, rows, j0, visible);
@@ -104,7 +109,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
 #pragma unroll
         for (int n = 0; n < 2 * MI; ++n) {
           const int mi = n / 2, e = 2 * (n % 2);
-          const float next = fmaxf(m[n], row_max[n]);
+          const float next = fmaxf(m[n], row_max[n] * factor);
           const float shift = next == -infinity() ? 0.f : next;  // nothing visible yet: avoid (-inf) - (-inf)
           const float alpha = exp2_of<T>(m[n] - shift);
           m[n] = next;
@@ -113,7 +118,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
           for (int ni = 0; ni < SN; ++ni)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-              const float x = exp2_of<T>(s[mi][ni][e + c] - shift);
+              const float x = exp2_of<T>(fmaf(s[mi][ni][e + c], factor, -shift));
               s[mi][ni][e + c] = x;
               sum += x;
             }

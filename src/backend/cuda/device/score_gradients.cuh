@@ -92,8 +92,12 @@ struct GradientTiles {
       for (int ni = 0; ni < NI; ++ni)
 #pragma unroll
         for (int c = 0; c < 2; ++c) d[n / 2][ni][2 * (n % 2) + c] -= delta[n];
-    scale_scores<T>(p, s, Damped ? d : nullptr);
-    add_terms(p, seen, s, rows, j0);
+    const bool deferred = defers_scale(p);
+    const float factor = deferred ? p.scale_log2 : 1.f;
+    if (!deferred) {
+      scale_scores<T>(p, s, Damped ? d : nullptr);
+      add_terms(p, seen, s, rows, j0);
+    }
     uint32_t visible[2 * MI];
     if (partial) {
       const int lane = threadIdx.x % 32;
@@ -107,7 +111,7 @@ struct GradientTiles {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float &x = s[n / 2][ni][2 * (n % 2) + c], &y = d[n / 2][ni][2 * (n % 2) + c];
-          x = exp2_of<T>(x - lse2[n]);
+          x = exp2_of<T>(fmaf(x, factor, -lse2[n]));
           if (partial && !(visible[n] >> (2 * ni + c) & 1)) x = 0.f;
           y = x == 0.f ? 0.f : x * y;  // what has no weight gives no gradient, whatever its value
         }

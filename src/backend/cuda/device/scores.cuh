@@ -104,6 +104,11 @@ __device__ __forceinline__ float exp2_of(float x) {
   }
 }
 
+// Whether scores can stay products until the exponential, exp2(scale_log2 * product - shift) in one rounding.
+__device__ __forceinline__ bool defers_scale(const Problem& p) {
+  return p.softcap == 0.f && !p.alibi_slopes && !p.bias.data && p.scale_log2 > 0.f;
+}
+
 // Products to scaled, capped scores; with `gradient`, that becomes the gradient with respect to the product's scale.
 template <typename T, int MI, int NI>
 __device__ __forceinline__ void scale_scores(const Problem& p, float (&s)[MI][NI][4],

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // Sixteen bytes, or zeros if !valid, without passing through registers.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 }

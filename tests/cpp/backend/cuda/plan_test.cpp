@@ -13,6 +13,7 @@ namespace {
 
 constexpr DeviceTraits kH100{90, 132, 232448};
 constexpr DeviceTraits kA100{80, 108, 166912};
+constexpr CallTraits kTiled{.mapped = false};  // arrays that tensor copies cannot read
 constexpr DeviceTraits kL4{89, 58, 101376};
 
 AttentionProblem shape(int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D, DType dtype) {
@@ -64,7 +65,7 @@ TEST(CudaTiles, TheSmallestThatHoldsBothHeadDims) {
 
 TEST(CudaPlanForward, CoversEveryRowAndKey) {
   for_each_shape([](const AttentionProblem& p) {
-    const ForwardPlan plan = plan_forward(p, kH100);
+    const ForwardPlan plan = plan_forward(p, kTiled, kH100);
     SCOPED_TRACE(::testing::Message() << name_of(plan.attention) << " B " << p.B << " Hq " << p.Hq << " Nq " << p.Nq
                                       << " Nk " << p.Nk);
     const int64_t rows = int64_t{p.Hq / p.Hkv} * p.Nq;
@@ -82,26 +83,28 @@ TEST(CudaPlanForward, CoversEveryRowAndKey) {
 }
 
 TEST(CudaPlanForward, DecodeFillsTheDevice) {
-  const ForwardPlan one = plan_forward(shape(1, 32, 8, 1, 8192, 128, DType::bf16), kH100);
+  const ForwardPlan one = plan_forward(shape(1, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100);
   EXPECT_EQ(one.attention.kernel, Kernel::forward_decode);
   EXPECT_GE(one.attention.grid[0] * one.splits, 132u);
-  const ForwardPlan many = plan_forward(shape(32, 32, 8, 1, 8192, 128, DType::bf16), kH100);
+  const ForwardPlan many = plan_forward(shape(32, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100);
   EXPECT_LE(many.splits, 4);
-  EXPECT_EQ(plan_forward(shape(1, 32, 8, 1, 100, 128, DType::bf16), kH100).splits, 1);
+  EXPECT_EQ(plan_forward(shape(1, 32, 8, 1, 100, 128, DType::bf16), {}, kH100).splits, 1);
 }
 
 TEST(CudaPlanForward, NamesTheKernel) {
-  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), kH100).attention),
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), kTiled, kH100).attention),
             "forward_tiled_bf16_128");
-  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 64, DType::f32), kH100).attention), "forward_tiled_f32_64");
-  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1, 1000, 576, DType::f16), kH100).attention),
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), {}, kA100).attention),
+            "forward_tiled_bf16_128");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 64, DType::f32), {}, kH100).attention), "forward_tiled_f32_64");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1, 1000, 576, DType::f16), {}, kH100).attention),
             "forward_few_rows_f16_576");
-  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 1, 2, 1000, 96, DType::f16), kH100).attention), "forward_decode_f16_128");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 1, 2, 1000, 96, DType::f16), {}, kH100).attention), "forward_decode_f16_128");
 }
 
 TEST(CudaPlanBackward, CoversEveryRowAndKey) {
   for_each_shape([](const AttentionProblem& p) {
-    const BackwardPlan plan = plan_backward(p, {}, kH100);
+    const BackwardPlan plan = plan_backward(p, kTiled, {}, kH100);
     const BackwardTile& tile = (p.dtype == DType::f32 ? kBackward32 : kBackward16)[tile_index(p.D, p.Dv)];
     const int64_t rows = int64_t{p.Hq / p.Hkv} * p.Nq, heads = int64_t{p.B} * p.Hkv;
     ASSERT_EQ(plan.queries.grid[0], heads * ceil_div(rows, tile.BQ));
@@ -113,9 +116,49 @@ TEST(CudaPlanBackward, CoversEveryRowAndKey) {
 
 TEST(CudaPlanBackward, ABiasSumsOverItsBroadcastAxes) {
   const AttentionProblem p = shape(2, 4, 4, 100, 200, 64, DType::bf16);
-  EXPECT_EQ(plan_backward(p, {{false, false, false, false}}, kH100).bias.grid[0], 2u * 4 * 2 * 4);
-  EXPECT_EQ(plan_backward(p, {{true, false, true, false}}, kH100).bias.grid[0], 4u * 4);
-  EXPECT_EQ(plan_backward(p, {{true, true, true, true}}, kH100).bias.grid[0], 1u);
+  EXPECT_EQ(plan_backward(p, kTiled, {{false, false, false, false}}, kH100).bias.grid[0], 2u * 4 * 2 * 4);
+  EXPECT_EQ(plan_backward(p, kTiled, {{true, false, true, false}}, kH100).bias.grid[0], 4u * 4);
+  EXPECT_EQ(plan_backward(p, kTiled, {{true, true, true, true}}, kH100).bias.grid[0], 1u);
+}
+
+TEST(CudaPlanHopper, TakesWhatItsKernelsKnow) {
+  auto name = [](const AttentionProblem& p, const CallTraits& call) {
+    return name_of(plan_forward(p, call, kH100).attention);
+  };
+  AttentionProblem p = shape(2, 8, 8, 1000, 1000, 80, DType::bf16);
+  EXPECT_EQ(name(p, {}), "hopper_forward_96_bf16");
+  EXPECT_EQ(name(p, {.lengths = true}), "hopper_forward_96_bf16");
+  EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_mask_96_bf16");
+  EXPECT_EQ(name(p, {.mask = true, .mask_in_words = false}), "hopper_forward_modified_96_bf16");
+  EXPECT_EQ(name(p, {.bias = true, .mask = true}), "hopper_forward_modified_96_bf16");
+  p.softcap = 3.f;
+  EXPECT_EQ(name(p, {}), "hopper_forward_modified_96_bf16");
+  p.softcap = 0.f;
+  p.scale = -1.f;
+  EXPECT_EQ(name(p, {}), "forward_tiled_bf16_128");
+  p.scale = 1.f;
+  p.Dv = 64;
+  EXPECT_EQ(name(p, {}), "forward_tiled_bf16_128");
+  EXPECT_EQ(name(shape(2, 8, 8, 1000, 1000, 100, DType::bf16), {}), "forward_tiled_bf16_128");
+}
+
+TEST(CudaPlanHopper, SchedulesCoverEveryTile) {
+  for (int32_t D : {64, 96, 128, 192, 256})
+    for (int32_t Nq : {17, 128, 1000, 16384}) {
+      AttentionProblem p = shape(2, 16, 4, Nq, 4096, D, DType::f16);
+      const Launch forward = plan_forward(p, {}, kH100).attention;
+      EXPECT_EQ(forward.schedule.tiles, 2 * 16 * ceil_div(Nq, plan_forward(p, {}, kH100).row_tile));
+      EXPECT_LE(forward.grid[0], 132u);
+      const BackwardPlan backward = plan_backward(p, {}, {}, kH100);
+      for (const Launch& launch : {forward, backward.queries, backward.keys}) {
+        EXPECT_TRUE(is_hopper(launch.kernel));
+        EXPECT_LE(launch.shared_bytes, uint32_t(kH100.shared_bytes));
+        EXPECT_GT(launch.query_box * launch.key_box, 0);
+        EXPECT_LE(std::max(launch.query_box, launch.key_box), 256);
+      }
+      p.softcap = 2.f;
+      EXPECT_EQ(plan_backward(p, {}, {}, kH100).queries.kernel, Kernel::backward_queries);
+    }
 }
 
 TEST(CudaUnsupported, SaysWhy) {
