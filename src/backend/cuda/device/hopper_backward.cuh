@@ -76,18 +76,19 @@ struct BackwardShared {
 
 // For dk and dv the passing tiles are repeated for each query head of the group.
 template <class Tile>
-__device__ __forceinline__ Work backward_work(const Problem& p, const HopperSchedule& s, int id) {
-  if (id >= s.tiles) return {-1};
+__device__ __forceinline__ void leave_work(volatile Work* to, const Problem& p, const HopperSchedule& s, int id) {
+  if (id >= s.tiles) {
+    to->b = -1;
+    return;
+  }
   const int heads = Tile::keeps_queries ? p.Hq : p.Hkv;
-  const WorkItem item = work_item(s, p.B * heads, heads, id);
-  Work w{item.b, item.h, item.tile * Tile::rows};
-  w.see = visibility(p, w.b);
+  leave_item(to, work_item(s, p.B * heads, heads, id), Tile::rows);
+  leave_visibility(to, visibility(p, to->b));
+  const int row0 = to->row0;
   if constexpr (Tile::keeps_queries)
-    w.tiles = key_tiles<Tile::BN>(w.see, w.row0, min(w.row0 + Tile::rows, p.Nq));
+    leave_tiles(to, key_tiles<Tile::BN>(SharedWork{to}.see(), row0, min(row0 + Tile::rows, p.Nq)), 1);
   else
-    w.tiles = query_tiles<Tile::BN>(w.see, p.Nq, w.row0, Tile::rows);
-  w.passes = w.tiles.last == w.tiles.first ? 0 : Tile::keeps_queries ? 1 : p.G;
-  return w;
+    leave_tiles(to, query_tiles<Tile::BN>(SharedWork{to}.see(), p.Nq, row0, Tile::rows), p.G);
 }
 
 struct BackwardMaps {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
   for (int id = blockIdx.x;; id = draw_tile(s)) {
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage), slot.parity ^ 1);
     const volatile Work& w = *shared.work(slot.stage);
-    leave(shared.work(slot.stage), backward_work<Tile>(p, s, id));
+    leave_work<Tile>(shared.work(slot.stage), p, s, id);
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage));
     slot.advance();
     if (w.b < 0) break;

@@ -64,14 +64,15 @@ struct ForwardShared {
 
 // Queries of a tile; key tiles are visited last first.
 template <class Tile>
-__device__ __forceinline__ Work query_work(const Problem& p, const HopperSchedule& s, int id) {
-  if (id >= s.tiles) return {-1};
-  const WorkItem item = work_item(s, p.B * p.Hq, p.Hq, id);
-  Work w{item.b, item.h, item.tile * Tile::BQ};
-  w.see = visibility(p, w.b);
-  w.tiles = key_tiles<Tile::BK>(w.see, w.row0, min(w.row0 + Tile::BQ, p.Nq));
-  w.passes = w.tiles.last > w.tiles.first;
-  return w;
+__device__ __forceinline__ void leave_work(volatile Work* to, const Problem& p, const HopperSchedule& s, int id) {
+  if (id >= s.tiles) {
+    to->b = -1;
+    return;
+  }
+  leave_item(to, work_item(s, p.B * p.Hq, p.Hq, id), Tile::BQ);
+  leave_visibility(to, visibility(p, to->b));
+  const int row0 = to->row0;
+  leave_tiles(to, key_tiles<Tile::BK>(SharedWork{to}.see(), row0, min(row0 + Tile::BQ, p.Nq)), 1);
 }
 
 // The feeding warpgroup's first thread.
@@ -96,7 +97,7 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
   for (int id = blockIdx.x;; id = draw_tile(s)) {
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage), slot.parity ^ 1);
     const volatile Work& w = *shared.work(slot.stage);
-    leave(shared.work(slot.stage), query_work<Tile>(p, s, id));
+    leave_work<Tile>(shared.work(slot.stage), p, s, id);
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage));
     slot.advance();
     if (w.b < 0) break;

@@ -48,19 +48,24 @@ struct SharedWork {
     return {w->see.keys, w->see.offset, w->see.left, w->see.right};
   }
 };
-__device__ __forceinline__ void leave(volatile Work* to, const Work& w) {
-  to->b = w.b;
-  to->h = w.h;
-  to->row0 = w.row0;
-  to->passes = w.passes;
-  to->tiles.first = w.tiles.first;
-  to->tiles.last = w.tiles.last;
-  to->tiles.full_first = w.tiles.full_first;
-  to->tiles.full_last = w.tiles.full_last;
-  to->see.keys = w.see.keys;
-  to->see.offset = w.see.offset;
-  to->see.left = w.see.left;
-  to->see.right = w.see.right;
+// Steps in working it out; each leaves its part at once, which keeps the feeding thread within its few registers.
+__device__ __forceinline__ void leave_item(volatile Work* to, const WorkItem& item, int rows) {
+  to->b = item.b;
+  to->h = item.h;
+  to->row0 = item.tile * rows;
+}
+__device__ __forceinline__ void leave_visibility(volatile Work* to, const Visibility& see) {
+  to->see.keys = see.keys;
+  to->see.offset = see.offset;
+  to->see.left = see.left;
+  to->see.right = see.right;
+}
+__device__ __forceinline__ void leave_tiles(volatile Work* to, const KeyTiles& tiles, int passes) {
+  to->tiles.first = tiles.first;
+  to->tiles.last = tiles.last;
+  to->tiles.full_first = tiles.full_first;
+  to->tiles.full_last = tiles.full_last;
+  to->passes = tiles.last > tiles.first ? passes : 0;
 }
 
 // Loads `rows` rows of `columns` columns into chunks of 64 columns, `rows` rows each.
