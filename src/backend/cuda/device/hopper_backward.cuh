@@ -69,25 +69,26 @@ struct BackwardShared {
     return reinterpret_cast<const float*>(base + rows_at(stage));
   }
   __device__ __forceinline__ const float* row_delta(int stage) const { return row_lse(stage) + Tile::BN; }
-  __device__ __forceinline__ volatile Work* work(int slot) const {
-    return reinterpret_cast<volatile Work*>(base + Tile::layout.work_at) + slot;
+  __device__ __forceinline__ SharedWork work(int slot) const {
+    return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
 };
 
 // For dk and dv the passing tiles are repeated for each query head of the group.
 template <class Tile>
-__device__ __forceinline__ Work backward_work(const Problem& p, const HopperSchedule& s, int id) {
-  if (id >= s.tiles) return {-1};
+__device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& p, const HopperSchedule& s, int id) {
+  if (id >= s.tiles) {
+    to.set_end();
+    return;
+  }
   const int heads = Tile::keeps_queries ? p.Hq : p.Hkv;
-  const WorkItem item = work_item(s, p.B * heads, heads, id);
-  Work w{item.b, item.h, item.tile * Tile::rows};
-  w.see = visibility(p, w.b);
+  to.set_item(work_item(s, p.B * heads, heads, id), Tile::rows);
+  to.set_visibility(visibility(p, to.b()));
+  const int row0 = to.row0();
   if constexpr (Tile::keeps_queries)
-    w.tiles = key_tiles<Tile::BN>(w.see, w.row0, min(w.row0 + Tile::rows, p.Nq));
+    to.set_tiles(key_tiles<Tile::BN>(to.see(), row0, min(row0 + Tile::rows, p.Nq)), 1);
   else
-    w.tiles = query_tiles<Tile::BN>(w.see, p.Nq, w.row0, Tile::rows);
-  w.passes = w.tiles.last == w.tiles.first ? 0 : Tile::keeps_queries ? 1 : p.G;
-  return w;
+    to.set_tiles(query_tiles<Tile::BN>(to.see(), p.Nq, row0, Tile::rows), p.G);
 }
 
 struct BackwardMaps {
@@ -103,44 +104,51 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
   Ring<1> stay;
   Ring<Tile::stages> ring;
   for (int id = blockIdx.x;; id = draw_tile(s)) {
-    barrier_wait(shared.barrier(Tile::work_empty + slot.stage), slot.parity ^ 1);
-    const volatile Work& w = *shared.work(slot.stage);
-    leave(shared.work(slot.stage), backward_work<Tile>(p, s, id));
-    barrier_arrive(shared.barrier(Tile::work_full + slot.stage));
+    barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
+    const SharedWork w = shared.work(slot.stage());
+    leave_work<Tile>(w, p, s, id);
+    barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
     slot.advance();
-    if (w.b < 0) break;
-    if (!w.passes) continue;
+    if (w.b() < 0) break;
+    if (!w.passes()) continue;
+    const auto load_pair = [&](int head, int n) {
+      const uint32_t full = shared.barrier(Tile::first_full + ring.stage());
+      barrier_wait(shared.barrier(Tile::first_empty + ring.stage()), ring.parity() ^ 1);
+      if constexpr (Tile::keeps_queries) {
+        barrier_arrive_expect(full, Tile::layout.pass_bytes);
+      } else {
+        // Rows past the padded end are not read, and masked: such a tile is not full.
+        const int64_t row = (int64_t{w.b()} * p.Hq + head) * params.Nq_padded + n * Tile::BN;
+        const uint32_t bytes = min(Tile::BN, params.Nq_padded - n * Tile::BN) * 4;
+        barrier_arrive_expect(full, Tile::layout.pass_bytes + 2 * bytes);
+        copy_bytes(shared.at + shared.rows_at(ring.stage()), params.lse2 + row, bytes, full);
+        copy_bytes(shared.at + shared.rows_at(ring.stage()) + Tile::BN * 4, params.delta + row, bytes, full);
+      }
+      load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage()), maps.pass_first, full, n * Tile::BN, head, w.b());
+      const uint32_t full_second = shared.barrier(Tile::second_full + ring.stage());
+      barrier_wait(shared.barrier(Tile::second_empty + ring.stage()), ring.parity() ^ 1);
+      barrier_arrive_expect(full_second, Tile::layout.pass_bytes);
+      load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage()), maps.pass_second, full_second, n * Tile::BN, head,
+                                         w.b());
+      ring.advance();
+    };
+    // The stationary tiles follow the first passing ones: those find room while the work before is still finishing.
+    bool kept = false;
+    for (int pass = 0; pass < w.passes(); ++pass) {
+      const int head = Tile::keeps_queries ? w.h() / p.G : w.h() * p.G + pass;
+      for (int n = w.first(); n < w.last(); ++n) {
+        load_pair(head, n);
+        if (kept) continue;
+        kept = true;
 #pragma unroll 1
-    for (int i = 0; i < Tile::consumers; ++i) {
-      const uint32_t full = shared.barrier(Tile::stay_full + i);
-      barrier_wait(shared.barrier(Tile::stay_empty + i), stay.parity ^ 1);
-      barrier_arrive_expect(full, 2 * Tile::layout.stay_bytes);
-      load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, full, w.row0 + 64 * i, w.h, w.b);
-      load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, full, w.row0 + 64 * i, w.h, w.b);
-    }
-    stay.advance();
-    for (int pass = 0; pass < w.passes; ++pass) {
-      const int head = Tile::keeps_queries ? w.h / p.G : w.h * p.G + pass;
-      for (int n = w.tiles.first; n < w.tiles.last; ++n) {
-        const uint32_t full = shared.barrier(Tile::first_full + ring.stage);
-        barrier_wait(shared.barrier(Tile::first_empty + ring.stage), ring.parity ^ 1);
-        if constexpr (Tile::keeps_queries) {
-          barrier_arrive_expect(full, Tile::layout.pass_bytes);
-        } else {
-          // Rows past the padded end are not read, and masked: such a tile is not full.
-          const int64_t row = (int64_t{w.b} * p.Hq + head) * params.Nq_padded + n * Tile::BN;
-          const uint32_t bytes = min(Tile::BN, params.Nq_padded - n * Tile::BN) * 4;
-          barrier_arrive_expect(full, Tile::layout.pass_bytes + 2 * bytes);
-          copy_bytes(shared.at + shared.rows_at(ring.stage), params.lse2 + row, bytes, full);
-          copy_bytes(shared.at + shared.rows_at(ring.stage) + Tile::BN * 4, params.delta + row, bytes, full);
+        for (int i = 0; i < Tile::consumers; ++i) {
+          const uint32_t full = shared.barrier(Tile::stay_full + i);
+          barrier_wait(shared.barrier(Tile::stay_empty + i), stay.parity() ^ 1);
+          barrier_arrive_expect(full, 2 * Tile::layout.stay_bytes);
+          load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, full, w.row0() + 64 * i, w.h(), w.b());
+          load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, full, w.row0() + 64 * i, w.h(), w.b());
         }
-        load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage), maps.pass_first, full, n * Tile::BN, head, w.b);
-        const uint32_t full_second = shared.barrier(Tile::second_full + ring.stage);
-        barrier_wait(shared.barrier(Tile::second_empty + ring.stage), ring.parity ^ 1);
-        barrier_arrive_expect(full_second, Tile::layout.pass_bytes);
-        load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage), maps.pass_second, full_second, n * Tile::BN, head,
-                                           w.b);
-        ring.advance();
+        stay.advance();
       }
     }
   }
@@ -153,33 +161,33 @@ __device__ __forceinline__ void clean(const BackwardShared<Tile>& shared, int wa
   Ring<2> slot;
   Ring<Tile::stages> ring;
   for (;; slot.advance()) {
-    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
-    const SharedWork work{shared.work(slot.stage)};
-    if (work.w->b < 0) break;
-    const int passes = work.w->passes;
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
     for (int pass = 0; pass < passes; ++pass)
-      for (int n = work.w->tiles.first; n < work.w->tiles.last; ++n) {
-        barrier_wait(shared.barrier(Tile::first_full + ring.stage), ring.parity);
-        barrier_wait(shared.barrier(Tile::second_full + ring.stage), ring.parity);
+      for (int n = work.first(); n < work.last(); ++n) {
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
         if (!work.full(n)) {
           using T = typename Tile::T;
           constexpr int bytes = Tile::layout.pass_bytes;
-          clean_tile<T, bytes, 3>(shared.base + (shared.first(ring.stage) - shared.at), warp, lane);
+          clean_tile<T, bytes, 3>(shared.base + (shared.first(ring.stage()) - shared.at), warp, lane);
           if constexpr (Tile::values)
-            clean_tile<T, bytes, 3>(shared.base + (shared.second(ring.stage) - shared.at), warp, lane);
+            clean_tile<T, bytes, 3>(shared.base + (shared.second(ring.stage()) - shared.at), warp, lane);
           fence_async_shared();
           __syncwarp();
-          if (lane == 0) barrier_arrive(shared.barrier(Tile::clean + ring.stage));
+          if (lane == 0) barrier_arrive(shared.barrier(Tile::clean + ring.stage()));
         }
         __syncwarp();
         if (lane == 0) {
-          barrier_arrive(shared.barrier(Tile::first_empty + ring.stage));
-          barrier_arrive(shared.barrier(Tile::second_empty + ring.stage));
+          barrier_arrive(shared.barrier(Tile::first_empty + ring.stage()));
+          barrier_arrive(shared.barrier(Tile::second_empty + ring.stage()));
         }
         ring.advance();
       }
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage));
+    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
   }
 }
 
@@ -237,7 +245,7 @@ __device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const Backwa
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int begin, end;
-    meets<Tile>(work.see(), Nq, work.w->row0 + row_in_tile + 8 * r, begin, end);
+    meets<Tile>(work.see(), Nq, work.row0() + row_in_tile + 8 * r, begin, end);
     const uint32_t width = max(end - begin, 0);
     begin -= column0 + 2 * (lane % 4);
 #pragma unroll
@@ -271,8 +279,8 @@ __device__ __forceinline__ void write_gradient(const float (&d)[Tile::columns / 
   T* at[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = work.w->row0 + row_in_tile + 8 * r;
-    at[r] = row < rows ? static_cast<T*>(to.data) + work.w->b * to.stride[0] + work.w->h * to.stride[1] +
+    const int row = work.row0() + row_in_tile + 8 * r;
+    at[r] = row < rows ? static_cast<T*>(to.data) + work.b() * to.stride[0] + work.h() * to.stride[1] +
                              row * to.stride[2]
                        : nullptr;
   }
@@ -297,16 +305,16 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
   };
 
   for (;; slot.advance()) {
-    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
-    const SharedWork work{shared.work(slot.stage)};
-    if (work.w->b < 0) break;
-    const int passes = work.w->passes;
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
     float lse[2], delta[2];  // of kept queries
     if constexpr (Tile::keeps_queries) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int query = work.w->row0 + row_in_tile + 8 * r;
-        const int64_t at = (int64_t{work.w->b} * p.Hq + work.w->h) * params.Nq_padded + query;
+        const int query = work.row0() + row_in_tile + 8 * r;
+        const int64_t at = (int64_t{work.b()} * p.Hq + work.h()) * params.Nq_padded + query;
         lse[r] = query < p.Nq ? params.lse2[at] : INFINITY;
         delta[r] = query < p.Nq ? params.delta[at] : 0.f;
       }
@@ -316,53 +324,54 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
     float x[BN / 2], y[BN / 2];                            // S, then P; dP, then dS
     uint32_t packed_p[BN / 4], packed_ds[BN / 4];
 
-    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full + warpgroup), stay.parity);
-    int last_stage = -1;
+    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full + warpgroup), stay.parity());
+    bool started = false;
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
-      for (int n = work.w->tiles.first; n < work.w->tiles.last; ++n) {
+      for (int n = work.first(); n < work.last(); ++n) {
         const bool partial = !work.full(n);
-        barrier_wait(shared.barrier(Tile::first_full + ring.stage), ring.parity);
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         if (partial) {
-          barrier_wait(shared.barrier(Tile::clean + ring.stage), clean_parity >> ring.stage & 1);
-          clean_parity ^= 1u << ring.stage;
+          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
+          clean_parity ^= 1u << ring.stage();
         }
         products_fence();
-        multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, warpgroup), shared.first(ring.stage));
+        multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, warpgroup), shared.first(ring.stage()));
         products_commit();
-        barrier_wait(shared.barrier(Tile::second_full + ring.stage), ring.parity);
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
         products_fence();
-        multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage));
+        multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage()));
         products_commit();
         products_wait<1>();
         settle(x);
         // The products of the round before are finished too.
-        if (last_stage >= 0) {
-          release(Tile::first_empty + last_stage);
-          if constexpr (Tile::values) release(Tile::second_empty + last_stage);
+        if (started) {
+          release(Tile::first_empty + ring.stage_before());
+          if constexpr (Tile::values) release(Tile::second_empty + ring.stage_before());
         }
-        last_stage = ring.stage;
+        started = true;
 
-        exponents<Tile>(x, lse, shared, ring.stage, p.scale_log2, lane);
-        if (partial) keep_seen<Tile>(x, shared, ring.stage, work, p.Nq, row_in_tile, n * BN, lane);
+        exponents<Tile>(x, lse, shared, ring.stage(), p.scale_log2, lane);
+        if (partial) keep_seen<Tile>(x, shared, ring.stage(), work, p.Nq, row_in_tile, n * BN, lane);
         if constexpr (Tile::values) {
           pack_fragment<T, BN>(x, packed_p);
           settle(packed_p);
           products_fence();
-          multiply_rows<T, columns, BN, BN>(sums_v, packed_p, shared.second(ring.stage), 1);
+          multiply_rows<T, columns, BN, BN>(sums_v, packed_p, shared.second(ring.stage()), 1);
           products_commit();
         }
         settle(x);
         products_wait<Tile::values ? 1 : 0>();
         settle(y);
-        if constexpr (!Tile::values) release(Tile::second_empty + ring.stage);
-        score_gradients<Tile>(x, y, delta, shared, ring.stage, lane);
+        if (pass == passes - 1 && n == work.last() - 1) release(Tile::stay_empty + warpgroup);
+        if constexpr (!Tile::values) release(Tile::second_empty + ring.stage());
+        score_gradients<Tile>(x, y, delta, shared, ring.stage(), lane);
         if (partial) drop_unseen<BN>(x, y);
         pack_fragment<T, BN>(y, packed_ds);
         settle(packed_ds);
         products_fence();
-        multiply_rows<T, columns, BN, BN>(sums, packed_ds, shared.first(ring.stage), 1);
+        multiply_rows<T, columns, BN, BN>(sums, packed_ds, shared.first(ring.stage()), 1);
         products_commit();
         if constexpr (Tile::values) products_wait<1>();  // frees packed_p
         ring.advance();
@@ -371,9 +380,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
     settle(sums);
     settle(sums_v);
     if (passes > 0) {
-      release(Tile::first_empty + last_stage);
-      if constexpr (Tile::values) release(Tile::second_empty + last_stage);
-      release(Tile::stay_empty + warpgroup);
+      release(Tile::first_empty + ring.stage_before());
+      if constexpr (Tile::values) release(Tile::second_empty + ring.stage_before());
       stay.advance();
     }
 
@@ -383,7 +391,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
       write_gradient<Tile>(sums, params.dk, work, row_in_tile, p.Nk, p.D, p.scale, lane);
       write_gradient<Tile>(sums_v, params.dv, work, row_in_tile, p.Nk, p.Dv, 1.f, lane);
     }
-    release(Tile::work_empty + slot.stage);
+    release(Tile::work_empty + slot.stage());
   }
 }
 

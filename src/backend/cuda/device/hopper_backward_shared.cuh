@@ -28,63 +28,63 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
     if (lane == 0) barrier_arrive(shared.barrier(barrier));
   };
   for (;; slot.advance()) {
-    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
-    const SharedWork work{shared.work(slot.stage)};
-    if (work.w->b < 0) break;
-    const int passes = work.w->passes;
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
     float sums[columns / 2] = {};
     float x[BN / 2];
     uint32_t packed[BN / 4];
-    int last_stage = -1;
-    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full), stay.parity);
+    bool started = false;
+    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full), stay.parity());
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
-      for (int n = work.w->tiles.first; n < work.w->tiles.last; ++n) {
+      for (int n = work.first(); n < work.last(); ++n) {
         const bool partial = !work.full(n);
-        barrier_wait(shared.barrier(Tile::first_full + ring.stage), ring.parity);
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         if (partial) {
-          barrier_wait(shared.barrier(Tile::clean + ring.stage), clean_parity >> ring.stage & 1);
-          clean_parity ^= 1u << ring.stage;
+          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
+          clean_parity ^= 1u << ring.stage();
         }
         products_fence();
-        multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 0), shared.first(ring.stage));
+        multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 0), shared.first(ring.stage()));
         products_commit();
         products_wait<0>();
         settle(x);
-        if (last_stage >= 0) {
-          release(Tile::first_empty + last_stage);
-          release(Tile::second_empty + last_stage);
+        if (pass == passes - 1 && n == work.last() - 1) release(Tile::stay_empty);
+        if (started) {
+          release(Tile::first_empty + ring.stage_before());
+          release(Tile::second_empty + ring.stage_before());
         }
-        last_stage = ring.stage;
+        started = true;
 
         const float none[2] = {};
-        exponents<Tile>(x, none, shared, ring.stage, p.scale_log2, lane);
-        if (partial) keep_seen<Tile>(x, shared, ring.stage, work, p.Nq, row_in_tile, n * BN, lane);
-        barrier_wait(shared.barrier(Tile::p_empty + p_ring.stage), p_ring.parity ^ 1);
-        float4* to = exchange(shared, p_ring.stage, thread);
+        exponents<Tile>(x, none, shared, ring.stage(), p.scale_log2, lane);
+        if (partial) keep_seen<Tile>(x, shared, ring.stage(), work, p.Nq, row_in_tile, n * BN, lane);
+        barrier_wait(shared.barrier(Tile::p_empty + p_ring.stage()), p_ring.parity() ^ 1);
+        float4* to = exchange(shared, p_ring.stage(), thread);
 #pragma unroll
         for (int i = 0; i < BN / 8; ++i) to[128 * i] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
-        release(Tile::p_full + p_ring.stage);
+        release(Tile::p_full + p_ring.stage());
         p_ring.advance();
         pack_fragment<T, BN>(x, packed);
-        barrier_wait(shared.barrier(Tile::second_full + ring.stage), ring.parity);
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
         settle(packed);
         products_fence();
-        multiply_rows<T, columns, BN, BN>(sums, packed, shared.second(ring.stage), 1);
+        multiply_rows<T, columns, BN, BN>(sums, packed, shared.second(ring.stage()), 1);
         products_commit();
         ring.advance();
       }
     products_wait<0>();
     settle(sums);
     if (passes > 0) {
-      release(Tile::first_empty + last_stage);
-      release(Tile::second_empty + last_stage);
-      release(Tile::stay_empty);
+      release(Tile::first_empty + ring.stage_before());
+      release(Tile::second_empty + ring.stage_before());
       stay.advance();
     }
     write_gradient<Tile>(sums, params.dv, work, row_in_tile, p.Nk, p.Dv, 1.f, lane);
-    release(Tile::work_empty + slot.stage);
+    release(Tile::work_empty + slot.stage());
   }
 }
 
@@ -104,66 +104,66 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
     if (lane == 0) barrier_arrive(shared.barrier(barrier));
   };
   for (;; slot.advance()) {
-    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
-    const SharedWork work{shared.work(slot.stage)};
-    if (work.w->b < 0) break;
-    const int passes = work.w->passes;
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
     float sums[columns / 2] = {};
     float x[BN / 2], y[BN / 2];
     uint32_t packed[BN / 4];
-    int last_stage = -1;
-    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full), stay.parity);
+    bool started = false;
+    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full), stay.parity());
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
-      for (int n = work.w->tiles.first; n < work.w->tiles.last; ++n) {
+      for (int n = work.first(); n < work.last(); ++n) {
         const bool partial = !work.full(n);
-        barrier_wait(shared.barrier(Tile::second_full + ring.stage), ring.parity);
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
         if (partial) {
-          barrier_wait(shared.barrier(Tile::clean + ring.stage), clean_parity >> ring.stage & 1);
-          clean_parity ^= 1u << ring.stage;
+          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
+          clean_parity ^= 1u << ring.stage();
         }
         products_fence();
-        multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, 0), shared.second(ring.stage));
+        multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, 0), shared.second(ring.stage()));
         products_commit();
         products_wait<0>();
         settle(y);
-        if (last_stage >= 0) {
-          release(Tile::first_empty + last_stage);
-          release(Tile::second_empty + last_stage);
+        if (pass == passes - 1 && n == work.last() - 1) release(Tile::stay_empty);
+        if (started) {
+          release(Tile::first_empty + ring.stage_before());
+          release(Tile::second_empty + ring.stage_before());
         }
-        last_stage = ring.stage;
+        started = true;
 
-        barrier_wait(shared.barrier(Tile::p_full + p_ring.stage), p_ring.parity);
-        const float4* from = exchange(shared, p_ring.stage, thread);
+        barrier_wait(shared.barrier(Tile::p_full + p_ring.stage()), p_ring.parity());
+        const float4* from = exchange(shared, p_ring.stage(), thread);
 #pragma unroll
         for (int i = 0; i < BN / 8; ++i) {
           const float4 got = from[128 * i];
           x[4 * i] = got.x, x[4 * i + 1] = got.y, x[4 * i + 2] = got.z, x[4 * i + 3] = got.w;
         }
-        barrier_wait(shared.barrier(Tile::first_full + ring.stage), ring.parity);
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         const float none[2] = {};
-        score_gradients<Tile>(x, y, none, shared, ring.stage, lane);
+        score_gradients<Tile>(x, y, none, shared, ring.stage(), lane);
         if (partial) drop_unseen<BN>(x, y);
-        release(Tile::p_empty + p_ring.stage);
+        release(Tile::p_empty + p_ring.stage());
         p_ring.advance();
         pack_fragment<T, BN>(y, packed);
         settle(packed);
         products_fence();
-        multiply_rows<T, columns, BN, BN>(sums, packed, shared.first(ring.stage), 1);
+        multiply_rows<T, columns, BN, BN>(sums, packed, shared.first(ring.stage()), 1);
         products_commit();
         ring.advance();
       }
     products_wait<0>();
     settle(sums);
     if (passes > 0) {
-      release(Tile::first_empty + last_stage);
-      release(Tile::second_empty + last_stage);
-      release(Tile::stay_empty);
+      release(Tile::first_empty + ring.stage_before());
+      release(Tile::second_empty + ring.stage_before());
       stay.advance();
     }
     write_gradient<Tile>(sums, params.dk, work, row_in_tile, p.Nk, p.D, p.scale, lane);
-    release(Tile::work_empty + slot.stage);
+    release(Tile::work_empty + slot.stage());
   }
 }
 

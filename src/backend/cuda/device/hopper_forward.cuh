@@ -57,21 +57,22 @@ struct ForwardShared {
   __device__ __forceinline__ volatile uint32_t* found(int stage) const {
     return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at + stage * 16);
   }
-  __device__ __forceinline__ volatile Work* work(int slot) const {
-    return reinterpret_cast<volatile Work*>(base + Tile::layout.work_at) + slot;
+  __device__ __forceinline__ SharedWork work(int slot) const {
+    return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
 };
 
 // Queries of a tile; key tiles are visited last first.
 template <class Tile>
-__device__ __forceinline__ Work query_work(const Problem& p, const HopperSchedule& s, int id) {
-  if (id >= s.tiles) return {-1};
-  const WorkItem item = work_item(s, p.B * p.Hq, p.Hq, id);
-  Work w{item.b, item.h, item.tile * Tile::BQ};
-  w.see = visibility(p, w.b);
-  w.tiles = key_tiles<Tile::BK>(w.see, w.row0, min(w.row0 + Tile::BQ, p.Nq));
-  w.passes = w.tiles.last > w.tiles.first;
-  return w;
+__device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& p, const HopperSchedule& s, int id) {
+  if (id >= s.tiles) {
+    to.set_end();
+    return;
+  }
+  to.set_item(work_item(s, p.B * p.Hq, p.Hq, id), Tile::BQ);
+  to.set_visibility(visibility(p, to.b()));
+  const int row0 = to.row0();
+  to.set_tiles(key_tiles<Tile::BK>(to.see(), row0, min(row0 + Tile::BQ, p.Nq)), 1);
 }
 
 // The feeding warpgroup's first thread.
@@ -82,36 +83,36 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   const auto load = [&](Ring<Tile::stages>& ring, int full_barrier, int empty_barrier, int at, const TensorMap* map,
-                        const volatile Work& w, int n) {
-    const uint32_t full = shared.barrier(full_barrier + ring.stage);
-    barrier_wait(shared.barrier(empty_barrier + ring.stage), ring.parity ^ 1);
+                        const SharedWork& w, int n) {
+    const uint32_t full = shared.barrier(full_barrier + ring.stage());
+    barrier_wait(shared.barrier(empty_barrier + ring.stage()), ring.parity() ^ 1);
     barrier_arrive_expect(full, Tile::kv_bytes);
-    load_tile<Tile::BK, Tile::columns>(shared.at + at + ring.stage * Tile::kv_bytes, map, full, n * Tile::BK, w.h / p.G,
-                                       w.b);
+    load_tile<Tile::BK, Tile::columns>(shared.at + at + ring.stage() * Tile::kv_bytes, map, full, n * Tile::BK, w.h() / p.G,
+                                       w.b());
     ring.advance();
   };
-  const auto load_k = [&](const volatile Work& w, int n) {
+  const auto load_k = [&](const SharedWork& w, int n) {
     load(k_ring, Tile::k_full, Tile::k_empty, Tile::layout.k_at, k, w, n);
   };
   for (int id = blockIdx.x;; id = draw_tile(s)) {
-    barrier_wait(shared.barrier(Tile::work_empty + slot.stage), slot.parity ^ 1);
-    const volatile Work& w = *shared.work(slot.stage);
-    leave(shared.work(slot.stage), query_work<Tile>(p, s, id));
-    barrier_arrive(shared.barrier(Tile::work_full + slot.stage));
+    barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
+    const SharedWork w = shared.work(slot.stage());
+    leave_work<Tile>(w, p, s, id);
+    barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
     slot.advance();
-    if (w.b < 0) break;
-    if (!w.passes) continue;
-    load_k(w, w.tiles.last - 1);
+    if (w.b() < 0) break;
+    if (!w.passes()) continue;
+    load_k(w, w.last() - 1);
 #pragma unroll 1
     for (int i = 0; i < Tile::consumers; ++i) {
       const uint32_t full = shared.barrier(Tile::q_full + i);
-      barrier_wait(shared.barrier(Tile::q_empty + i), q_ring.parity ^ 1);
+      barrier_wait(shared.barrier(Tile::q_empty + i), q_ring.parity() ^ 1);
       barrier_arrive_expect(full, Tile::q_bytes);
-      load_tile<64, Tile::columns>(shared.q(i), q, full, w.row0 + 64 * i, w.h, w.b);
+      load_tile<64, Tile::columns>(shared.q(i), q, full, w.row0() + 64 * i, w.h(), w.b());
     }
     q_ring.advance();
-    for (int n = w.tiles.last - 1; n >= w.tiles.first; --n) {
-      if (n > w.tiles.first) load_k(w, n - 1);
+    for (int n = w.last() - 1; n >= w.first(); --n) {
+      if (n > w.first()) load_k(w, n - 1);
       load(v_ring, Tile::v_full, Tile::v_empty, Tile::layout.v_at, v, w, n);
     }
   }
@@ -123,26 +124,26 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
   Ring<2> slot;
   Ring<Tile::stages> v_ring;
   for (;; slot.advance()) {
-    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
-    const SharedWork work{shared.work(slot.stage)};
-    if (work.w->b < 0) break;
-    const int tiles = work.w->passes ? work.w->tiles.last - work.w->tiles.first : 0;
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int tiles = work.passes() ? work.last() - work.first() : 0;
     for (int i = 0; i < tiles; ++i) {
-      barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
-      if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.w->tiles.last - 1 - i)) {
+      barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
+      if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.last() - 1 - i)) {
         const bool any = clean_tile<typename Tile::T, Tile::kv_bytes, 3>(
-            shared.base + (shared.v(v_ring.stage) - shared.at), warp, lane);
-        if (lane == 0) shared.found(v_ring.stage)[warp] = any;
+            shared.base + (shared.v(v_ring.stage()) - shared.at), warp, lane);
+        if (lane == 0) shared.found(v_ring.stage())[warp] = any;
         fence_async_shared();
         __syncwarp();
-        if (lane == 0) barrier_arrive(shared.barrier(Tile::v_clean + v_ring.stage));
+        if (lane == 0) barrier_arrive(shared.barrier(Tile::v_clean + v_ring.stage()));
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(shared.barrier(Tile::v_empty + v_ring.stage));
+      if (lane == 0) barrier_arrive(shared.barrier(Tile::v_empty + v_ring.stage()));
       v_ring.advance();
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage));
+    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
   }
 }
 
@@ -153,10 +154,10 @@ __device__ __forceinline__ void return_nonfinite(const Problem& p, const SharedW
                                                  typename Tile::T* const (&row)[2], int lane, const Seen& seen) {
   using T = typename Tile::T;
 #pragma unroll 1
-  for (int key = work.w->tiles.first * Tile::BK; key < min(work.w->tiles.last * Tile::BK, work.w->see.keys); ++key) {
+  for (int key = work.first() * Tile::BK; key < min(work.last() * Tile::BK, work.see().keys); ++key) {
     const bool sees[2] = {row[0] && seen(0, key), row[1] && seen(1, key)};
     if (!sees[0] && !sees[1]) continue;
-    const T* v = static_cast<const T*>(p.v.data) + work.w->b * p.v.stride[0] + work.w->h / p.G * p.v.stride[1] +
+    const T* v = static_cast<const T*>(p.v.data) + work.b() * p.v.stride[0] + work.h() / p.G * p.v.stride[1] +
                  key * p.v.stride[2];
 #pragma unroll 1
     for (int column = lane % 4 * 8; column < p.Dv; column += column % 8 == 7 ? 25 : 1) {
@@ -190,10 +191,10 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
   };
 
   for (;; slot.advance()) {
-    barrier_wait(shared.barrier(Tile::work_full + slot.stage), slot.parity);
-    const SharedWork work{shared.work(slot.stage)};
-    if (work.w->b < 0) break;
-    const auto rows = [&] { return row_pair(work.see(), work.w->row0 + row_in_tile, p.Nq); };
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const auto rows = [&] { return row_pair(work.see(), work.row0() + row_in_tile, p.Nq); };
 
     Softmax softmax;
     float o[columns / 2] = {};
@@ -203,11 +204,12 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 
     MaskTile<mask_only ? BK : 16> mask;
     const auto load_mask = [&](int n) {
-      if constexpr (mask_only) mask.load(p, work.w->b, work.w->h, work.w->row0 + row_in_tile, n * BK, lane);
+      if constexpr (mask_only) mask.load(p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
     };
     const auto softmax_step = [&](int n, float(&alpha)[2]) {
       if constexpr (modified)
-        ScoreModifiers(p, work.w->b, work.w->h, work.w->see.offset).apply<BK>(sums, rows(), n * BK, lane);
+        ScoreTile<BK>{p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane, work.offset()}.apply(
+            sums, work.full(n), rows);
       else if (!work.full(n))
         mask_scores<BK>(sums, rows(), n * BK, lane);
       if constexpr (mask_only) mask.apply(sums, lane);
@@ -216,39 +218,39 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
     const auto finish_step = [&](int n) {
       if constexpr (modified)
         if (p.dropout_seed)
-          drop<BK>(sums, p, work.w->b * p.Hq + work.w->h, work.w->row0 + row_in_tile, n * BK, lane);
+          drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
       pack_fragment<T, BK>(sums, probabilities);
     };
     const auto uncleaned = [&](int n) { return !(Tile::modifiers != Modifiers::none && p.mask.data) && work.full(n); };
     const auto wait_values = [&](int n) {
-      barrier_wait(shared.barrier(Tile::v_full + v_ring.stage), v_ring.parity);
+      barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if (!uncleaned(n)) {
-        barrier_wait(shared.barrier(Tile::v_clean + v_ring.stage), clean_parity >> v_ring.stage & 1);
-        clean_parity ^= 1u << v_ring.stage;
+        barrier_wait(shared.barrier(Tile::v_clean + v_ring.stage()), clean_parity >> v_ring.stage() & 1);
+        clean_parity ^= 1u << v_ring.stage();
       }
     };
     const auto release_values = [&](int n) {
       if (!uncleaned(n)) {
-        const volatile uint32_t* found = shared.found(v_ring.stage);
+        const volatile uint32_t* found = shared.found(v_ring.stage());
         cleaned |= (found[0] | found[1] | found[2]) != 0;
       }
-      release(Tile::v_empty + v_ring.stage);
+      release(Tile::v_empty + v_ring.stage());
       v_ring.advance();
     };
 
-    if (work.w->passes) {
+    if (work.passes()) {
       float alpha[2];
-      int n = work.w->tiles.last - 1;
-      const int first = work.w->tiles.first;
+      int n = work.last() - 1;
+      const int first = work.first();
       load_mask(n);
-      barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity);
-      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
+      barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity());
+      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
       products_fence();
-      multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage));
+      multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage()));
       products_commit();
       products_wait<0>();
       settle(sums);
-      release(Tile::k_empty + k_ring.stage);
+      release(Tile::k_empty + k_ring.stage());
       k_ring.advance();
       softmax_step(n, alpha);
       finish_step(n);
@@ -257,21 +259,21 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 #pragma unroll 1
       for (; n > first; --n) {
         load_mask(n - 1);
-        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage), k_ring.parity);
+        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
         if (Tile::alternate) named_sync(my_turn, 256);
         settle(o);
         settle(probabilities);
         products_fence();
-        multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage));
+        multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage()));
         products_commit();
         wait_values(n);
         products_fence();
-        multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage), 1);
+        multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage()), 1);
         products_commit();
         if (Tile::alternate) named_arrive(next_turn, 256);
         products_wait<1>();
         settle(sums);
-        release(Tile::k_empty + k_ring.stage);
+        release(Tile::k_empty + k_ring.stage());
         k_ring.advance();
         softmax_step(n - 1, alpha);
         settle(sums);  // the wait below must not move up past the softmax
@@ -290,20 +292,20 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       settle(o);
       settle(probabilities);
       products_fence();
-      multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage), 1);
+      multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage()), 1);
       products_commit();
       products_wait<0>();
       settle(o);
       release_values(n);
     }
 
-    const int b = work.w->b, h = work.w->h;
+    const int b = work.b(), h = work.h();
     float weight[2], lse[2];
     softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse);
     T* row[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = work.w->row0 + row_in_tile + 8 * r;
+      const int query = work.row0() + row_in_tile + 8 * r;
       row[r] = query < p.Nq ? static_cast<T*>(params.o.data) + b * params.o.stride[0] + h * params.o.stride[1] +
                                   query * params.o.stride[2]
                             : nullptr;
@@ -316,11 +318,12 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       return_nonfinite<Tile>(p, work, row, lane, [&](int r, int key) {
         const bool inside = key >= pair.begin[r] && key < pair.end[r];
         if constexpr (modified || mask_only)
-          return inside && ScoreModifiers(p, b, h, 0).visible(work.w->row0 + row_in_tile + 8 * r, key);
+          return inside && (!p.mask.data ||
+                            ScoreTile<BK>{p, b, h, 0, 0, lane, 0}.visible(work.row0() + row_in_tile + 8 * r, key));
         return inside;
       });
     }
-    release(Tile::work_empty + slot.stage);
+    release(Tile::work_empty + slot.stage());
   }
 }
 

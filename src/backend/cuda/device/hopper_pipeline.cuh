@@ -8,17 +8,23 @@
 
 namespace mfa::cuda::hopper {
 
-// Position in a ring of shared-memory stages: which stage, and the parity of its current use.
+// Position in a ring of shared-memory stages: which stage, and the parity of its current use. One register.
 template <int stages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
+class Ring {
+ public:
+  __device__ __forceinline__ int stage() const { return power_of_two ? state_ % stages : state_ >> 1; }
+  __device__ __forceinline__ uint32_t parity() const { return power_of_two ? state_ / stages & 1 : state_ & 1; }
+  __device__ __forceinline__ int stage_before() const { return stage() == 0 ? stages - 1 : stage() - 1; }
   __device__ __forceinline__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
+    if (power_of_two)
+      ++state_;
+    else
+      state_ = state_ + 2 < 2 * stages ? state_ + 2 : (state_ & 1) ^ 1;
   }
+
+ private:
+  static constexpr bool power_of_two = (stages & (stages - 1)) == 0;
+  uint32_t state_ = 0;
 };
 
 // Counters from which blocks draw tiles; see HopperSchedule.
@@ -32,36 +38,55 @@ __device__ __forceinline__ int draw_tile(const HopperSchedule& s) {
   return static_cast<int>(drawn + gridDim.x);
 }
 
-// What a block works on: `rows` stationary rows from row0 of one head and the passing tiles they meet, `passes` times. The
-// feeding thread works it out and leaves it in shared memory, where the other warps read what they need when they need
-// it: their registers are full.
-struct Work {
-  int b, h;  // b < 0: no more work
-  int row0, passes;
-  KeyTiles tiles;
-  Visibility see;
-};
-struct SharedWork {
-  const volatile Work* w;
-  __device__ __forceinline__ bool full(int n) const { return n >= w->tiles.full_first && n < w->tiles.full_last; }
-  __device__ __forceinline__ Visibility see() const {
-    return {w->see.keys, w->see.offset, w->see.left, w->see.right};
+// What a block works on: rows from row0 of one head (b < 0: no more work) and the passing tiles they meet, `passes` times.
+// The feeding thread works it out and leaves it in shared memory, where the other warps read what they need when they
+// need it: their registers are full. For the same reason the parts are written one by one.
+class SharedWork {
+ public:
+  static constexpr int bytes = 48;
+  __device__ __forceinline__ explicit SharedWork(uint32_t at) : at_(at) {}
+
+  __device__ __forceinline__ int b() const { return get(0); }
+  __device__ __forceinline__ int h() const { return get(1); }
+  __device__ __forceinline__ int row0() const { return get(2); }
+  __device__ __forceinline__ int passes() const { return get(3); }
+  __device__ __forceinline__ int first() const { return get(4); }
+  __device__ __forceinline__ int last() const { return get(5); }
+  __device__ __forceinline__ bool full(int n) const { return n >= get(6) && n < get(7); }
+  __device__ __forceinline__ Visibility see() const { return {get(8), get(9), get(10), get(11)}; }
+  __device__ __forceinline__ int offset() const { return get(9); }
+
+  __device__ __forceinline__ void set_end() const { set(0, -1); }
+  __device__ __forceinline__ void set_item(const WorkItem& item, int rows) const {
+    set(0, item.b);
+    set(1, item.h);
+    set(2, item.tile * rows);
   }
+  __device__ __forceinline__ void set_visibility(const Visibility& see) const {
+    set(8, see.keys);
+    set(9, see.offset);
+    set(10, see.left);
+    set(11, see.right);
+  }
+  __device__ __forceinline__ void set_tiles(const KeyTiles& tiles, int passes) const {
+    set(3, tiles.last > tiles.first ? passes : 0);
+    set(4, tiles.first);
+    set(5, tiles.last);
+    set(6, tiles.full_first);
+    set(7, tiles.full_last);
+  }
+
+ private:
+  __device__ __forceinline__ int get(int i) const {
+    int x;
+    asm volatile("ld.volatile.shared.s32 %0, [%1];" : "=r"(x) : "r"(at_ + 4 * i) : "memory");
+    return x;
+  }
+  __device__ __forceinline__ void set(int i, int x) const {
+    asm volatile("st.volatile.shared.s32 [%0], %1;" ::"r"(at_ + 4 * i), "r"(x) : "memory");
+  }
+  uint32_t at_;
 };
-__device__ __forceinline__ void leave(volatile Work* to, const Work& w) {
-  to->b = w.b;
-  to->h = w.h;
-  to->row0 = w.row0;
-  to->passes = w.passes;
-  to->tiles.first = w.tiles.first;
-  to->tiles.last = w.tiles.last;
-  to->tiles.full_first = w.tiles.full_first;
-  to->tiles.full_last = w.tiles.full_last;
-  to->see.keys = w.see.keys;
-  to->see.offset = w.see.offset;
-  to->see.left = w.see.left;
-  to->see.right = w.see.right;
-}
 
 // Loads `rows` rows of `columns` columns into chunks of 64 columns, `rows` rows each.
 template <int rows, int columns>

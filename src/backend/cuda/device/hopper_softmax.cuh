@@ -169,65 +169,109 @@ __device__ __forceinline__ uint4 philox(uint4 counter, uint32_t k0, uint32_t k1)
   return counter;
 }
 
-// The modifiers that change single scores, for one head.
-struct ScoreModifiers {
-  float scale_log2, softcap_log2, scale_over_softcap;  // softcap_log2 0: none
-  float slope_log2;
-  const unsigned char* bias;  // of this batch entry and head
-  int64_t bias_row, bias_column;
-  Element bias_dtype;
-  const uint8_t* mask;
-  int64_t mask_row, mask_column;
-  int offset;
+// The modifiers of scores of one head's tile, in the order of the formula. Each is one pass over the fragment behind one
+// uniform branch, so that absent ones cost nothing.
+template <int BK>
+struct ScoreTile {
+  const Problem& p;
+  int b, h, query, k0, lane;  // query: the lane's first row
+  int offset;                 // pos(i) - i
 
-  __device__ __forceinline__ ScoreModifiers(const Problem& p, int b, int h, int position_offset)
-      : scale_log2(p.scale_log2),
-        softcap_log2(p.softcap > 0.f ? p.softcap_log2 : 0.f),
-        scale_over_softcap(p.scale_over_softcap),
-        slope_log2(p.alibi_slopes ? p.alibi_slopes[h] * log2_e : 0.f),
-        bias(static_cast<const unsigned char*>(p.bias.data)),
-        bias_row(p.bias.stride[2]),
-        bias_column(p.bias.stride[3]),
-        bias_dtype(p.bias.dtype),
-        mask(p.mask.data ? p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1] : nullptr),
-        mask_row(p.mask.stride[2]),
-        mask_column(p.mask.stride[3]),
-        offset(position_offset) {
-    if (bias) bias += (b * p.bias.stride[0] + h * p.bias.stride[1]) * (bias_dtype == Element::f32 ? 4 : 2);
+  __device__ __forceinline__ int column() const { return 2 * (lane % 4); }
+
+  // f(element, row, constant part of the column).
+  template <class F>
+  static __device__ __forceinline__ void each(float (&s)[BK / 2], const F& f) {
+#pragma unroll
+    for (int i = 0; i < BK / 8; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) f(s[4 * i + 2 * r + e], r, 8 * i + e);
   }
 
-  __device__ __forceinline__ bool visible(int query, int key) const {
-    return !mask || mask[query * mask_row + key * mask_column] != 0;
-  }
-  __device__ __forceinline__ float bias_at(int query, int key) const {
-    const int64_t at = query * bias_row + key * bias_column;
-    if (bias_dtype == Element::f32) return reinterpret_cast<const float*>(bias)[at];
-    if (bias_dtype == Element::f16) return __half2float(reinterpret_cast<const __half*>(bias)[at]);
-    return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(bias)[at]);
+  __device__ __forceinline__ bool visible(int row, int key) const {
+    return p.mask.data[b * p.mask.stride[0] + h * p.mask.stride[1] + row * p.mask.stride[2] + key * p.mask.stride[3]];
   }
 
-  // Products of q and k become base-2 scores; what a row does not see becomes -inf and is not read.
-  template <int BK>
-  __device__ __forceinline__ void apply(float (&s)[BK / 2], const RowPair& rows, int k0, int lane) const {
-#pragma unroll 1
-    for (int r = 0; r < 2; ++r) {
-      // Rows are swapped instead of indexed: register arrays take constant indices only.
+  // Products of q and k become base-2 scores.
+  __device__ __forceinline__ void scale(float (&s)[BK / 2]) const {
+    if (p.softcap > 0.f) {
+      // tanh(x) = 1 - 2 / (1 + exp(2 x)): its error is absolute, a few units of the last place of the cap.
+      const float twice = p.scale_over_softcap * (2.f * log2_e), cap = p.softcap_log2;
+      each(s, [&](float& x, int, int) {
+        x = fmaf(-2.f * cap, reciprocal_fast(1.f + exp2_fast(x * twice)), cap);
+      });
+    } else {
+      each(s, [&](float& x, int, int) { x *= p.scale_log2; });
+    }
+  }
+  __device__ __forceinline__ void alibi(float (&s)[BK / 2]) const {
+    const float slope = p.alibi_slopes[h] * log2_e;
+    const float at[2] = {static_cast<float>(k0 + column() - query - offset),
+                         static_cast<float>(k0 + column() - query - 8 - offset)};
+    each(s, [&](float& x, int r, int c) { x = fmaf(slope, at[r] + c, x); });
+  }
+
+  // Reads stay inside the bias: rows past the last repeat it, keys past the last are left out.
+  template <class B>
+  __device__ __forceinline__ void add_bias(float (&s)[BK / 2]) const {
+    struct alignas(2 * sizeof(B)) Pair {
+      B x, y;
+    };
+    const int64_t step = p.bias.stride[3];
+    const B* row[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      row[r] = static_cast<const B*>(p.bias.data) + b * p.bias.stride[0] + h * p.bias.stride[1] +
+               min(query + 8 * r, p.Nq - 1) * p.bias.stride[2] + (k0 + column()) * step;
+    const bool pairs = step == 1 && k0 + BK <= p.Nk &&
+                       ((reinterpret_cast<uint64_t>(row[0]) | reinterpret_cast<uint64_t>(row[1])) % sizeof(Pair)) == 0;
+    if (__all_sync(0xffffffffu, pairs)) {
 #pragma unroll
       for (int i = 0; i < BK / 8; ++i)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * i + e];
-          const int key = k0 + 8 * i + 2 * (lane % 4) + e;
-          const int query = rows.query + 8 * r;
-          const bool seen = key >= (r ? rows.begin[1] : rows.begin[0]) && key < (r ? rows.end[1] : rows.end[0]) &&
-                            visible(query, key);
-          float y = softcap_log2 != 0.f ? softcap_log2 * tanhf(x * scale_over_softcap) : x * scale_log2;
-          y = fmaf(slope_log2, static_cast<float>(key - query - offset), y);
-          if (bias && seen) y = fmaf(bias_at(query, key), log2_e, y);
-          x = s[4 * i + 2 + e];
-          s[4 * i + 2 + e] = seen ? y : -INFINITY;
+        for (int r = 0; r < 2; ++r) {
+          const Pair x = *reinterpret_cast<const Pair*>(row[r] + 8 * i);
+          s[4 * i + 2 * r] = fmaf(static_cast<float>(x.x), log2_e, s[4 * i + 2 * r]);
+          s[4 * i + 2 * r + 1] = fmaf(static_cast<float>(x.y), log2_e, s[4 * i + 2 * r + 1]);
         }
+    } else {
+      each(s, [&](float& x, int r, int c) {
+        if (k0 + column() + c < p.Nk) x = fmaf(static_cast<float>(row[r][c * step]), log2_e, x);
+      });
     }
+  }
+  __device__ __forceinline__ void bias(float (&s)[BK / 2]) const {
+    if (p.bias.dtype == Element::f32)
+      add_bias<float>(s);
+    else if (p.bias.dtype == Element::f16)
+      add_bias<__half>(s);
+    else
+      add_bias<__nv_bfloat16>(s);
+  }
+  __device__ __forceinline__ void mask(float (&s)[BK / 2]) const {
+    const uint64_t at = reinterpret_cast<uint64_t>(p.mask.data) | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2];
+    if (p.mask.stride[3] == 1 && (at | p.Nk) % 16 == 0) {
+      MaskTile<BK> tile;
+      tile.load(p, b, h, query, k0, lane);
+      tile.apply(s, lane);
+    } else {
+      each(s, [&](float& x, int r, int c) {
+        const int key = k0 + column() + c;
+        if (key >= p.Nk || query + 8 * r >= p.Nq || !visible(query + 8 * r, key)) x = -INFINITY;
+      });
+    }
+  }
+
+  // `rows` gives the keys that rows see; not asked for where the tile is seen in full.
+  template <class Rows>
+  __device__ __forceinline__ void apply(float (&s)[BK / 2], bool full, const Rows& rows) const {
+    scale(s);
+    if (p.alibi_slopes) alibi(s);
+    if (p.bias.data) bias(s);
+    if (p.mask.data) mask(s);
+    if (!full) mask_scores<BK>(s, rows(), k0, lane);
   }
 };
 

@@ -38,7 +38,7 @@ struct TileChoice {
 };
 
 constexpr TileChoice forward_tiles[] = {
-    {64, 3, 128, 2, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false}, {192, 2, 112, 2, false}, {256, 2, 80, 2, true},
+    {64, 3, 128, 2, false}, {96, 3, 112, 2, false}, {128, 2, 128, 2, false}, {192, 2, 112, 2, false}, {256, 2, 80, 2, true},
 };
 // The same with every modifier of scores, which need registers.
 constexpr TileChoice forward_modified_tiles[] = {
@@ -46,11 +46,11 @@ constexpr TileChoice forward_modified_tiles[] = {
 };
 // The same with a boolean mask alone.
 constexpr TileChoice forward_mask_tiles[] = {
-    {64, 2, 128, 2, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false}, {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
+    {64, 3, 96, 3, false}, {96, 2, 128, 2, false}, {128, 2, 96, 3, false}, {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
 };
 // Queries stay, keys and values pass.
 constexpr TileChoice dq_tiles[] = {
-    {64, 2, 128, 3, false}, {96, 2, 96, 2, false}, {128, 2, 80, 3, false}, {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
+    {64, 2, 128, 3, false}, {96, 2, 80, 3, false}, {128, 2, 80, 3, false}, {192, 2, 48, 3, false}, {256, 2, 32, 3, false},
 };
 // Keys and values stay, queries pass.
 constexpr TileChoice dkv_tiles[] = {
@@ -58,7 +58,7 @@ constexpr TileChoice dkv_tiles[] = {
 };
 // The same for wide heads, where one warpgroup cannot hold dk and dv: two work on the same 64 keys, one on each.
 constexpr TileChoice dkv_shared_tiles[] = {
-    {192, 1, 64, 2, false}, {256, 1, 64, 2, false},
+    {192, 1, 80, 2, false}, {256, 1, 64, 2, false},
 };
 
 constexpr int columns_of(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256; }
@@ -108,6 +108,10 @@ constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false)
   l.threads = 128 * ((shared_keys ? 2 : c.consumers) + 1);
   return l;
 }
+
+// Rows that a block of the prepare kernel (256 threads) works on: 8 columns a lane, four rows a lane.
+constexpr int prepare_lanes(int Dv) { return Dv <= 64 ? 8 : Dv <= 128 ? 16 : 32; }
+constexpr int prepare_rows(int Dv) { return 256 / prepare_lanes(Dv) * 4; }
 
 // --- Which head, which tile --------------------------------------------------------------------------------------------
 
