@@ -38,8 +38,9 @@ def resources(cuobjdump: str, fatbin: Path) -> dict[str, dict[str, int]]:
 def instructions(cuobjdump: str, fatbin: Path) -> dict[str, str]:
     """Of each kernel: its listing."""
     environment = {"PATH": f"{Path(cuobjdump).parent}:/usr/local/cuda/bin:/usr/bin:/bin"}  # nvdisasm is beside it
-    done = subprocess.run([cuobjdump, "-sass", str(fatbin)], check=True, capture_output=True, text=True, env=environment)
-    parts = re.split(r"Function : (\S+)", done.stdout)
+    command = [cuobjdump, "-sass", str(fatbin)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    parts = re.split(r"Function : (\S+)", listing)
     return dict(zip(parts[1::2], parts[2::2]))
 
 

@@ -111,8 +111,9 @@ def diagnostics() -> dict[str, Any]:
 
     Returns:
         dict: ``version`` and ``mlx_version`` (str), ``platform`` (dict, as the package for Apple GPUs has it), ``cpu``
-        (dict of ``available``, ``reason``, ``isa``, ``isas``, ``native_bf16``, ``threads``), ``gpu`` (dict of ``available`` and ``reason``), ``calls`` (dict of route
-        to the number of attention calls built so far in the process) and ``active_env_vars`` (dict).
+        (dict of ``available``, ``reason``, ``isa``, ``isas``, ``native_bf16``, ``threads``), ``gpu`` (dict of
+        ``available`` and ``reason``), ``calls`` (dict of route to the number of attention calls built so far in the
+        process) and ``active_env_vars`` (dict).
     """
     return {
         "version": __version__,

@@ -38,9 +38,8 @@ void allocate(mx::array& out, mx::Stream stream) {
   }
   mx::Exp(stream).eval_gpu({empty}, out);
   if (!out.data_shared_ptr() || !out.buffer().ptr())
-    throw std::runtime_error(
-        "[mfa::cuda] MLX did not allocate an output as MLX " MFA_MLX_VERSION
-        " does, for which this library was built");
+    throw std::runtime_error("[mfa::cuda] MLX did not allocate an output as MLX " MFA_MLX_VERSION
+                             " does, for which this library was built");
 }
 
 mx::array scratch(mx::Shape shape, mx::Dtype dtype, mx::Stream stream, CommandEncoder& encoder) {
@@ -196,8 +195,7 @@ CUtensorMap tensor_map(const Tensor& x, Element dtype, int B, int H, int N, int 
 }
 
 bool is_mapped(const Problem& p) {
-  return is_mappable(p.q, p.B, p.Hq, p.Nq) && is_mappable(p.k, p.B, p.Hkv, p.Nk) &&
-         is_mappable(p.v, p.B, p.Hkv, p.Nk);
+  return is_mappable(p.q, p.B, p.Hq, p.Nq) && is_mappable(p.k, p.B, p.Hkv, p.Nk) && is_mappable(p.v, p.B, p.Hkv, p.Nk);
 }
 
 // Launches in flight at the same time must have different counters of tiles.

@@ -9,10 +9,9 @@
 #include "common/check.h"
 
 // The fat binaries, one for each source under device/, as CMake built them: machine code, and PTX for newer cards.
-#define MFA_EMBED(name)                                                          \
-  asm(".section .rodata\n.balign 64\n.hidden mfa_fatbin_" #name                  \
-      "\n.globl mfa_fatbin_" #name "\nmfa_fatbin_" #name ":\n.incbin \"" MFA_CUDA_KERNELS "/" #name \
-      ".fatbin\"\n.byte 0\n.previous");                                          \
+#define MFA_EMBED(name)                                                                                            \
+  asm(".section .rodata\n.balign 64\n.hidden mfa_fatbin_" #name "\n.globl mfa_fatbin_" #name "\nmfa_fatbin_" #name \
+      ":\n.incbin \"" MFA_CUDA_KERNELS "/" #name ".fatbin\"\n.byte 0\n.previous");                                 \
   extern "C" const unsigned char mfa_fatbin_##name[];
 
 #define MFA_EMBED_DTYPES(stem) MFA_EMBED(stem##_f32) MFA_EMBED(stem##_f16) MFA_EMBED(stem##_bf16)

@@ -1,7 +1,7 @@
 // params.h: what the CUDA kernels are given: plain structs passed by value, the same for the host compiler and nvcc.
 //
-// Scores are in base-2 units inside the kernels: s2 = s * log2(e), so that p = exp2(s2 - lse2). Strides are in elements,
-// 64 bits, possibly zero or negative; the last axis of q, k, v, o and their gradients is dense. Semantics:
+// Scores are in base-2 units inside the kernels: s2 = s * log2(e), so that p = exp2(s2 - lse2). Strides are in
+// elements, 64 bits, possibly zero or negative; the last axis of q, k, v, o and their gradients is dense. Semantics:
 // attention/problem.h, whose names these are.
 #pragma once
 
@@ -48,9 +48,9 @@ struct Problem {
   //   s2 = softcap_log2 * tanh(scale_over_softcap * (q . k)),  ds/d(scale q . k) = 1 - tanh^2
   float softcap, softcap_log2, scale_over_softcap;
 
-  int32_t causal;                    // j <= pos(i), pos(i) = i + max(0, Nk_b - Nq)
-  int32_t window_left, window_right; // j >= pos(i) - left, j <= pos(i) + right; -1 = open
-  const int32_t* kv_lengths;         // [B] on the device, or null; clamped to [0, Nk] by the kernel
+  int32_t causal;                     // j <= pos(i), pos(i) = i + max(0, Nk_b - Nq)
+  int32_t window_left, window_right;  // j >= pos(i) - left, j <= pos(i) + right; -1 = open
+  const int32_t* kv_lengths;          // [B] on the device, or null; clamped to [0, Nk] by the kernel
 
   const float* alibi_slopes;  // [Hq], natural units: adds slope * (j - pos(i)); or null
   const float* sinks;         // [Hq], natural units: one more logit; or null
@@ -68,12 +68,13 @@ struct Problem {
 
 struct ForwardParams {
   Problem p;
-  MutableTensor o;  // [B, Hq, Nq, Dv]
-  float* lse;       // [B, Hq, Nq] dense, or null; -inf for a row that sees nothing and has no sink
+  MutableTensor o;    // [B, Hq, Nq, Dv]
+  float* lse;         // [B, Hq, Nq] dense, or null; -inf for a row that sees nothing and has no sink
   int32_t lse_base2;  // write lse / ln 2
 
   // Split keys: block z of `splits` takes keys [z * split_keys, (z + 1) * split_keys), a multiple of the key tile, and
-  // writes its part, normalised, float32, with the base-2 lse of its keys, the sink left to the merge. splits = 1: null.
+  // writes its part, normalised, float32, with the base-2 lse of its keys, the sink left to the merge. splits = 1:
+  // null.
   int32_t splits;
   int32_t split_keys;
   int32_t unused;
@@ -83,14 +84,15 @@ struct ForwardParams {
 
 struct BackwardParams {
   Problem p;
-  Tensor o;             // [B, Hq, Nq, Dv]
-  Tensor d_o;           // [B, Hq, Nq, Dv]
-  const float* lse;     // [B, Hq, Nq] dense
-  const float* dlse;    // [B, Hq, Nq] dense, cotangent of the natural lse, or null
-  int32_t lse_base2;    // `lse` is lse / ln 2
+  Tensor o;           // [B, Hq, Nq, Dv]
+  Tensor d_o;         // [B, Hq, Nq, Dv]
+  const float* lse;   // [B, Hq, Nq] dense
+  const float* dlse;  // [B, Hq, Nq] dense, cotangent of the natural lse, or null
+  int32_t lse_base2;  // `lse` is lse / ln 2
   int32_t unused;
   // Written by the preprocess kernel for the others: rows padded to a multiple of 128, [B, Hq, Nq_padded].
-  //   delta = sum_d o d_o - dlse;  lse2 = base-2 lse, +inf for padding and for rows that see nothing: p = exp2(-inf) = 0
+  //   delta = sum_d o d_o - dlse;  lse2 = base-2 lse, +inf for padding and for rows that see nothing: p = exp2(-inf) =
+  //   0
   float* delta;
   float* lse2;
   int32_t Nq_padded;
@@ -103,11 +105,11 @@ struct BackwardParams {
   float* dk_part;  // [B, Hq, Nk, D]: one contribution of each query head of a group, when G > 1 heads are split up
   float* dv_part;  // [B, Hq, Nk, Dv]
 
-  float* dbias;              // dense, shaped as the bias: extent 1 along each axis where its stride is 0; or null
-  int64_t dbias_stride[4];   // of dbias, 0 along the axes that are summed
-  float* dsinks;             // [Hq] or null
-  float* dalibi_slopes;      // [Hq] or null
-  float* dalibi_part;        // scratch, [B, Hq, Nq]: row sums of ds * (j - pos(i))
+  float* dbias;             // dense, shaped as the bias: extent 1 along each axis where its stride is 0; or null
+  int64_t dbias_stride[4];  // of dbias, 0 along the axes that are summed
+  float* dsinks;            // [Hq] or null
+  float* dalibi_slopes;     // [Hq] or null
+  float* dalibi_part;       // scratch, [B, Hq, Nq]: row sums of ds * (j - pos(i))
 };
 
 }  // namespace mfa::cuda

@@ -35,12 +35,12 @@ Launch launch_of(Kernel kernel, Element dtype, int head_dim, int64_t blocks, int
   return launch;
 }
 
-// Into how many parts to split `keys` so that blocks * splits fill `slots` evenly. A split costs a pass over its result,
-// so a greater number must gain 5 %.
+// Into how many parts to split `keys` so that blocks * splits fill `slots` evenly. A split costs a pass over its
+// result, so a greater number must gain 5 %.
 int choose_splits(int64_t blocks, int64_t keys, int64_t slots) {
   constexpr int64_t kMinKeys = 256;  // of a split
-  const int64_t most = std::min<int64_t>({kMaxSplits, std::max<int64_t>(1, keys / kMinKeys),
-                                          std::max<int64_t>(4, slots / std::max<int64_t>(1, blocks))});
+  const int64_t most = std::min<int64_t>(
+      {kMaxSplits, std::max<int64_t>(1, keys / kMinKeys), std::max<int64_t>(4, slots / std::max<int64_t>(1, blocks))});
   int best = 1;
   double best_use = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
@@ -130,8 +130,7 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, cons
     const DecodeTile& tile = kDecode16[index];
     plan.row_tile = DecodeTile::kRows;
     plan.key_tile = DecodeTile::kKeys;
-    plan.attention =
-        launch_of(Kernel::forward_decode, dtype, index, heads, tile.threads(), tile.shared_bytes(size));
+    plan.attention = launch_of(Kernel::forward_decode, dtype, index, heads, tile.threads(), tile.shared_bytes(size));
   } else {
     const ForwardTile& tile = forward_tile(dtype, index, few_rows);
     plan.row_tile = tile.BQ;

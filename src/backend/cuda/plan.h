@@ -25,8 +25,8 @@ struct CallTraits {
   bool mask_in_words = true;  // the mask's rows are dense and aligned to 16 bytes
 };
 
-// Kernels by the stem of their names: <stem>_<dtype>, <stem>_<dtype>_<DP> if they are tiled, <stem>_<columns>_<dtype> if
-// they are Hopper's.
+// Kernels by the stem of their names: <stem>_<dtype>, <stem>_<dtype>_<DP> if they are tiled, <stem>_<columns>_<dtype>
+// if they are Hopper's.
 enum class Kernel : uint8_t {
   forward_tiled,
   forward_few_rows,
@@ -58,8 +58,8 @@ struct Launch {
   uint32_t grid[3] = {1, 1, 1};
   uint32_t threads = 0;
   uint32_t shared_bytes = 0;
-  // Hopper kernels: how tiles are handed to blocks (the slot is the launcher's), and the rows of the boxes in which q and
-  // d_o, and k and v, are copied; 0 if there are no such copies.
+  // Hopper kernels: how tiles are handed to blocks (the slot is the launcher's), and the rows of the boxes in which q
+  // and d_o, and k and v, are copied; 0 if there are no such copies.
   HopperSchedule schedule{};
   int query_box = 0, key_box = 0;
 };

@@ -6,7 +6,7 @@
 namespace mfa::cuda {
 namespace {
 
-constexpr int kPrepareThreads = 256, kPrepareRows = 8;  // of a block
+constexpr int kPrepareThreads = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,15 +52,17 @@ bool is_modified(const AttentionProblem& p, const CallTraits& call) {
   return p.softcap > 0.f || call.alibi || call.bias || call.mask || call.dropout;
 }
 
-Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
-                           int& row_tile, int& key_tile) {
-  const bool mask_alone = call.mask && call.mask_in_words && !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
+Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
+                           int& key_tile) {
+  const bool mask_alone =
+      call.mask && call.mask_in_words && !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
   const Kernel kernel = !is_modified(p, call) ? Kernel::hopper_forward
                         : mask_alone          ? Kernel::hopper_forward_mask
                                               : Kernel::hopper_forward_modified;
-  const hopper::TileChoice tile = kernel == Kernel::hopper_forward        ? tile_of(hopper::forward_tiles, p.D)
-                                  : kernel == Kernel::hopper_forward_mask ? tile_of(hopper::forward_mask_tiles, p.D)
-                                                                          : tile_of(hopper::forward_modified_tiles, p.D);
+  const hopper::TileChoice tile = kernel == Kernel::hopper_forward ? tile_of(hopper::forward_tiles, p.D)
+                                  : kernel == Kernel::hopper_forward_mask
+                                      ? tile_of(hopper::forward_mask_tiles, p.D)
+                                      : tile_of(hopper::forward_modified_tiles, p.D);
   row_tile = 64 * tile.consumers;
   key_tile = tile.tile;
   const auto layout = hopper::forward_layout(tile);
@@ -76,7 +78,7 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
                           BackwardPlan& plan) {
   const bool unequal = has_unequal_tiles(p, call);
   plan.rows = Launch{Kernel::hopper_backward_prepare, element_of(p.dtype), 0};
-  plan.rows.grid[0] = static_cast<uint32_t>(ceil_div(int64_t{p.B} * p.Hq * plan.Nq_padded, kPrepareRows));
+  plan.rows.grid[0] = static_cast<uint32_t>(ceil_div(int64_t{p.B} * p.Hq * plan.Nq_padded, hopper::prepare_rows(p.Dv)));
   plan.rows.threads = kPrepareThreads;
 
   const hopper::TileChoice dq = tile_of(hopper::dq_tiles, p.D);

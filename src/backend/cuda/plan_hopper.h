@@ -13,8 +13,8 @@ bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const Devic
 // Whether more than visibility by position and sinks changes the scores or weights.
 bool is_modified(const AttentionProblem& p, const CallTraits& call);
 
-Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
-                           int& row_tile, int& key_tile);
+Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
+                           int& key_tile);
 
 // Replaces rows, queries and keys of `plan`. For problems that are not modified.
 void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,

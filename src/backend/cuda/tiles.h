@@ -13,12 +13,12 @@ constexpr int pitch_of(int columns, int size) { return columns + 16 / size; }  /
 // DP bounds D and Dv. Forward: WM x WN warps share a tile of scores [BQ, BK] and of outputs [BQ, DP] alike.
 struct ForwardTile {
   int DP, BQ, BK, WM, WN;
+  int resident = 1;  // blocks of a multiprocessor that the compiler must leave registers for
 
   constexpr int threads() const { return 32 * WM * WN; }
   // Q, K, V, P, then the warps' row statistics and the bits of the mask.
   constexpr int shared_bytes(int size) const {
-    return size * (pitch_of(DP, size) * (BQ + 2 * BK) + pitch_of(BK, size) * BQ) + 4 * WN * BQ +
-           BQ * BK / 8;
+    return size * (pitch_of(DP, size) * (BQ + 2 * BK) + pitch_of(BK, size) * BQ) + 4 * WN * BQ + BQ * BK / 8;
   }
 };
 
@@ -48,9 +48,9 @@ struct BackwardTile {
 inline constexpr int kHeadDims[] = {64, 128, 256, 576};  // the values of DP
 
 inline constexpr ForwardTile kForward16[] = {
-    {64, 128, 64, 4, 1}, {128, 128, 32, 4, 1}, {256, 64, 64, 4, 2}, {576, 64, 32, 4, 2}};
+    {64, 64, 64, 4, 1, 3}, {128, 64, 64, 4, 1}, {256, 64, 64, 4, 2}, {576, 32, 32, 2, 4}};
 inline constexpr ForwardTile kForward32[] = {
-    {64, 64, 64, 4, 1}, {128, 64, 64, 4, 1}, {256, 64, 32, 4, 1}, {576, 32, 16, 2, 2}};
+    {64, 128, 64, 4, 1}, {128, 128, 48, 4, 2}, {256, 64, 32, 4, 1}, {576, 32, 16, 2, 2}};
 // Few rows, as in decode: the warps share the keys.
 inline constexpr ForwardTile kForwardFewRows16[] = {
     {64, 16, 128, 1, 4}, {128, 16, 64, 1, 4}, {256, 16, 64, 1, 4}, {576, 16, 32, 1, 4}};

@@ -1,6 +1,6 @@
-// backward_tiled.cuh: the gradients of attention of any problem, on every card from sm_80: one kernel for dQ, which walks
-// the keys of a tile of queries, and one for dK and dV, which walks the queries of a tile of keys. No atomics: the order
-// of all sums is fixed. Source: Dao et al., arXiv:2205.14135.
+// backward_tiled.cuh: the gradients of attention of any problem, on every card from sm_80: one kernel for dQ, which
+// walks the keys of a tile of queries, and one for dK and dV, which walks the queries of a tile of keys. No atomics:
+// the order of all sums is fixed. Source: Dao et al., arXiv:2205.14135.
 #pragma once
 
 #include "backend/cuda/device/score_gradients.cuh"
@@ -92,8 +92,8 @@ __device__ __forceinline__ void backward_queries(const BackwardParams& f) {
 #pragma unroll
   for (int n = 0; n < 2 * MI; ++n) {
     if (!to_rows.real[n]) continue;
-    T* to = static_cast<T*>(f.dq.data) + b * f.dq.stride[0] + to_rows.h[n] * f.dq.stride[1] +
-            to_rows.i[n] * f.dq.stride[2];
+    T* to =
+        static_cast<T*>(f.dq.data) + b * f.dq.stride[0] + to_rows.h[n] * f.dq.stride[1] + to_rows.i[n] * f.dq.stride[2];
     const bool pairs = p.D % 2 == 0 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0;
     store_row(to + wn * NI * 8, dq[n / 2], n % 2, p.scale, p.D - wn * NI * 8, pairs);
   }
@@ -150,10 +150,9 @@ __device__ __forceinline__ void backward_keys(const BackwardParams& f) {
       __syncthreads();
       const T *weights = tiles.weights + km * MI * 16, *d_s = tiles.d_s + km * MI * 16;
       if (contain && (partial || p.bias.data)) {
-        multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dv, weights, Tiles::p_pitch, tiles.d_o,
-                                                                    kn * NI * 8, p.Dv);
-        multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dk, d_s, Tiles::p_pitch, tiles.q, kn * NI * 8,
-                                                                    p.D);
+        multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dv, weights, Tiles::p_pitch, tiles.d_o, kn * NI * 8,
+                                                                    p.Dv);
+        multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dk, d_s, Tiles::p_pitch, tiles.q, kn * NI * 8, p.D);
       } else {
         multiply<T, A::columns, B::rows>(dv, weights, Tiles::p_pitch, tiles.d_o + kn * NI * 8, Tiles::pitch, BQ,
                                          columns_v);

@@ -251,7 +251,8 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
     const int row = warp * kRows + 8 * r + g;
     if (t == 0) all_m[row] = m[r], all_l[row] = l[r];
 #pragma unroll
-    for (int ni = 0; ni < ON; ++ni) store_pair(all_o + row * o_pitch + 8 * ni + 2 * t, o[0][ni][2 * r], o[0][ni][2 * r + 1]);
+    for (int ni = 0; ni < ON; ++ni)
+      store_pair(all_o + row * o_pitch + 8 * ni + 2 * t, o[0][ni][2 * r], o[0][ni][2 * r + 1]);
   }
   __syncthreads();
   for (int row = warp; row < row_count; row += kWarps) {

@@ -61,8 +61,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
       const int j0 = k0 + wn * SN * 8 + 2 * t;
       const bool partial = p.mask.data || seen.begin(i_last) > k0 || seen.end(i_first) < k0 + BK;
       hides = hides || partial;
-      const bool used =
-          !p.mask.data || mask.template load<kThreads>(p, b, hkv * p.G, p.G, r0, row_count, k0);
+      const bool used = !p.mask.data || mask.template load<kThreads>(p, b, hkv * p.G, p.G, r0, row_count, k0);
       if (used) {
         float s[MI][SN][4];
         clear(s);
@@ -103,8 +102,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
 #pragma unroll
           for (int n = 0; n < 2 * MI; ++n)
 #pragma unroll
-            for (int w = 0; w < WN; ++w)
-              row_max[n] = fmaxf(row_max[n], statistics[w * BQ + wm * MI * 16 + 8 * n + g]);
+            for (int w = 0; w < WN; ++w) row_max[n] = fmaxf(row_max[n], statistics[w * BQ + wm * MI * 16 + 8 * n + g]);
         }
 #pragma unroll
         for (int n = 0; n < 2 * MI; ++n) {

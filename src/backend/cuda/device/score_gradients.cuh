@@ -1,5 +1,5 @@
-// score_gradients.cuh: what the kernels of the backward share: the tiles Q, dO, K, V in shared memory, and from them the
-// probabilities and the gradients of the scores, recomputed from the stored log-sum-exp.
+// score_gradients.cuh: what the kernels of the backward share: the tiles Q, dO, K, V in shared memory, and from them
+// the probabilities and the gradients of the scores, recomputed from the stored log-sum-exp.
 //
 //   p = exp2(s2 - lse2),  ds = p (z dO.v - delta),  delta = sum_d o dO - dlse
 #pragma once
@@ -21,8 +21,8 @@ struct GradientTiles {
   const Problem& p;
   T *q, *d_o, *k, *v, *weights, *d_s;  // tiles
   MaskTile<BQ, BK> mask;
-  int warp, row0, key0;                // of the warp's block in the tile
-  bool active;                         // whether the warp has one
+  int warp, row0, key0;  // of the warp's block in the tile
+  bool active;           // whether the warp has one
   int depth_qk, depth_v;
 
   __device__ __forceinline__ GradientTiles(const BackwardParams& params, void* shared) : f(params), p(params.p) {

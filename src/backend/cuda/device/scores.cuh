@@ -20,13 +20,12 @@ __device__ __forceinline__ int key_count(const Problem& p, int b) {
 
 // The keys that query i may see are begin(i) <= j < end(i); both grow with i. The mask cuts further inside.
 struct Visibility {
-  int keys;      // of the batch entry
-  int offset;    // pos(i) - i
-  int reach;     // keys past pos(i) that are visible, or a number past all
-  int left;      // keys before pos(i), likewise
+  int keys;    // of the batch entry
+  int offset;  // pos(i) - i
+  int reach;   // keys past pos(i) that are visible, or a number past all
+  int left;    // keys before pos(i), likewise
 
-  __device__ __forceinline__ Visibility(const Problem& p, int b)
-      : keys(key_count(p, b)), offset(max(0, keys - p.Nq)) {
+  __device__ __forceinline__ Visibility(const Problem& p, int b) : keys(key_count(p, b)), offset(max(0, keys - p.Nq)) {
     const int open = p.Nq + p.Nk;  // further than any key from any position
     reach = p.window_right >= 0 ? min(p.window_right, open) : open;
     if (p.causal) reach = 0;
@@ -263,8 +262,8 @@ __device__ __forceinline__ void mask_bits(const MaskTile<BQ, BK>& mask, int row,
   }
 }
 
-// Bit (2 ni + c) of kept[n]: whether dropout keeps that element. The loop over blocks stays one: unrolled, it would hold
-// registers that the accumulators need.
+// Bit (2 ni + c) of kept[n]: whether dropout keeps that element. The loop over blocks stays one: unrolled, it would
+// hold registers that the accumulators need.
 template <int MI, int NI>
 __device__ __forceinline__ void kept_bits(const Problem& p, const BlockRows<MI>& rows, int j0,
                                           uint32_t (&kept)[2 * MI]) {
@@ -292,8 +291,7 @@ __device__ __forceinline__ void drop(const Problem& p, const uint32_t (&kept)[2 
 #pragma unroll
     for (int ni = 0; ni < NI; ++ni)
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
-        x[n / 2][ni][2 * (n % 2) + c] *= kept[n] >> (2 * ni + c) & 1 ? p.dropout_scale : 0.f;
+      for (int c = 0; c < 2; ++c) x[n / 2][ni][2 * (n % 2) + c] *= kept[n] >> (2 * ni + c) & 1 ? p.dropout_scale : 0.f;
 }
 
 }  // namespace mfa::cuda

@@ -2,7 +2,8 @@
 //
 // A warp holds a product of MI * 16 rows and NI * 8 columns as mma.sync m16n8 accumulators do, whatever computes it:
 // lane 4 g + t has, of block (mi, ni), rows 16 mi + g and + 8 and columns 8 ni + 2 t and + 1. Sixteen-bit operands are
-// multiplied by mma.sync; float32 by fused multiply-adds, because the tensor cores' tf32 does not keep float32's accuracy.
+// multiplied by mma.sync; float32 by fused multiply-adds, because the tensor cores' tf32 does not keep float32's
+// accuracy.
 #pragma once
 
 #include <type_traits>
@@ -104,13 +105,15 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(T) == 2 && std::is_same_v<T, bf16>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 
@@ -201,8 +204,7 @@ __device__ __forceinline__ void multiply_blocks(float (&c)[MI][NI][4], const T* 
 #pragma unroll
           for (int e = 0; e < 4; ++e)
 #pragma unroll
-            for (int kk = 0; kk < 4; ++kk)
-              c[mi][ni][e] = fmaf(af[mi][e / 2][kk], bf[kk][e % 2], c[mi][ni][e]);
+            for (int kk = 0; kk < 4; ++kk) c[mi][ni][e] = fmaf(af[mi][e / 2][kk], bf[kk][e % 2], c[mi][ni][e]);
       }
     }
   }

@@ -30,8 +30,7 @@ void for_each_shape(Visit visit) {
         for (int32_t Hkv : {1, 8})
           for (int32_t G : {1, 4, 8})
             for (int32_t Nq : {1, 2, 16, 17, 129, 65536})
-              for (int32_t Nk : {0, 1, 63, 64, 65, 4096, 1 << 20})
-                visit(shape(B, G * Hkv, Hkv, Nq, Nk, D, dtype));
+              for (int32_t Nk : {0, 1, 63, 64, 65, 4096, 1 << 20}) visit(shape(B, G * Hkv, Hkv, Nq, Nk, D, dtype));
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -96,10 +95,12 @@ TEST(CudaPlanForward, NamesTheKernel) {
             "forward_tiled_bf16_128");
   EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), {}, kA100).attention),
             "forward_tiled_bf16_128");
-  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 64, DType::f32), {}, kH100).attention), "forward_tiled_f32_64");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 64, DType::f32), {}, kH100).attention),
+            "forward_tiled_f32_64");
   EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1, 1000, 576, DType::f16), {}, kH100).attention),
             "forward_few_rows_f16_576");
-  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 1, 2, 1000, 96, DType::f16), {}, kH100).attention), "forward_decode_f16_128");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 1, 2, 1000, 96, DType::f16), {}, kH100).attention),
+            "forward_decode_f16_128");
 }
 
 TEST(CudaPlanBackward, CoversEveryRowAndKey) {
