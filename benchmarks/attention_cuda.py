@@ -3,8 +3,9 @@
 usage: attention_cuda.py [--filter REGEX] [--reps N] [--json PATH] [--peers mlx,torch]
 
 Device time: the median over repeats of the time of a batch of independent calls, evaluated together and waited for.
-The batch rotates among several sets of inputs where one would fit in the cache. Work counts the visible pairs: 4 D operations
-each forward, 10 D backward; decode counts the bytes of K and V. Answers are compared with float32 attention first.
+The batch rotates among several sets of inputs where one would fit in the cache. Work counts the visible pairs: 4 D
+operations each forward, 10 D backward; decode counts the bytes of K and V. Answers are compared with float32 attention
+first.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ Launch launch_of(Kernel kernel, Element dtype, int head_dim, int64_t blocks, int
 // Into how many parts to split `keys` so that blocks * splits fill `slots` evenly. A split costs a pass over its
 // result, so a greater number must gain 5 %.
 int choose_splits(int64_t blocks, int64_t keys, int64_t slots) {
-  constexpr int64_t kMinKeys = 256;  // of a split
+  constexpr int64_t kMinKeys = 128;  // of a split
   const int64_t most = std::min<int64_t>(
       {kMaxSplits, std::max<int64_t>(1, keys / kMinKeys), std::max<int64_t>(4, slots / std::max<int64_t>(1, blocks))});
   int best = 1;

@@ -25,18 +25,31 @@ __device__ __forceinline__ void merge_splits(const ForwardParams& f) {
   for (int x = 16; x > 0; x /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
   const float shift = m == -infinity() ? 0.f : m;  // every split empty: avoid (-inf) - (-inf)
   float l = 0.f;
-  for (int s = 0; s < f.splits; ++s) l += exp2f(f.lse_part[s * rows + row] - shift);
+  for (int s = lane; s < f.splits; s += 32) l += exp2f(f.lse_part[s * rows + row] - shift);
+#pragma unroll
+  for (int x = 16; x > 0; x /= 2) l += __shfl_xor_sync(~0u, l, x);
   l += exp2f(sink - shift);
 
   const float scale = l == 0.f ? 0.f : 1.f / l;
   T* to = static_cast<T*>(f.o.data) + b * f.o.stride[0] + h * f.o.stride[1] + i * f.o.stride[2];
-  for (int d = lane; d < p.Dv; d += 32) {
-    float sum = 0.f;
-    for (int s = 0; s < f.splits; ++s) {
-      const float w = exp2f(f.lse_part[s * rows + row] - shift);
-      sum = fmaf(w, f.o_part[(s * rows + row) * p.Dv + d], sum);
+  constexpr int kChannels = 4;  // of a lane, 32 apart
+  for (int d0 = 0; d0 < p.Dv; d0 += 32 * kChannels) {
+    float sum[kChannels] = {};
+    for (int s0 = 0; s0 < f.splits; s0 += 32) {
+      const int own = s0 + lane, count = min(32, f.splits - s0);
+      const float weight = own < f.splits ? exp2f(f.lse_part[own * rows + row] - shift) : 0.f;
+#pragma unroll 4
+      for (int s = 0; s < count; ++s) {
+        const float w = __shfl_sync(~0u, weight, s);
+        const float* from = f.o_part + ((s0 + s) * rows + row) * p.Dv + d0;
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c)
+          if (d0 + 32 * c + lane < p.Dv) sum[c] = fmaf(w, from[32 * c + lane], sum[c]);
+      }
     }
-    to[d] = from_float<T>(sum * scale);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c)
+      if (d0 + 32 * c + lane < p.Dv) to[d0 + 32 * c + lane] = from_float<T>(sum[c] * scale);
   }
   if (f.lse && lane == 0) {
     const float lse2 = l == 0.f ? -infinity() : shift + log2f(l);
