@@ -92,8 +92,8 @@ struct Run : Inputs<T> {
 
   void launch_prepare() {
     void* args[] = {&g};
-    check(cuLaunchKernel(prepare, (c.B * c.Hq * g.Nq_padded + hopper::prepare_rows(c.D) - 1) / hopper::prepare_rows(c.D), 1,
-                         1, 256, 1, 1, 0, nullptr, args, nullptr),
+    check(cuLaunchKernel(prepare, (g.Nq_padded + hopper::prepare_rows(c.D) - 1) / hopper::prepare_rows(c.D), c.Hq, c.B,
+                         256, 1, 1, 0, nullptr, args, nullptr),
           "prepare");
   }
   void launch_one(Launch& l) {

@@ -301,7 +301,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
   uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(barrier));
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
   };
 
   for (;; slot.advance()) {
@@ -364,7 +364,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         settle(x);
         products_wait<Tile::values ? 1 : 0>();
         settle(y);
-        if (pass == passes - 1 && n == work.last() - 1) release(Tile::stay_empty + warpgroup);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty + warpgroup),
+                          lane == 0 && pass == passes - 1 && n == work.last() - 1);
         if constexpr (!Tile::values) release(Tile::second_empty + ring.stage());
         score_gradients<Tile>(x, y, delta, shared, ring.stage(), lane);
         if (partial) drop_unseen<BN>(x, y);

@@ -187,7 +187,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
   uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(barrier));
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
   };
 
   for (;; slot.advance()) {
@@ -333,7 +333,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
                                         const TensorMap* k, const TensorMap* v) {
   extern __shared__ unsigned char raw_shared[];
   const ForwardShared<Tile> shared(raw_shared);
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     prefetch_map(q);
     prefetch_map(k);

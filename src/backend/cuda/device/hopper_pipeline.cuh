@@ -8,23 +8,23 @@
 
 namespace mfa::cuda::hopper {
 
-// Position in a ring of shared-memory stages: which stage, and the parity of its current use. One register.
+// Position in a ring of shared-memory stages: which stage, and the parity of its current use.
 template <int stages>
 class Ring {
  public:
-  __device__ __forceinline__ int stage() const { return power_of_two ? state_ % stages : state_ >> 1; }
-  __device__ __forceinline__ uint32_t parity() const { return power_of_two ? state_ / stages & 1 : state_ & 1; }
-  __device__ __forceinline__ int stage_before() const { return stage() == 0 ? stages - 1 : stage() - 1; }
+  __device__ __forceinline__ int stage() const { return stage_; }
+  __device__ __forceinline__ uint32_t parity() const { return parity_; }
+  __device__ __forceinline__ int stage_before() const { return stage_ == 0 ? stages - 1 : stage_ - 1; }
   __device__ __forceinline__ void advance() {
-    if (power_of_two)
-      ++state_;
-    else
-      state_ = state_ + 2 < 2 * stages ? state_ + 2 : (state_ & 1) ^ 1;
+    if (++stage_ == stages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
   }
 
  private:
-  static constexpr bool power_of_two = (stages & (stages - 1)) == 0;
-  uint32_t state_ = 0;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
 };
 
 // Counters from which blocks draw tiles; see HopperSchedule.

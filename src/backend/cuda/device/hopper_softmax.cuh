@@ -64,28 +64,33 @@ struct MaskTile {
       }
     }
   }
-  // Bit i of the result: byte i of the four is not zero.
-  static __device__ __forceinline__ uint32_t bits_of(uint32_t four) {
-    return (__vminu4(four, 0x01010101u) * 0x10204080u) >> 28;
-  }
   __device__ __forceinline__ void apply(float (&s)[BK / 2], int lane) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      uint32_t own = 0;
+      uint32_t own = 0;  // bit 16 g + i: byte i of group g
 #pragma unroll
-      for (int g = 0; g < 2; ++g)
-        own |= (bits_of(bytes[r][g].x) | bits_of(bytes[r][g].y) << 4 | bits_of(bytes[r][g].z) << 8 |
-                bits_of(bytes[r][g].w) << 12)
-               << 16 * g;
+      for (int g = 1; g >= 0; --g) {
+        const uint32_t words[4] = {bytes[r][g].x, bytes[r][g].y, bytes[r][g].z, bytes[r][g].w};
 #pragma unroll
-      for (int from = 0; from < 4; ++from) {
-        const uint32_t bits = __shfl_sync(0xffffffffu, own, from, 4) >> 2 * (lane % 4);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const int g = j / 4, i = 2 * (from + 4 * g) + j / 2 % 2, e = j % 2;
-          if (i < BK / 8 && !(bits & 1u << (16 * g + 8 * (i % 2) + e))) s[4 * i + 2 * r + e] = -INFINITY;
+        for (int i = 3; i >= 0; --i) {
+          // The top bit of each byte that is not zero; the product gathers the four at the top.
+          const uint32_t set = (((words[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | words[i]) & 0x80808080u;
+          own = __funnelshift_l(set * 0x00204081u, own, 4);
         }
       }
+      uint32_t bits = 0;  // of this lane's columns: bit 8 from + 4 g + 2 (i % 2) + e, i = 2 (from + 4 g) + i % 2
+#pragma unroll
+      for (int from = 3; from >= 0; --from) {
+        const uint32_t pairs = __shfl_sync(0xffffffffu, own, from, 4) >> 2 * (lane % 4) & 0x03030303u;
+        bits = __funnelshift_l(pairs * 0x01041040u, bits, 8);
+      }
+#pragma unroll
+      for (int i = 0; i < BK / 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int bit = i / 2 % 4 * 8 + i / 8 * 4 + i % 2 * 2 + e;
+          if (!(bits & 1u << bit)) s[4 * i + 2 * r + e] = -INFINITY;
+        }
     }
   }
 };
