@@ -46,7 +46,7 @@ constexpr TileChoice forward_modified_tiles[] = {
 };
 // The same with a boolean mask alone.
 constexpr TileChoice forward_mask_tiles[] = {
-    {64, 2, 128, 4, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false}, {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
+    {64, 3, 112, 3, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false}, {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
 };
 // Queries stay, keys and values pass.
 constexpr TileChoice dq_tiles[] = {
