@@ -190,6 +190,10 @@ struct Case {
   float softcap = 0;
   bool alibi = false, bias = false, mask = false;
   float dropout = 0;
+  int Dv = 0;              // 0: D
+  bool broadcast = false;  // k and v the same for every head
+  bool far = false;        // heads of k and v more than 2^31 elements apart
+  int value_columns() const { return Dv ? Dv : D; }
   bool modified() const { return softcap > 0 || alibi || bias || mask || dropout > 0; }
 };
 
@@ -211,25 +215,33 @@ struct Inputs {
   }
 
   // [B, N, H, D] in memory, viewed as [B, H, N, D]; `extra` rows of NaN between batch entries.
-  T* tensor(int H, int N, int extra, mfa::cuda::Tensor& t, uint64_t seed) {
-    const size_t n = size_t(c.B) * (N + extra) * H * c.D;
+  T* tensor(int H, int N, int D, int extra, bool of_keys, mfa::cuda::Tensor& t, uint64_t seed) {
+    const int64_t distance = (int64_t{1} << 31) + 64;
+    const bool apart = of_keys && c.far, shared = of_keys && c.broadcast;
+    const int heads = shared ? 1 : H;
+    const size_t n = apart ? size_t(distance) * (H - 1) + size_t(N) * D : size_t(c.B) * (N + extra) * heads * D;
     T* x = take<T>(n);
-    randomise(x, n, seed);
     t.data = x;
-    t.stride[0] = int64_t(N + extra) * H * c.D;
-    t.stride[1] = c.D;
-    t.stride[2] = int64_t(H) * c.D;
+    t.stride[0] = int64_t(N + extra) * heads * D;
+    t.stride[1] = shared ? 0 : apart ? distance : D;
+    t.stride[2] = apart ? D : int64_t(heads) * D;
+    if (apart) {
+      for (int i = 0; i < H; ++i) randomise(x + i * distance, size_t(N) * D, seed + 100 * i);
+      t.stride[0] = distance * H;
+      return x;
+    }
+    randomise(x, n, seed);
     if (extra)
       for (int b = 0; b < c.B; ++b)
-        fill_value<<<64, 256>>>(x + b * t.stride[0] + int64_t(N) * H * c.D, size_t(extra) * H * c.D, NAN);
+        fill_value<<<64, 256>>>(x + b * t.stride[0] + int64_t(N) * heads * D, size_t(extra) * heads * D, NAN);
     return x;
   }
 
   explicit Inputs(const Case& c_) : c(c_) {
-    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = p.Dv = c.D, p.G = c.Hq / c.Hkv;
-    q = tensor(c.Hq, c.Nq, c.poison ? 3 : 0, p.q, 1);
-    k = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.k, 2);
-    v = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.v, 3);
+    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = c.D, p.Dv = c.value_columns(), p.G = c.Hq / c.Hkv;
+    q = tensor(c.Hq, c.Nq, c.D, c.poison ? 3 : 0, false, p.q, 1);
+    k = tensor(c.Hkv, c.Nk, c.D, c.poison ? 5 : 0, true, p.k, 2);
+    v = tensor(c.Hkv, c.Nk, c.value_columns(), c.poison ? 5 : 0, true, p.v, 3);
     p.scale = 1.f / std::sqrt(float(c.D));
     p.scale_log2 = p.scale * 1.44269504f;
     p.causal = c.causal, p.window_left = c.left, p.window_right = c.right;
@@ -241,10 +253,10 @@ struct Inputs {
       p.kv_lengths = d;
       if (c.poison)
         for (int b = 0; b < c.B; ++b) {
-          const size_t n = size_t(c.Nk - std::max(0, lengths[b])) * c.Hkv * c.D;
+          const size_t n = size_t(c.Nk - std::max(0, lengths[b])) * c.Hkv;
           if (!n) continue;
-          fill_value<<<64, 256>>>(k + b * p.k.stride[0] + lengths[b] * p.k.stride[2], n, NAN);
-          fill_value<<<64, 256>>>(v + b * p.v.stride[0] + lengths[b] * p.v.stride[2], n, NAN);
+          fill_value<<<64, 256>>>(k + b * p.k.stride[0] + lengths[b] * p.k.stride[2], n * c.D, NAN);
+          fill_value<<<64, 256>>>(v + b * p.v.stride[0] + lengths[b] * p.v.stride[2], n * c.value_columns(), NAN);
         }
     }
     if (c.poison && c.Nk > 40) {  // one value each, seen by some rows only
@@ -326,17 +338,17 @@ __global__ void reference_backward_keys(mfa::cuda::Problem p, mfa::cuda::Tensor 
                                         const double* ds, double* dk, double* dv) {
   const int j = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
   const int64_t key = (int64_t{b} * p.Hkv + h) * p.Nk + j;
-  for (int d = threadIdx.x; d < p.D; d += blockDim.x) {
+  for (int d = threadIdx.x; d < max(p.D, p.Dv); d += blockDim.x) {
     double k = 0, v = 0;
     for (int g = 0; g < p.G; ++g)
       for (int i = 0; i < p.Nq; ++i) {
         const int64_t at = ((int64_t{b} * p.Hq + h * p.G + g) * p.Nq + i) * p.Nk + j;
         if (prob[at] == -1) continue;
-        k += ds[at] * load<T>(p.q, b, h * p.G + g, i, d);
-        v += prob[at] * load<T>(d_o, b, h * p.G + g, i, d);
+        if (d < p.D) k += ds[at] * load<T>(p.q, b, h * p.G + g, i, d);
+        if (d < p.Dv) v += prob[at] * load<T>(d_o, b, h * p.G + g, i, d);
       }
-    dk[key * p.D + d] = k * p.scale;
-    dv[key * p.D + d] = v;
+    if (d < p.D) dk[key * p.D + d] = k * p.scale;
+    if (d < p.Dv) dv[key * p.Dv + d] = v;
   }
 }
 template <class T>

@@ -42,6 +42,7 @@ struct BackwardTile {
                        second_full = first_full + stages, first_empty = second_full + stages,
                        second_empty = first_empty + stages, clean = second_empty + stages, barriers = clean + stages;
   static_assert(barriers == backward_barriers(c));
+  static_assert(layout.bytes <= shared_bytes_of_block);
 };
 
 template <class Tile>

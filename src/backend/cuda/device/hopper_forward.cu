@@ -1,6 +1,7 @@
 // hopper_forward.cu: the Hopper forward kernels. Names: hopper_forward_[mask_,modified_]<columns>_<dtype>. The plain ones
 // know visibility (causal, window, lengths) and sinks, the mask ones also a boolean mask whose rows of bytes are aligned to
-// 16; both need scale > 0. The modified ones know everything.
+// 16; both need scale > 0. The modified ones know everything. <columns> hold the wider of D and Dv;
+// 192x128 is for D up to 192 with Dv up to 128.
 #include "hopper_forward.cuh"
 
 namespace {
@@ -28,3 +29,5 @@ MFA_HOPPER_FORWARDS(96, 1)
 MFA_HOPPER_FORWARDS(128, 2)
 MFA_HOPPER_FORWARDS(192, 3)
 MFA_HOPPER_FORWARDS(256, 4)
+MFA_HOPPER_FORWARD(hopper_forward_192x128_bf16, __nv_bfloat16, none, 5)
+MFA_HOPPER_FORWARD(hopper_forward_192x128_f16, __half, none, 5)

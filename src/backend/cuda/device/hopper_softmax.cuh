@@ -174,6 +174,77 @@ __device__ __forceinline__ uint4 philox(uint4 counter, uint32_t k0, uint32_t k1)
   return counter;
 }
 
+// The bias of a tile, read while the products that it is added to are computed. Columns of a lane come in pairs.
+template <int BK>
+struct BiasTile {
+  uint2 pairs[BK / 8][2];  // as float32, or in x as two 16-bit elements
+
+  __device__ __forceinline__ void load(const Problem& p, int b, int h, int query, int k0, int lane) {
+    if (p.bias.dtype == Element::f32)
+      load_as<uint32_t>(p, b, h, query, k0, lane);
+    else
+      load_as<uint16_t>(p, b, h, query, k0, lane);
+  }
+  // base-2 scores s += bias
+  __device__ __forceinline__ void add(float (&s)[BK / 2], Element dtype) const {
+    if (dtype == Element::f32)
+      add_as(s, [](uint2 x) { return float2{__uint_as_float(x.x), __uint_as_float(x.y)}; });
+    else if (dtype == Element::f16)
+      add_as(s, [](uint2 x) { return __half22float2(*reinterpret_cast<const __half2*>(&x.x)); });
+    else
+      add_as(s, [](uint2 x) { return float2{__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u)}; });
+  }
+
+ private:
+  // Reads stay inside the bias: rows past the last repeat it, keys past the last count as zero.
+  template <class B>
+  __device__ __forceinline__ void load_as(const Problem& p, int b, int h, int query, int k0, int lane) {
+    constexpr bool wide = sizeof(B) == 4;
+    const int64_t step = p.bias.stride[3];
+    const int column = k0 + 2 * (lane % 4);
+    const B* row[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      row[r] = static_cast<const B*>(p.bias.data) + b * p.bias.stride[0] + h * p.bias.stride[1] +
+               min(query + 8 * r, p.Nq - 1) * p.bias.stride[2] + column * step;
+    const uint64_t low_bits = reinterpret_cast<uint64_t>(row[0]) | reinterpret_cast<uint64_t>(row[1]);
+    const bool together = step == 1 && k0 + BK <= p.Nk && low_bits % (2 * sizeof(B)) == 0;
+    if (__all_sync(0xffffffffu, together)) {
+#pragma unroll
+      for (int i = 0; i < BK / 8; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          if constexpr (wide)
+            pairs[i][r] = __ldg(reinterpret_cast<const uint2*>(row[r] + 8 * i));
+          else
+            pairs[i][r].x = __ldg(reinterpret_cast<const uint32_t*>(row[r] + 8 * i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < BK / 8; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t x = column + 8 * i < p.Nk ? row[r][8 * i * step] : 0;
+          const uint32_t y = column + 8 * i + 1 < p.Nk ? row[r][(8 * i + 1) * step] : 0;
+          if constexpr (wide)
+            pairs[i][r] = {x, y};
+          else
+            pairs[i][r].x = x | y << 16;
+        }
+    }
+  }
+  template <class Convert>
+  __device__ __forceinline__ void add_as(float (&s)[BK / 2], const Convert& convert) const {
+#pragma unroll
+    for (int i = 0; i < BK / 8; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 x = convert(pairs[i][r]);
+        s[4 * i + 2 * r] = fmaf(x.x, log2_e, s[4 * i + 2 * r]);
+        s[4 * i + 2 * r + 1] = fmaf(x.y, log2_e, s[4 * i + 2 * r + 1]);
+      }
+  }
+};
+
 // The modifiers of scores of one head's tile, in the order of the formula. Each is one pass over the fragment behind one
 // uniform branch, so that absent ones cost nothing.
 template <int BK>
@@ -218,43 +289,6 @@ struct ScoreTile {
     each(s, [&](float& x, int r, int c) { x = fmaf(slope, at[r] + c, x); });
   }
 
-  // Reads stay inside the bias: rows past the last repeat it, keys past the last are left out.
-  template <class B>
-  __device__ __forceinline__ void add_bias(float (&s)[BK / 2]) const {
-    struct alignas(2 * sizeof(B)) Pair {
-      B x, y;
-    };
-    const int64_t step = p.bias.stride[3];
-    const B* row[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      row[r] = static_cast<const B*>(p.bias.data) + b * p.bias.stride[0] + h * p.bias.stride[1] +
-               min(query + 8 * r, p.Nq - 1) * p.bias.stride[2] + (k0 + column()) * step;
-    const bool pairs = step == 1 && k0 + BK <= p.Nk &&
-                       ((reinterpret_cast<uint64_t>(row[0]) | reinterpret_cast<uint64_t>(row[1])) % sizeof(Pair)) == 0;
-    if (__all_sync(0xffffffffu, pairs)) {
-#pragma unroll
-      for (int i = 0; i < BK / 8; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const Pair x = *reinterpret_cast<const Pair*>(row[r] + 8 * i);
-          s[4 * i + 2 * r] = fmaf(static_cast<float>(x.x), log2_e, s[4 * i + 2 * r]);
-          s[4 * i + 2 * r + 1] = fmaf(static_cast<float>(x.y), log2_e, s[4 * i + 2 * r + 1]);
-        }
-    } else {
-      each(s, [&](float& x, int r, int c) {
-        if (k0 + column() + c < p.Nk) x = fmaf(static_cast<float>(row[r][c * step]), log2_e, x);
-      });
-    }
-  }
-  __device__ __forceinline__ void bias(float (&s)[BK / 2]) const {
-    if (p.bias.dtype == Element::f32)
-      add_bias<float>(s);
-    else if (p.bias.dtype == Element::f16)
-      add_bias<__half>(s);
-    else
-      add_bias<__nv_bfloat16>(s);
-  }
   __device__ __forceinline__ void mask(float (&s)[BK / 2]) const {
     const uint64_t at = reinterpret_cast<uint64_t>(p.mask.data) | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2];
     if (p.mask.stride[3] == 1 && (at | p.Nk) % 16 == 0) {
@@ -271,10 +305,11 @@ struct ScoreTile {
 
   // `rows` gives the keys that rows see; not asked for where the tile is seen in full.
   template <class Rows>
-  __device__ __forceinline__ void apply(float (&s)[BK / 2], bool full, const Rows& rows) const {
+  __device__ __forceinline__ void apply(float (&s)[BK / 2], const BiasTile<BK>& bias, bool full,
+                                        const Rows& rows) const {
     scale(s);
     if (p.alibi_slopes) alibi(s);
-    if (p.bias.data) bias(s);
+    if (p.bias.data) bias.add(s, p.bias.dtype);
     if (p.mask.data) mask(s);
     if (!full) mask_scores<BK>(s, rows(), k0, lane);
   }

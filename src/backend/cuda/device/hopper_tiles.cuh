@@ -35,10 +35,13 @@ struct TileChoice {
   int tile;       // keys (forward, dq) or queries (dk, dv) a step
   int stages;     // of the rings of those tiles
   bool alternate;  // warpgroups take turns at issuing products
+  int value_columns = 0;  // of v and o, where they are fewer; 0: the same
 };
+constexpr int value_columns_of(TileChoice c) { return c.value_columns ? c.value_columns : c.columns; }
 
 constexpr TileChoice forward_tiles[] = {
     {64, 3, 128, 2, false}, {96, 3, 112, 2, false}, {128, 2, 128, 2, false}, {192, 2, 112, 2, false}, {256, 2, 80, 2, true},
+    {192, 2, 128, 2, false, 128},
 };
 // The same with every modifier of scores, which need registers.
 constexpr TileChoice forward_modified_tiles[] = {
@@ -61,12 +64,14 @@ constexpr TileChoice dkv_shared_tiles[] = {
     {192, 1, 80, 2, false}, {256, 1, 64, 2, false},
 };
 
+constexpr int shared_bytes_of_block = 227 * 1024;  // the most that a block may have
+
 constexpr int columns_of(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256; }
 constexpr int chunks_of(int columns) { return (columns + 63) / 64; }
 
 // Shared memory of the forward: Q of each warpgroup, rings of K and V, what cleaning found, barriers, work.
 struct ForwardLayout {
-  int q_bytes, kv_bytes;  // of one warpgroup; of one stage
+  int q_bytes, k_bytes, v_bytes;  // of one warpgroup; of one stage
   int k_at, v_at, found_at, barriers_at, work_at, bytes;
   int threads;
 };
@@ -74,10 +79,11 @@ constexpr int forward_barriers(TileChoice c) { return 4 + 2 * c.consumers + 5 * 
 constexpr ForwardLayout forward_layout(TileChoice c) {
   ForwardLayout l{};
   l.q_bytes = chunks_of(c.columns) * 64 * 128;
-  l.kv_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.k_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.v_bytes = chunks_of(value_columns_of(c)) * c.tile * 128;
   l.k_at = c.consumers * l.q_bytes;
-  l.v_at = l.k_at + c.stages * l.kv_bytes;
-  l.found_at = l.v_at + c.stages * l.kv_bytes;
+  l.v_at = l.k_at + c.stages * l.k_bytes;
+  l.found_at = l.v_at + c.stages * l.v_bytes;
   l.barriers_at = l.found_at + c.stages * 16;
   l.work_at = l.barriers_at + forward_barriers(c) * 8;
   l.bytes = l.work_at + 2 * 48 + 1024;  // 1024: tiles are aligned to that
