@@ -93,8 +93,8 @@ struct Run : Inputs<T> {
 
   void launch_prepare() {
     void* args[] = {&g};
-    check(cuLaunchKernel(prepare, (g.Nq_padded + hopper::prepare_rows(p.Dv) - 1) / hopper::prepare_rows(p.Dv), c.Hq, c.B,
-                         256, 1, 1, 0, nullptr, args, nullptr),
+    check(cuLaunchKernel(prepare, (g.Nq_padded + hopper::prepare_rows(p.Dv) - 1) / hopper::prepare_rows(p.Dv), c.Hq,
+                         c.B, 256, 1, 1, 0, nullptr, args, nullptr),
           "prepare");
   }
   void launch_one(Launch& l) {
@@ -146,7 +146,8 @@ struct Run : Inputs<T> {
     const mfa::cuda::MutableTensor* got[3] = {&g.dq, &g.dk, &g.dv};
     const double* want[3] = {dq, dk, dv};
     for (int i = 0; i < 3; ++i) {
-      const std::vector<double> x = fetch(*got[i], i ? c.Hkv : c.Hq, i ? c.Nk : c.Nq, i == 2 ? c.value_columns() : c.D, &raw[i]);
+      const std::vector<double> x =
+          fetch(*got[i], i ? c.Hkv : c.Hq, i ? c.Nk : c.Nq, i == 2 ? c.value_columns() : c.D, &raw[i]);
       std::vector<double> r(x.size());
       cudaMemcpy(r.data(), want[i], r.size() * 8, cudaMemcpyDeviceToHost);
       errors[i] = compare(x, r);
@@ -157,16 +158,17 @@ struct Run : Inputs<T> {
       for (int i = 0; i < 3; ++i) {
         std::vector<T> bits;
         fetch(*got[i], i ? c.Hkv : c.Hq, i ? c.Nk : c.Nq, i == 2 ? c.value_columns() : c.D, &bits);
-        ok &= std::equal(bits.begin(), bits.end(), raw[i].begin(), [](T a, T b) {
-          return *reinterpret_cast<uint16_t*>(&a) == *reinterpret_cast<uint16_t*>(&b);
-        });
+        ok &= std::equal(bits.begin(), bits.end(), raw[i].begin(),
+                         [](T a, T b) { return *reinterpret_cast<uint16_t*>(&a) == *reinterpret_cast<uint16_t*>(&b); });
       }
     }
-    std::printf("%s %s B%d Hq%d Hkv%d Nq%d Nk%d D%d,%d causal%d window(%d,%d) len%d sink%d poison%d dlse%d: dq %.2e%s dk %.2e%s dv "
-                "%.2e%s\n",
-                ok ? "ok  " : "FAIL", dtype, c.B, c.Hq, c.Hkv, c.Nq, c.Nk, c.D, c.value_columns(), c.causal, c.left, c.right, c.lengths,
-                c.sinks, c.poison, g.dlse != nullptr, errors[0].relative, errors[0].ok ? "" : " NAN",
-                errors[1].relative, errors[1].ok ? "" : " NAN", errors[2].relative, errors[2].ok ? "" : " NAN");
+    std::printf(
+        "%s %s B%d Hq%d Hkv%d Nq%d Nk%d D%d,%d causal%d window(%d,%d) len%d sink%d poison%d dlse%d: dq %.2e%s dk "
+        "%.2e%s dv "
+        "%.2e%s\n",
+        ok ? "ok  " : "FAIL", dtype, c.B, c.Hq, c.Hkv, c.Nq, c.Nk, c.D, c.value_columns(), c.causal, c.left, c.right,
+        c.lengths, c.sinks, c.poison, g.dlse != nullptr, errors[0].relative, errors[0].ok ? "" : " NAN",
+        errors[1].relative, errors[1].ok ? "" : " NAN", errors[2].relative, errors[2].ok ? "" : " NAN");
     std::fflush(stdout);
     return ok;
   }
@@ -180,24 +182,36 @@ int main(int argc, char** argv) {
   std::vector<int> dims;
   for (int i = 2; i < argc; ++i) {
     const std::string a = argv[i];
-    if (a == "check") checks = true;
-    else if (a == "quick") checks = quick = true;
-    else if (a == "soak") checks = quick = true, repeats = 100;
-    else if (a == "time") times = true;
-    else dims.push_back(std::atoi(argv[i]));
+    if (a == "check")
+      checks = true;
+    else if (a == "quick")
+      checks = quick = true;
+    else if (a == "soak")
+      checks = quick = true, repeats = 100;
+    else if (a == "time")
+      times = true;
+    else
+      dims.push_back(std::atoi(argv[i]));
   }
   if (dims.empty()) dims = {64, 96, 128, 192, 256};
   int failures = 0;
   if (checks)
     for (int D : dims) {
       std::vector<Case> cases = {
-          {1, 1, 1, 128, 128, D, false},          {1, 2, 1, 256, 384, D, true},
-          {2, 4, 2, 233, 317, D, false},          {2, 4, 2, 317, 233, D, true},
-          {2, 4, 1, 150, 400, D, true},           {1, 2, 2, 1, 1, D, true},
-          {1, 2, 2, 500, 500, D, false, 100, 50}, {1, 2, 2, 400, 500, D, true, 130},
-          {3, 2, 1, 300, 311, D, true, -1, -1, true}, {3, 4, 2, 300, 311, D, false, 64, 10, true, true},
-          {3, 4, 2, 200, 311, D, true, -1, -1, true, true, true}, {2, 2, 2, 300, 300, D, false, -1, -1, true, false, true},
-          {2, 3, 3, 512, 64, D, false, 5, 5},     {1, 40, 8, 320, 320, D, true},
+          {1, 1, 1, 128, 128, D, false},
+          {1, 2, 1, 256, 384, D, true},
+          {2, 4, 2, 233, 317, D, false},
+          {2, 4, 2, 317, 233, D, true},
+          {2, 4, 1, 150, 400, D, true},
+          {1, 2, 2, 1, 1, D, true},
+          {1, 2, 2, 500, 500, D, false, 100, 50},
+          {1, 2, 2, 400, 500, D, true, 130},
+          {3, 2, 1, 300, 311, D, true, -1, -1, true},
+          {3, 4, 2, 300, 311, D, false, 64, 10, true, true},
+          {3, 4, 2, 200, 311, D, true, -1, -1, true, true, true},
+          {2, 2, 2, 300, 300, D, false, -1, -1, true, false, true},
+          {2, 3, 3, 512, 64, D, false, 5, 5},
+          {1, 40, 8, 320, 320, D, true},
           {1, 2, 2, 260, 300, D - 8, true},
       };
       Case c{2, 4, 2, 200, 300, D, true};

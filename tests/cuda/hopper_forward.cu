@@ -38,7 +38,10 @@ struct Run : Inputs<T> {
                       : c.modified() ? hopper::forward_modified_tiles[choice]
                                      : hopper::forward_tiles[choice];
     layout = hopper::forward_layout(tile);
-    kernel = kernels.get(std::string("hopper_forward_") + (mask_only ? "mask_" : c.modified() ? "modified_" : "") +
+    kernel = kernels.get(std::string("hopper_forward_") +
+                             (mask_only      ? "mask_"
+                              : c.modified() ? "modified_"
+                                             : "") +
                              std::to_string(columns) + (narrow_values ? "x128" : "") + (half ? "_f16" : "_bf16"),
                          layout.bytes);
     qm = tensor_map(p.q.data, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, 64);
@@ -60,7 +63,8 @@ struct Run : Inputs<T> {
     fill_value<<<256, 256>>>(f.lse, rows, 777.f);
     launch();
     check(cudaDeviceSynchronize(), "forward");
-    double *ro = this->template take<double>(n), *rl = this->template take<double>(rows), *prob = this->template take<double>(rows * c.Nk);
+    double *ro = this->template take<double>(n), *rl = this->template take<double>(rows),
+           *prob = this->template take<double>(rows * c.Nk);
     reference_forward<T><<<dim3(c.Nq, c.Hq, c.B), 128>>>(p, prob, ro, rl);
     check(cudaDeviceSynchronize(), "reference");
     std::vector<double> r(n), x(n), rlse(rows), xlse(rows);
@@ -88,11 +92,13 @@ struct Run : Inputs<T> {
       ok &= std::equal(raw.begin(), raw.end(), again.begin(),
                        [](T a, T b) { return *reinterpret_cast<uint16_t*>(&a) == *reinterpret_cast<uint16_t*>(&b); });
     }
-    std::printf("%s %s B%d Hq%d Hkv%d Nq%d Nk%d D%d,%d causal%d window(%d,%d) len%d sink%d poison%d cap%g alibi%d bias%d mask%d "
-                "drop%g: o %.2e max %.1e nan-ok%d lse %.1e ok%d\n",
-                ok ? "ok  " : "FAIL", dtype, c.B, c.Hq, c.Hkv, c.Nq, c.Nk, c.D, c.value_columns(), c.causal, c.left, c.right, c.lengths,
-                c.sinks, c.poison, c.softcap, c.alibi, c.bias, c.mask, c.dropout, eo.relative, eo.largest, eo.ok,
-                el.largest, el.ok);
+    std::printf(
+        "%s %s B%d Hq%d Hkv%d Nq%d Nk%d D%d,%d causal%d window(%d,%d) len%d sink%d poison%d cap%g alibi%d bias%d "
+        "mask%d "
+        "drop%g: o %.2e max %.1e nan-ok%d lse %.1e ok%d\n",
+        ok ? "ok  " : "FAIL", dtype, c.B, c.Hq, c.Hkv, c.Nq, c.Nk, c.D, c.value_columns(), c.causal, c.left, c.right,
+        c.lengths, c.sinks, c.poison, c.softcap, c.alibi, c.bias, c.mask, c.dropout, eo.relative, eo.largest, eo.ok,
+        el.largest, el.ok);
     std::fflush(stdout);
     return ok;
   }
@@ -106,26 +112,40 @@ int main(int argc, char** argv) {
   std::vector<int> dims;
   for (int i = 2; i < argc; ++i) {
     const std::string a = argv[i];
-    if (a == "check") checks = true;
-    else if (a == "quick") checks = quick = true;
-    else if (a == "soak") checks = quick = true, repeats = 200;
-    else if (a == "time") times = true;
-    else if (a == "modified") modified = true;
-    else dims.push_back(std::atoi(argv[i]));
+    if (a == "check")
+      checks = true;
+    else if (a == "quick")
+      checks = quick = true;
+    else if (a == "soak")
+      checks = quick = true, repeats = 200;
+    else if (a == "time")
+      times = true;
+    else if (a == "modified")
+      modified = true;
+    else
+      dims.push_back(std::atoi(argv[i]));
   }
   if (dims.empty()) dims = {64, 96, 128, 192, 256};
   int failures = 0;
   if (checks)
     for (int D : dims) {
       std::vector<Case> cases = {
-          {1, 1, 1, 128, 128, D, false},       {1, 2, 1, 256, 384, D, true},
-          {2, 4, 2, 333, 517, D, false},       {2, 4, 2, 517, 333, D, true},
-          {2, 4, 1, 200, 1000, D, true},       {1, 2, 2, 1, 1, D, true},
-          {1, 2, 2, 700, 700, D, false, 100, 50}, {1, 2, 2, 700, 900, D, true, 130},
-          {3, 2, 1, 300, 411, D, true, -1, -1, true}, {3, 2, 1, 300, 411, D, false, 64, 10, true, true},
-          {3, 4, 2, 300, 411, D, true, -1, -1, true, true, true}, {2, 2, 2, 300, 400, D, false, -1, -1, true, false, true},
-          {2, 2, 1, 500, 500, D, true, -1, -1, false, false, true}, {2, 3, 3, 1024, 64, D, false, 5, 5},
-          {1, 40, 8, 640, 640, D, true}, {1, 2, 2, 260, 400, D - 8, true},
+          {1, 1, 1, 128, 128, D, false},
+          {1, 2, 1, 256, 384, D, true},
+          {2, 4, 2, 333, 517, D, false},
+          {2, 4, 2, 517, 333, D, true},
+          {2, 4, 1, 200, 1000, D, true},
+          {1, 2, 2, 1, 1, D, true},
+          {1, 2, 2, 700, 700, D, false, 100, 50},
+          {1, 2, 2, 700, 900, D, true, 130},
+          {3, 2, 1, 300, 411, D, true, -1, -1, true},
+          {3, 2, 1, 300, 411, D, false, 64, 10, true, true},
+          {3, 4, 2, 300, 411, D, true, -1, -1, true, true, true},
+          {2, 2, 2, 300, 400, D, false, -1, -1, true, false, true},
+          {2, 2, 1, 500, 500, D, true, -1, -1, false, false, true},
+          {2, 3, 3, 1024, 64, D, false, 5, 5},
+          {1, 40, 8, 640, 640, D, true},
+          {1, 2, 2, 260, 400, D - 8, true},
       };
       Case c{2, 4, 2, 300, 300, D, true};
       c.Dv = 64;
@@ -155,7 +175,9 @@ int main(int argc, char** argv) {
         failures += !Run<__nv_bfloat16>(kernels, m).verify("bf16");
         m.Nk = 416;
         failures += !Run<__nv_bfloat16>(kernels, m).verify("bf16");
-        failures += !Run<__nv_bfloat16>(kernels, {3, 4, 2, 300, 1040, D, true, 300, -1, true, true, true, 0, false, false, true}).verify("bf16");
+        failures += !Run<__nv_bfloat16>(kernels,
+                                        {3, 4, 2, 300, 1040, D, true, 300, -1, true, true, true, 0, false, false, true})
+                         .verify("bf16");
         m.poison = true;
         failures += !Run<__half>(kernels, m).verify("f16");
         m.Nk = 417;

@@ -64,7 +64,8 @@ T* device(size_t n) {
   return static_cast<T*>(p);
 }
 
-// --- Random inputs ----------------------------------------------------------------------------------------------------
+// --- Random inputs
+// ----------------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t hash(uint64_t x) {
   x ^= x >> 33;
@@ -92,12 +93,13 @@ void randomise(T* p, size_t n, uint64_t seed) {
   fill_normal<<<1024, 256>>>(p, n, seed);
 }
 
-// --- Scores by plain loops in float64 -----------------------------------------------------------------------------------
+// --- Scores by plain loops in float64
+// -----------------------------------------------------------------------------------
 
 template <class T>
 __device__ double load(const mfa::cuda::Tensor& t, int b, int h, int64_t n, int d) {
-  return static_cast<double>(static_cast<float>(
-      static_cast<const T*>(t.data)[b * t.stride[0] + h * t.stride[1] + n * t.stride[2] + d]));
+  return static_cast<double>(
+      static_cast<float>(static_cast<const T*>(t.data)[b * t.stride[0] + h * t.stride[1] + n * t.stride[2] + d]));
 }
 
 // Philox4x32-10 word for key `key`; common/philox.h.
@@ -123,8 +125,8 @@ __device__ Score score(const mfa::cuda::Problem& p, int b, int h, int i, int j) 
   const auto see = mfa::cuda::hopper::visibility(p, b);
   Score r{-INFINITY, 1., 1.};
   if (j < see.begin(i) || j >= see.end(i)) return r;
-  if (p.mask.data && !p.mask.data[b * p.mask.stride[0] + h * p.mask.stride[1] + i * p.mask.stride[2] +
-                                  j * p.mask.stride[3]])
+  if (p.mask.data &&
+      !p.mask.data[b * p.mask.stride[0] + h * p.mask.stride[1] + i * p.mask.stride[2] + j * p.mask.stride[3]])
     return r;
   double s = 0;
   for (int d = 0; d < p.D; ++d) s += load<T>(p.q, b, h, i, d) * load<T>(p.k, b, h / p.G, j, d);
@@ -136,8 +138,8 @@ __device__ Score score(const mfa::cuda::Problem& p, int b, int h, int i, int j) 
   }
   if (p.alibi_slopes) s += double(p.alibi_slopes[h]) * (j - i - see.offset);
   if (p.bias.data)
-    s += static_cast<const float*>(p.bias.data)[b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] +
-                                                j * p.bias.stride[3]];
+    s += static_cast<const float*>(
+        p.bias.data)[b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] + j * p.bias.stride[3]];
   if (p.dropout_seed)
     r.drop = dropout_word(p, b * p.Hq + h, i, j) >= p.dropout_threshold ? double(p.dropout_scale) : 0.;
   r.s = s;
@@ -180,7 +182,8 @@ __global__ void reference_forward(mfa::cuda::Problem p, double* prob, double* o,
   }
 }
 
-// --- One problem with its inputs ---------------------------------------------------------------------------------------
+// --- One problem with its inputs
+// ---------------------------------------------------------------------------------------
 
 struct Case {
   int B, Hq, Hkv, Nq, Nk, D;
@@ -238,7 +241,8 @@ struct Inputs {
   }
 
   explicit Inputs(const Case& c_) : c(c_) {
-    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = c.D, p.Dv = c.value_columns(), p.G = c.Hq / c.Hkv;
+    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = c.D, p.Dv = c.value_columns(),
+    p.G = c.Hq / c.Hkv;
     q = tensor(c.Hq, c.Nq, c.D, c.poison ? 3 : 0, false, p.q, 1);
     k = tensor(c.Hkv, c.Nk, c.D, c.poison ? 5 : 0, true, p.k, 2);
     v = tensor(c.Hkv, c.Nk, c.value_columns(), c.poison ? 5 : 0, true, p.v, 3);
@@ -303,10 +307,11 @@ struct Inputs {
   }
 };
 
-// Grid: (Nq, Hq, B), 128 threads. Turns probabilities into ds (of scale * q . k) and pz (dropped probabilities); writes dq.
+// Grid: (Nq, Hq, B), 128 threads. Turns probabilities into ds (of scale * q . k) and pz (dropped probabilities); writes
+// dq.
 template <class T>
-__global__ void reference_backward_rows(mfa::cuda::Problem p, mfa::cuda::Tensor d_o, const double* o,
-                                        const float* dlse, double* prob, double* ds, double* dq) {
+__global__ void reference_backward_rows(mfa::cuda::Problem p, mfa::cuda::Tensor d_o, const double* o, const float* dlse,
+                                        double* prob, double* ds, double* dq) {
   const int i = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
   const int64_t row = (int64_t{b} * p.Hq + h) * p.Nq + i;
   double delta = dlse ? -double(dlse[row]) : 0;
@@ -357,7 +362,8 @@ __global__ void convert(const double* from, T* to, size_t n) {
     to[i] = T(static_cast<float>(from[i]));
 }
 
-// --- Comparison ----------------------------------------------------------------------------------------------------------
+// --- Comparison
+// ----------------------------------------------------------------------------------------------------------
 
 struct Error {
   double relative = 0, largest = 0;  // ||x - r|| / ||r||, max |x - r|
@@ -380,7 +386,8 @@ inline Error compare(const std::vector<double>& x, const std::vector<double>& r)
   return e;
 }
 
-// --- Timing ----------------------------------------------------------------------------------------------------------------
+// --- Timing
+// ----------------------------------------------------------------------------------------------------------------
 
 template <class F>
 double median_ms(F&& launch, int repeats) {

@@ -5,8 +5,8 @@
 
 namespace mfa::cuda::hopper {
 
-// delta = sum_d o d_o - dlse and the base-2 lse, rows padded to Nq_padded. Grid: ceil(Nq_padded / prepare_rows(Dv)), Hq, B
-// blocks of 256.
+// delta = sum_d o d_o - dlse and the base-2 lse, rows padded to Nq_padded. Grid: ceil(Nq_padded / prepare_rows(Dv)),
+// Hq, B blocks of 256.
 template <class T>
 __device__ __forceinline__ void prepare(const BackwardParams& params) {
   constexpr int rows_a_lane = 4;

@@ -1,5 +1,5 @@
-// hopper_backward_shared.cuh: dk and dv of wide heads, whose sums do not fit one warpgroup: two work on the same 64 keys.
-// One computes S^T and P^T, sums dv and passes P^T on through shared memory; the other computes dP^T and sums dk.
+// hopper_backward_shared.cuh: dk and dv of wide heads, whose sums do not fit one warpgroup: two work on the same 64
+// keys. One computes S^T and P^T, sums dv and passes P^T on through shared memory; the other computes dP^T and sums dk.
 #pragma once
 
 #include "hopper_backward.cuh"
@@ -174,7 +174,8 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
   extern __shared__ unsigned char raw_shared[];
   const BackwardShared<Tile> shared(raw_shared);
   // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     prefetch_map(maps.stay_first);
     prefetch_map(maps.stay_second);

@@ -1,12 +1,13 @@
 // hopper_forward.cuh: softmax attention forward for 16-bit inputs.
 //
-// A block works on tiles of 64 * consumers queries of one head. Its first warpgroup feeds it: one thread draws tiles and
-// loads Q, K and V by tensor copies, three warps clean value tiles. The other warpgroups each own 64 queries: S = Q K^T
-// of the next key tile is computed while the softmax of the current one runs, P stays in registers as operand of P V.
-// Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; Milakov & Gimelshein, arXiv:1805.02867.
+// A block works on tiles of 64 * consumers queries of one head. Its first warpgroup feeds it: one thread draws tiles
+// and loads Q, K and V by tensor copies, three warps clean value tiles. The other warpgroups each own 64 queries: S = Q
+// K^T of the next key tile is computed while the softmax of the current one runs, P stays in registers as operand of P
+// V. Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; Milakov & Gimelshein, arXiv:1805.02867.
 //
 // Zero probabilities do not keep a NaN in a value row out of P V, so tiles that some row does not see in full are
-// cleaned in shared memory first; where that found something, the rows that do see it get it back at the end: `return_nonfinite`.
+// cleaned in shared memory first; where that found something, the rows that do see it get it back at the end:
+// `return_nonfinite`.
 #pragma once
 
 #include "hopper_softmax.cuh"
@@ -27,11 +28,12 @@ struct ForwardTile {
   using T = T_;
   static constexpr Modifiers modifiers = modifiers_;
   static constexpr TileChoice c = forward_choice(modifiers, choice);
-  static constexpr int columns = c.columns, value_columns = value_columns_of(c), consumers = c.consumers, BQ = 64 * consumers, BK = c.tile,
-                       stages = c.stages, chunks = chunks_of(columns);
+  static constexpr int columns = c.columns, value_columns = value_columns_of(c), consumers = c.consumers,
+                       BQ = 64 * consumers, BK = c.tile, stages = c.stages, chunks = chunks_of(columns);
   static constexpr bool alternate = c.alternate;
   static constexpr ForwardLayout layout = forward_layout(c);
-  static constexpr int threads = layout.threads, q_bytes = layout.q_bytes, k_bytes = layout.k_bytes, v_bytes = layout.v_bytes;
+  static constexpr int threads = layout.threads, q_bytes = layout.q_bytes, k_bytes = layout.k_bytes,
+                       v_bytes = layout.v_bytes;
   static constexpr int feeder_registers = consumers == 3 ? 32 : 40, consumer_registers = consumers == 3 ? 160 : 232;
   // Barriers, in order.
   static constexpr int work_full = 0, work_empty = 2, q_full = 4, q_empty = q_full + consumers,
@@ -223,8 +225,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
     };
     const auto finish_step = [&](int n) {
       if constexpr (modified)
-        if (p.dropout_seed)
-          drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
+        if (p.dropout_seed) drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
       pack_fragment<T, BK>(sums, probabilities);
     };
     const auto uncleaned = [&](int n) { return !(Tile::modifiers != Modifiers::none && p.mask.data) && work.full(n); };
@@ -340,7 +341,8 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
   extern __shared__ unsigned char raw_shared[];
   const ForwardShared<Tile> shared(raw_shared);
   // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     prefetch_map(q);
     prefetch_map(k);

@@ -1,5 +1,5 @@
-// hopper_pipeline.cuh: what the Hopper kernels' warps share: rings of stages, drawing work, loading tiles, cleaning value
-// tiles, writing rows.
+// hopper_pipeline.cuh: what the Hopper kernels' warps share: rings of stages, drawing work, loading tiles, cleaning
+// value tiles, writing rows.
 #pragma once
 
 #include "hopper_atoms.cuh"
@@ -38,9 +38,9 @@ __device__ __forceinline__ int draw_tile(const HopperSchedule& s) {
   return static_cast<int>(drawn + gridDim.x);
 }
 
-// What a block works on: rows from row0 of one head (b < 0: no more work) and the passing tiles they meet, `passes` times.
-// The feeding thread works it out and leaves it in shared memory, where the other warps read what they need when they
-// need it: their registers are full. For the same reason the parts are written one by one.
+// What a block works on: rows from row0 of one head (b < 0: no more work) and the passing tiles they meet, `passes`
+// times. The feeding thread works it out and leaves it in shared memory, where the other warps read what they need when
+// they need it: their registers are full. For the same reason the parts are written one by one.
 class SharedWork {
  public:
   static constexpr int bytes = 48;
@@ -95,8 +95,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, uin
   for (int c = 0; c < chunks_of(columns); ++c) copy_box(to + c * rows * 128, map, barrier, c * 64, n, h, b);
 }
 
-// Zeroes every NaN and infinity of a tile in shared memory; one of `warps` warps, number `warp`. Returns whether the tile's
-// part of this warp had any.
+// Zeroes every NaN and infinity of a tile in shared memory; one of `warps` warps, number `warp`. Returns whether the
+// tile's part of this warp had any.
 template <class T, int bytes, int warps>
 __device__ __forceinline__ bool clean_tile(unsigned char* tile, int warp, int lane) {
   uint32_t found = 0;

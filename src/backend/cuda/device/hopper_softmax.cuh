@@ -43,9 +43,9 @@ __device__ __forceinline__ void mask_scores(float (&s)[BK / 2], const RowPair& r
   }
 }
 
-// Which keys of a tile a boolean mask lets the lane's two rows see. The mask's bytes are read in place: a quad shares its
-// rows' bytes, a lane reads every fourth group of 16, and shares them as bits. Needs groups of 16 bytes that are aligned
-// and do not straddle the row end.
+// Which keys of a tile a boolean mask lets the lane's two rows see. The mask's bytes are read in place: a quad shares
+// its rows' bytes, a lane reads every fourth group of 16, and shares them as bits. Needs groups of 16 bytes that are
+// aligned and do not straddle the row end.
 template <int BK>
 struct MaskTile {
   static constexpr int groups = BK / 16;
@@ -55,7 +55,8 @@ struct MaskTile {
   __device__ __forceinline__ void load(const Problem& p, int b, int h, int query, int k0, int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint8_t* row = p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1] + (query + 8 * r) * p.mask.stride[2] + k0;
+      const uint8_t* row =
+          p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1] + (query + 8 * r) * p.mask.stride[2] + k0;
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const int group = lane % 4 + 4 * s;
@@ -245,8 +246,8 @@ struct BiasTile {
   }
 };
 
-// The modifiers of scores of one head's tile, in the order of the formula. Each is one pass over the fragment behind one
-// uniform branch, so that absent ones cost nothing.
+// The modifiers of scores of one head's tile, in the order of the formula. Each is one pass over the fragment behind
+// one uniform branch, so that absent ones cost nothing.
 template <int BK>
 struct ScoreTile {
   const Problem& p;
@@ -275,9 +276,7 @@ struct ScoreTile {
     if (p.softcap > 0.f) {
       // tanh(x) = 1 - 2 / (1 + exp(2 x)): its error is absolute, a few units of the last place of the cap.
       const float twice = p.scale_over_softcap * (2.f * log2_e), cap = p.softcap_log2;
-      each(s, [&](float& x, int, int) {
-        x = fmaf(-2.f * cap, reciprocal_fast(1.f + exp2_fast(x * twice)), cap);
-      });
+      each(s, [&](float& x, int, int) { x = fmaf(-2.f * cap, reciprocal_fast(1.f + exp2_fast(x * twice)), cap); });
     } else {
       each(s, [&](float& x, int, int) { x *= p.scale_log2; });
     }
@@ -290,7 +289,8 @@ struct ScoreTile {
   }
 
   __device__ __forceinline__ void mask(float (&s)[BK / 2]) const {
-    const uint64_t at = reinterpret_cast<uint64_t>(p.mask.data) | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2];
+    const uint64_t at =
+        reinterpret_cast<uint64_t>(p.mask.data) | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2];
     if (p.mask.stride[3] == 1 && (at | p.Nk) % 16 == 0) {
       MaskTile<BK> tile;
       tile.load(p, b, h, query, k0, lane);
@@ -325,8 +325,7 @@ __device__ __forceinline__ void drop(float (&s)[BK / 2], const Problem& p, uint3
 #pragma unroll
   for (int i = 0; i < BK / 8; ++i) {
     const uint32_t group = (k0 + 8 * i + 2 * (lane % 4)) >> 2;
-    const uint4 w = philox({group, static_cast<uint32_t>(odd ? query + 8 : query), row_head, 0u}, seed0,
-                           seed1);
+    const uint4 w = philox({group, static_cast<uint32_t>(odd ? query + 8 : query), row_head, 0u}, seed0, seed1);
     // Row 0 needs from the even lane: x, y for itself and z, w for the odd lane; row 1 the same from the odd lane.
     const uint32_t got0 = __shfl_xor_sync(0xffffffffu, odd ? w.x : w.z, 1);
     const uint32_t got1 = __shfl_xor_sync(0xffffffffu, odd ? w.y : w.w, 1);

@@ -1,8 +1,8 @@
 // hopper_wgmma.cuh: warpgroup matrix products, 64 x N x 16, 16-bit operands, float32 sums: descriptors, the instruction
 // for each N in use, and loops over the inner dimension. Source: PTX ISA 9.0, "Asynchronous warpgroup level matrix".
 //
-// Tiles in shared memory are as tensor copies with 128-byte swizzle leave them: column chunks of 64 elements, each chunk
-// [rows][128 bytes], starting at a multiple of 1024 bytes.
+// Tiles in shared memory are as tensor copies with 128-byte swizzle leave them: column chunks of 64 elements, each
+// chunk [rows][128 bytes], starting at a multiple of 1024 bytes.
 #pragma once
 
 #include <type_traits>
@@ -32,8 +32,8 @@ template <int pending>
 __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Pins registers at this point of the program: their values are ready before it, and none is read early after it. Needed
-// between a wait and the use of sums, and between computing an operand and the fence before its products.
+// Pins registers at this point of the program: their values are ready before it, and none is read early after it.
+// Needed between a wait and the use of sums, and between computing an operand and the fence before its products.
 template <int n>
 __device__ __forceinline__ void settle(float (&d)[n]) {
 #pragma unroll
@@ -192,7 +192,8 @@ __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], uint32_t a, 
   }
 }
 
-// d [64, N] += A B over `depth` rows of B: A [64, depth] packed in registers, B a tile of N columns, `rows` rows a chunk.
+// d [64, N] += A B over `depth` rows of B: A [64, depth] packed in registers, B a tile of N columns, `rows` rows a
+// chunk.
 template <class T, int N, int depth, int rows>
 __device__ __forceinline__ void multiply_rows(float (&d)[N / 2], const uint32_t (&a)[depth / 4], uint32_t b,
                                               int accumulate) {
