@@ -64,7 +64,8 @@ T* device(size_t n) {
   return static_cast<T*>(p);
 }
 
-// --- Random inputs ----------------------------------------------------------------------------------------------------
+// --- Random inputs
+// ----------------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t hash(uint64_t x) {
   x ^= x >> 33;
@@ -92,12 +93,13 @@ void randomise(T* p, size_t n, uint64_t seed) {
   fill_normal<<<1024, 256>>>(p, n, seed);
 }
 
-// --- Scores by plain loops in float64 -----------------------------------------------------------------------------------
+// --- Scores by plain loops in float64
+// -----------------------------------------------------------------------------------
 
 template <class T>
 __device__ double load(const mfa::cuda::Tensor& t, int b, int h, int64_t n, int d) {
-  return static_cast<double>(static_cast<float>(
-      static_cast<const T*>(t.data)[b * t.stride[0] + h * t.stride[1] + n * t.stride[2] + d]));
+  return static_cast<double>(
+      static_cast<float>(static_cast<const T*>(t.data)[b * t.stride[0] + h * t.stride[1] + n * t.stride[2] + d]));
 }
 
 // Philox4x32-10 word for key `key`; common/philox.h.
@@ -123,8 +125,8 @@ __device__ Score score(const mfa::cuda::Problem& p, int b, int h, int i, int j) 
   const auto see = mfa::cuda::hopper::visibility(p, b);
   Score r{-INFINITY, 1., 1.};
   if (j < see.begin(i) || j >= see.end(i)) return r;
-  if (p.mask.data && !p.mask.data[b * p.mask.stride[0] + h * p.mask.stride[1] + i * p.mask.stride[2] +
-                                  j * p.mask.stride[3]])
+  if (p.mask.data &&
+      !p.mask.data[b * p.mask.stride[0] + h * p.mask.stride[1] + i * p.mask.stride[2] + j * p.mask.stride[3]])
     return r;
   double s = 0;
   for (int d = 0; d < p.D; ++d) s += load<T>(p.q, b, h, i, d) * load<T>(p.k, b, h / p.G, j, d);
@@ -136,8 +138,8 @@ __device__ Score score(const mfa::cuda::Problem& p, int b, int h, int i, int j) 
   }
   if (p.alibi_slopes) s += double(p.alibi_slopes[h]) * (j - i - see.offset);
   if (p.bias.data)
-    s += static_cast<const float*>(p.bias.data)[b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] +
-                                                j * p.bias.stride[3]];
+    s += static_cast<const float*>(
+        p.bias.data)[b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] + j * p.bias.stride[3]];
   if (p.dropout_seed)
     r.drop = dropout_word(p, b * p.Hq + h, i, j) >= p.dropout_threshold ? double(p.dropout_scale) : 0.;
   r.s = s;
@@ -180,7 +182,8 @@ __global__ void reference_forward(mfa::cuda::Problem p, double* prob, double* o,
   }
 }
 
-// --- One problem with its inputs ---------------------------------------------------------------------------------------
+// --- One problem with its inputs
+// ---------------------------------------------------------------------------------------
 
 struct Case {
   int B, Hq, Hkv, Nq, Nk, D;
@@ -190,6 +193,10 @@ struct Case {
   float softcap = 0;
   bool alibi = false, bias = false, mask = false;
   float dropout = 0;
+  int Dv = 0;              // 0: D
+  bool broadcast = false;  // k and v the same for every head
+  bool far = false;        // heads of k and v more than 2^31 elements apart
+  int value_columns() const { return Dv ? Dv : D; }
   bool modified() const { return softcap > 0 || alibi || bias || mask || dropout > 0; }
 };
 
@@ -211,25 +218,34 @@ struct Inputs {
   }
 
   // [B, N, H, D] in memory, viewed as [B, H, N, D]; `extra` rows of NaN between batch entries.
-  T* tensor(int H, int N, int extra, mfa::cuda::Tensor& t, uint64_t seed) {
-    const size_t n = size_t(c.B) * (N + extra) * H * c.D;
+  T* tensor(int H, int N, int D, int extra, bool of_keys, mfa::cuda::Tensor& t, uint64_t seed) {
+    const int64_t distance = (int64_t{1} << 31) + 64;
+    const bool apart = of_keys && c.far, shared = of_keys && c.broadcast;
+    const int heads = shared ? 1 : H;
+    const size_t n = apart ? size_t(distance) * (H - 1) + size_t(N) * D : size_t(c.B) * (N + extra) * heads * D;
     T* x = take<T>(n);
-    randomise(x, n, seed);
     t.data = x;
-    t.stride[0] = int64_t(N + extra) * H * c.D;
-    t.stride[1] = c.D;
-    t.stride[2] = int64_t(H) * c.D;
+    t.stride[0] = int64_t(N + extra) * heads * D;
+    t.stride[1] = shared ? 0 : apart ? distance : D;
+    t.stride[2] = apart ? D : int64_t(heads) * D;
+    if (apart) {
+      for (int i = 0; i < H; ++i) randomise(x + i * distance, size_t(N) * D, seed + 100 * i);
+      t.stride[0] = distance * H;
+      return x;
+    }
+    randomise(x, n, seed);
     if (extra)
       for (int b = 0; b < c.B; ++b)
-        fill_value<<<64, 256>>>(x + b * t.stride[0] + int64_t(N) * H * c.D, size_t(extra) * H * c.D, NAN);
+        fill_value<<<64, 256>>>(x + b * t.stride[0] + int64_t(N) * heads * D, size_t(extra) * heads * D, NAN);
     return x;
   }
 
   explicit Inputs(const Case& c_) : c(c_) {
-    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = p.Dv = c.D, p.G = c.Hq / c.Hkv;
-    q = tensor(c.Hq, c.Nq, c.poison ? 3 : 0, p.q, 1);
-    k = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.k, 2);
-    v = tensor(c.Hkv, c.Nk, c.poison ? 5 : 0, p.v, 3);
+    p.B = c.B, p.Hq = c.Hq, p.Hkv = c.Hkv, p.Nq = c.Nq, p.Nk = c.Nk, p.D = c.D, p.Dv = c.value_columns(),
+    p.G = c.Hq / c.Hkv;
+    q = tensor(c.Hq, c.Nq, c.D, c.poison ? 3 : 0, false, p.q, 1);
+    k = tensor(c.Hkv, c.Nk, c.D, c.poison ? 5 : 0, true, p.k, 2);
+    v = tensor(c.Hkv, c.Nk, c.value_columns(), c.poison ? 5 : 0, true, p.v, 3);
     p.scale = 1.f / std::sqrt(float(c.D));
     p.scale_log2 = p.scale * 1.44269504f;
     p.causal = c.causal, p.window_left = c.left, p.window_right = c.right;
@@ -241,10 +257,10 @@ struct Inputs {
       p.kv_lengths = d;
       if (c.poison)
         for (int b = 0; b < c.B; ++b) {
-          const size_t n = size_t(c.Nk - std::max(0, lengths[b])) * c.Hkv * c.D;
+          const size_t n = size_t(c.Nk - std::max(0, lengths[b])) * c.Hkv;
           if (!n) continue;
-          fill_value<<<64, 256>>>(k + b * p.k.stride[0] + lengths[b] * p.k.stride[2], n, NAN);
-          fill_value<<<64, 256>>>(v + b * p.v.stride[0] + lengths[b] * p.v.stride[2], n, NAN);
+          fill_value<<<64, 256>>>(k + b * p.k.stride[0] + lengths[b] * p.k.stride[2], n * c.D, NAN);
+          fill_value<<<64, 256>>>(v + b * p.v.stride[0] + lengths[b] * p.v.stride[2], n * c.value_columns(), NAN);
         }
     }
     if (c.poison && c.Nk > 40) {  // one value each, seen by some rows only
@@ -291,10 +307,11 @@ struct Inputs {
   }
 };
 
-// Grid: (Nq, Hq, B), 128 threads. Turns probabilities into ds (of scale * q . k) and pz (dropped probabilities); writes dq.
+// Grid: (Nq, Hq, B), 128 threads. Turns probabilities into ds (of scale * q . k) and pz (dropped probabilities); writes
+// dq.
 template <class T>
-__global__ void reference_backward_rows(mfa::cuda::Problem p, mfa::cuda::Tensor d_o, const double* o,
-                                        const float* dlse, double* prob, double* ds, double* dq) {
+__global__ void reference_backward_rows(mfa::cuda::Problem p, mfa::cuda::Tensor d_o, const double* o, const float* dlse,
+                                        double* prob, double* ds, double* dq) {
   const int i = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
   const int64_t row = (int64_t{b} * p.Hq + h) * p.Nq + i;
   double delta = dlse ? -double(dlse[row]) : 0;
@@ -326,17 +343,17 @@ __global__ void reference_backward_keys(mfa::cuda::Problem p, mfa::cuda::Tensor 
                                         const double* ds, double* dk, double* dv) {
   const int j = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
   const int64_t key = (int64_t{b} * p.Hkv + h) * p.Nk + j;
-  for (int d = threadIdx.x; d < p.D; d += blockDim.x) {
+  for (int d = threadIdx.x; d < max(p.D, p.Dv); d += blockDim.x) {
     double k = 0, v = 0;
     for (int g = 0; g < p.G; ++g)
       for (int i = 0; i < p.Nq; ++i) {
         const int64_t at = ((int64_t{b} * p.Hq + h * p.G + g) * p.Nq + i) * p.Nk + j;
         if (prob[at] == -1) continue;
-        k += ds[at] * load<T>(p.q, b, h * p.G + g, i, d);
-        v += prob[at] * load<T>(d_o, b, h * p.G + g, i, d);
+        if (d < p.D) k += ds[at] * load<T>(p.q, b, h * p.G + g, i, d);
+        if (d < p.Dv) v += prob[at] * load<T>(d_o, b, h * p.G + g, i, d);
       }
-    dk[key * p.D + d] = k * p.scale;
-    dv[key * p.D + d] = v;
+    if (d < p.D) dk[key * p.D + d] = k * p.scale;
+    if (d < p.Dv) dv[key * p.Dv + d] = v;
   }
 }
 template <class T>
@@ -345,7 +362,8 @@ __global__ void convert(const double* from, T* to, size_t n) {
     to[i] = T(static_cast<float>(from[i]));
 }
 
-// --- Comparison ----------------------------------------------------------------------------------------------------------
+// --- Comparison
+// ----------------------------------------------------------------------------------------------------------
 
 struct Error {
   double relative = 0, largest = 0;  // ||x - r|| / ||r||, max |x - r|
@@ -368,7 +386,8 @@ inline Error compare(const std::vector<double>& x, const std::vector<double>& r)
   return e;
 }
 
-// --- Timing ----------------------------------------------------------------------------------------------------------------
+// --- Timing
+// ----------------------------------------------------------------------------------------------------------------
 
 template <class F>
 double median_ms(F&& launch, int repeats) {

@@ -29,6 +29,18 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Arrives where `condition` holds, without a branch: after one the compiler no longer knows that the warp's values
+// agree, and moves what feeds the tensor cores out of uniform registers.
+__device__ __forceinline__ void barrier_arrive_if(uint32_t barrier, bool condition) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.s32 arrives, %1, 0;\n"
+      "@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}\n" ::"r"(barrier),
+      "r"(static_cast<int>(condition))
+      : "memory");
+}
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -59,7 +71,8 @@ __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- Tensor copies ----------------------------------------------------------------------------------------------------
+// --- Tensor copies
+// ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
@@ -68,8 +81,9 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, uint32_t barrier, int d, int n, int h,
                                          int b) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-      ::"r"(to), "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(d), "r"(n), "r"(h), "r"(b)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(d), "r"(n), "r"(h), "r"(b)
       : "memory");
 }
 // `bytes` (a multiple of 16) contiguous bytes into shared memory.
@@ -79,7 +93,8 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32
                : "memory");
 }
 
-// --- Warpgroups --------------------------------------------------------------------------------------------------------
+// --- Warpgroups
+// --------------------------------------------------------------------------------------------------------
 
 template <int registers>
 __device__ __forceinline__ void give_registers() {
@@ -90,7 +105,8 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// --- Arithmetic --------------------------------------------------------------------------------------------------------
+// --- Arithmetic
+// --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -1,12 +1,12 @@
-// hopper_backward.cuh: gradients of q, k and v for 16-bit inputs. Two kernels, no atomics, the same bits every time: one
-// keeps queries and walks keys (dq), one keeps keys and walks queries (dk, dv). Both recompute P = exp2(S - lse).
+// hopper_backward.cuh: gradients of q, k and v for 16-bit inputs. Two kernels, no atomics, the same bits every time:
+// one keeps queries and walks keys (dq), one keeps keys and walks queries (dk, dv). Both recompute P = exp2(S - lse).
 //
 //   S = Q K^T,  dP = dO V^T,  dS = P (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO
 //
-// The same main loop serves both: a warpgroup keeps 64 rows of the stationary pair (Q, dO) or (K, V) and multiplies them by
-// tiles of the passing pair (K, V) or (Q, dO), so the dk, dv kernel works on transposed tiles. P and dS stay in registers
-// as operands. Products are queued in order: those of the next tile follow while exponents of this one are computed.
-// Source: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.
+// The same main loop serves both: a warpgroup keeps 64 rows of the stationary pair (Q, dO) or (K, V) and multiplies
+// them by tiles of the passing pair (K, V) or (Q, dO), so the dk, dv kernel works on transposed tiles. P and dS stay in
+// registers as operands. Products are queued in order: those of the next tile follow while exponents of this one are
+// computed. Source: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.
 //
 // As in the forward, passing tiles that are not seen in full are cleaned of NaN and infinity first, because their zero
 // weights would not keep those out of the sums. Rows that do see such a key have a NaN lse, and so get their NaN.
@@ -42,6 +42,7 @@ struct BackwardTile {
                        second_full = first_full + stages, first_empty = second_full + stages,
                        second_empty = first_empty + stages, clean = second_empty + stages, barriers = clean + stages;
   static_assert(barriers == backward_barriers(c));
+  static_assert(layout.bytes <= shared_bytes_of_block);
 };
 
 template <class Tile>
@@ -154,8 +155,8 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
   }
 }
 
-// The feeding warpgroup's other warps: clean passing tiles that are not seen in full, the second of the pair only where it
-// is summed.
+// The feeding warpgroup's other warps: clean passing tiles that are not seen in full, the second of the pair only where
+// it is summed.
 template <class Tile>
 __device__ __forceinline__ void clean(const BackwardShared<Tile>& shared, int warp, int lane) {
   Ring<2> slot;
@@ -280,9 +281,9 @@ __device__ __forceinline__ void write_gradient(const float (&d)[Tile::columns / 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = work.row0() + row_in_tile + 8 * r;
-    at[r] = row < rows ? static_cast<T*>(to.data) + work.b() * to.stride[0] + work.h() * to.stride[1] +
-                             row * to.stride[2]
-                       : nullptr;
+    at[r] = row < rows
+                ? static_cast<T*>(to.data) + work.b() * to.stride[0] + work.h() * to.stride[1] + row * to.stride[2]
+                : nullptr;
   }
   write_rows<T, Tile::columns>(d, weight, at, width, lane);
 }
@@ -301,7 +302,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
   uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(barrier));
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
   };
 
   for (;; slot.advance()) {
@@ -319,9 +320,9 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         delta[r] = query < p.Nq ? params.delta[at] : 0.f;
       }
     }
-    float sums[columns / 2] = {};                          // dS times the first of the pair: dq or dk
+    float sums[columns / 2] = {};                       // dS times the first of the pair: dq or dk
     float sums_v[Tile::values ? columns / 2 : 1] = {};  // P times the second: dv
-    float x[BN / 2], y[BN / 2];                            // S, then P; dP, then dS
+    float x[BN / 2], y[BN / 2];                         // S, then P; dP, then dS
     uint32_t packed_p[BN / 4], packed_ds[BN / 4];
 
     if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full + warpgroup), stay.parity());
@@ -364,7 +365,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         settle(x);
         products_wait<Tile::values ? 1 : 0>();
         settle(y);
-        if (pass == passes - 1 && n == work.last() - 1) release(Tile::stay_empty + warpgroup);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty + warpgroup),
+                          lane == 0 && pass == passes - 1 && n == work.last() - 1);
         if constexpr (!Tile::values) release(Tile::second_empty + ring.stage());
         score_gradients<Tile>(x, y, delta, shared, ring.stage(), lane);
         if (partial) drop_unseen<BN>(x, y);

@@ -1,5 +1,5 @@
-// hopper_backward_shared.cuh: dk and dv of wide heads, whose sums do not fit one warpgroup: two work on the same 64 keys.
-// One computes S^T and P^T, sums dv and passes P^T on through shared memory; the other computes dP^T and sums dk.
+// hopper_backward_shared.cuh: dk and dv of wide heads, whose sums do not fit one warpgroup: two work on the same 64
+// keys. One computes S^T and P^T, sums dv and passes P^T on through shared memory; the other computes dP^T and sums dk.
 #pragma once
 
 #include "hopper_backward.cuh"
@@ -25,7 +25,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
   uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(barrier));
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
   };
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
@@ -52,7 +52,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
         products_commit();
         products_wait<0>();
         settle(x);
-        if (pass == passes - 1 && n == work.last() - 1) release(Tile::stay_empty);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty), lane == 0 && pass == passes - 1 && n == work.last() - 1);
         if (started) {
           release(Tile::first_empty + ring.stage_before());
           release(Tile::second_empty + ring.stage_before());
@@ -101,7 +101,7 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
   uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(barrier));
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
   };
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
@@ -128,7 +128,7 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
         products_commit();
         products_wait<0>();
         settle(y);
-        if (pass == passes - 1 && n == work.last() - 1) release(Tile::stay_empty);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty), lane == 0 && pass == passes - 1 && n == work.last() - 1);
         if (started) {
           release(Tile::first_empty + ring.stage_before());
           release(Tile::second_empty + ring.stage_before());
@@ -173,7 +173,9 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
                                          const BackwardMaps& maps) {
   extern __shared__ unsigned char raw_shared[];
   const BackwardShared<Tile> shared(raw_shared);
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     prefetch_map(maps.stay_first);
     prefetch_map(maps.stay_second);

@@ -1,12 +1,13 @@
-// hopper_forward.cuh: softmax attention forward for 16-bit inputs, D = Dv after padding.
+// hopper_forward.cuh: softmax attention forward for 16-bit inputs.
 //
-// A block works on tiles of 64 * consumers queries of one head. Its first warpgroup feeds it: one thread draws tiles and
-// loads Q, K and V by tensor copies, three warps clean value tiles. The other warpgroups each own 64 queries: S = Q K^T
-// of the next key tile is computed while the softmax of the current one runs, P stays in registers as operand of P V.
-// Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; Milakov & Gimelshein, arXiv:1805.02867.
+// A block works on tiles of 64 * consumers queries of one head. Its first warpgroup feeds it: one thread draws tiles
+// and loads Q, K and V by tensor copies, three warps clean value tiles. The other warpgroups each own 64 queries: S = Q
+// K^T of the next key tile is computed while the softmax of the current one runs, P stays in registers as operand of P
+// V. Source: Shah et al., "FlashAttention-3", arXiv:2407.08608; Milakov & Gimelshein, arXiv:1805.02867.
 //
 // Zero probabilities do not keep a NaN in a value row out of P V, so tiles that some row does not see in full are
-// cleaned in shared memory first; where that found something, the rows that do see it get it back at the end: `return_nonfinite`.
+// cleaned in shared memory first; where that found something, the rows that do see it get it back at the end:
+// `return_nonfinite`.
 #pragma once
 
 #include "hopper_softmax.cuh"
@@ -27,17 +28,19 @@ struct ForwardTile {
   using T = T_;
   static constexpr Modifiers modifiers = modifiers_;
   static constexpr TileChoice c = forward_choice(modifiers, choice);
-  static constexpr int columns = c.columns, consumers = c.consumers, BQ = 64 * consumers, BK = c.tile,
-                       stages = c.stages, chunks = chunks_of(columns);
+  static constexpr int columns = c.columns, value_columns = value_columns_of(c), consumers = c.consumers,
+                       BQ = 64 * consumers, BK = c.tile, stages = c.stages, chunks = chunks_of(columns);
   static constexpr bool alternate = c.alternate;
   static constexpr ForwardLayout layout = forward_layout(c);
-  static constexpr int threads = layout.threads, q_bytes = layout.q_bytes, kv_bytes = layout.kv_bytes;
+  static constexpr int threads = layout.threads, q_bytes = layout.q_bytes, k_bytes = layout.k_bytes,
+                       v_bytes = layout.v_bytes;
   static constexpr int feeder_registers = consumers == 3 ? 32 : 40, consumer_registers = consumers == 3 ? 160 : 232;
   // Barriers, in order.
   static constexpr int work_full = 0, work_empty = 2, q_full = 4, q_empty = q_full + consumers,
                        k_full = q_empty + consumers, k_empty = k_full + stages, v_full = k_empty + stages,
                        v_empty = v_full + stages, v_clean = v_empty + stages, barriers = v_clean + stages;
   static_assert(barriers == forward_barriers(c));
+  static_assert(layout.bytes <= shared_bytes_of_block);
 };
 
 // One block's shared memory.
@@ -52,8 +55,8 @@ struct ForwardShared {
   }
   __device__ __forceinline__ uint32_t barrier(int i) const { return at + Tile::layout.barriers_at + i * 8; }
   __device__ __forceinline__ uint32_t q(int warpgroup) const { return at + warpgroup * Tile::q_bytes; }
-  __device__ __forceinline__ uint32_t k(int stage) const { return at + Tile::layout.k_at + stage * Tile::kv_bytes; }
-  __device__ __forceinline__ uint32_t v(int stage) const { return at + Tile::layout.v_at + stage * Tile::kv_bytes; }
+  __device__ __forceinline__ uint32_t k(int stage) const { return at + Tile::layout.k_at + stage * Tile::k_bytes; }
+  __device__ __forceinline__ uint32_t v(int stage) const { return at + Tile::layout.v_at + stage * Tile::v_bytes; }
   __device__ __forceinline__ volatile uint32_t* found(int stage) const {
     return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at + stage * 16);
   }
@@ -82,17 +85,19 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
   Ring<2> slot;
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
-  const auto load = [&](Ring<Tile::stages>& ring, int full_barrier, int empty_barrier, int at, const TensorMap* map,
-                        const SharedWork& w, int n) {
-    const uint32_t full = shared.barrier(full_barrier + ring.stage());
-    barrier_wait(shared.barrier(empty_barrier + ring.stage()), ring.parity() ^ 1);
-    barrier_arrive_expect(full, Tile::kv_bytes);
-    load_tile<Tile::BK, Tile::columns>(shared.at + at + ring.stage() * Tile::kv_bytes, map, full, n * Tile::BK, w.h() / p.G,
-                                       w.b());
-    ring.advance();
-  };
   const auto load_k = [&](const SharedWork& w, int n) {
-    load(k_ring, Tile::k_full, Tile::k_empty, Tile::layout.k_at, k, w, n);
+    const uint32_t full = shared.barrier(Tile::k_full + k_ring.stage());
+    barrier_wait(shared.barrier(Tile::k_empty + k_ring.stage()), k_ring.parity() ^ 1);
+    barrier_arrive_expect(full, Tile::k_bytes);
+    load_tile<Tile::BK, Tile::columns>(shared.k(k_ring.stage()), k, full, n * Tile::BK, w.h() / p.G, w.b());
+    k_ring.advance();
+  };
+  const auto load_v = [&](const SharedWork& w, int n) {
+    const uint32_t full = shared.barrier(Tile::v_full + v_ring.stage());
+    barrier_wait(shared.barrier(Tile::v_empty + v_ring.stage()), v_ring.parity() ^ 1);
+    barrier_arrive_expect(full, Tile::v_bytes);
+    load_tile<Tile::BK, Tile::value_columns>(shared.v(v_ring.stage()), v, full, n * Tile::BK, w.h() / p.G, w.b());
+    v_ring.advance();
   };
   for (int id = blockIdx.x;; id = draw_tile(s)) {
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
@@ -113,7 +118,7 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
     q_ring.advance();
     for (int n = w.last() - 1; n >= w.first(); --n) {
       if (n > w.first()) load_k(w, n - 1);
-      load(v_ring, Tile::v_full, Tile::v_empty, Tile::layout.v_at, v, w, n);
+      load_v(w, n);
     }
   }
 }
@@ -131,7 +136,7 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.last() - 1 - i)) {
-        const bool any = clean_tile<typename Tile::T, Tile::kv_bytes, 3>(
+        const bool any = clean_tile<typename Tile::T, Tile::v_bytes, 3>(
             shared.base + (shared.v(v_ring.stage()) - shared.at), warp, lane);
         if (lane == 0) shared.found(v_ring.stage())[warp] = any;
         fence_async_shared();
@@ -173,7 +178,7 @@ template <class Tile>
 __device__ __forceinline__ void consume(const ForwardParams& params, const ForwardShared<Tile>& shared, int warpgroup,
                                         int thread) {
   using T = typename Tile::T;
-  constexpr int BK = Tile::BK, columns = Tile::columns;
+  constexpr int BK = Tile::BK, columns = Tile::columns, value_columns = Tile::value_columns;
   constexpr bool modified = Tile::modifiers == Modifiers::all, mask_only = Tile::modifiers == Modifiers::mask;
   const Problem& p = params.p;
   const int lane = thread % 32, row_in_tile = 64 * warpgroup + thread / 32 * 16 + lane / 4;
@@ -187,7 +192,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
   uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(barrier));
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
   };
 
   for (;; slot.advance()) {
@@ -197,19 +202,22 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
     const auto rows = [&] { return row_pair(work.see(), work.row0() + row_in_tile, p.Nq); };
 
     Softmax softmax;
-    float o[columns / 2] = {};
+    float o[value_columns / 2] = {};
     float sums[BK / 2];
     uint32_t probabilities[BK / 4];
     bool cleaned = false;
 
     MaskTile<mask_only ? BK : 16> mask;
-    const auto load_mask = [&](int n) {
+    BiasTile<modified ? BK : 8> bias;
+    const auto load_terms = [&](int n) {
       if constexpr (mask_only) mask.load(p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
+      if constexpr (modified)
+        if (p.bias.data) bias.load(p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
     };
     const auto softmax_step = [&](int n, float(&alpha)[2]) {
       if constexpr (modified)
         ScoreTile<BK>{p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane, work.offset()}.apply(
-            sums, work.full(n), rows);
+            sums, bias, work.full(n), rows);
       else if (!work.full(n))
         mask_scores<BK>(sums, rows(), n * BK, lane);
       if constexpr (mask_only) mask.apply(sums, lane);
@@ -217,8 +225,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
     };
     const auto finish_step = [&](int n) {
       if constexpr (modified)
-        if (p.dropout_seed)
-          drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
+        if (p.dropout_seed) drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
       pack_fragment<T, BK>(sums, probabilities);
     };
     const auto uncleaned = [&](int n) { return !(Tile::modifiers != Modifiers::none && p.mask.data) && work.full(n); };
@@ -242,7 +249,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       float alpha[2];
       int n = work.last() - 1;
       const int first = work.first();
-      load_mask(n);
+      load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity());
       barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
       products_fence();
@@ -258,7 +265,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       // n is the tile whose probabilities are ready; a round computes those of n - 1.
 #pragma unroll 1
       for (; n > first; --n) {
-        load_mask(n - 1);
+        load_terms(n - 1);
         barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
         if (Tile::alternate) named_sync(my_turn, 256);
         settle(o);
@@ -268,7 +275,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
         products_commit();
         wait_values(n);
         products_fence();
-        multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage()), 1);
+        multiply_rows<T, value_columns, BK, BK>(o, probabilities, shared.v(v_ring.stage()), 1);
         products_commit();
         if (Tile::alternate) named_arrive(next_turn, 256);
         products_wait<1>();
@@ -282,7 +289,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
         release_values(n);
         if (__any_sync(0xffffffffu, alpha[0] != 1.f || alpha[1] != 1.f)) {
 #pragma unroll
-          for (int i = 0; i < columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
+          for (int i = 0; i < value_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
         }
         finish_step(n - 1);
       }
@@ -292,7 +299,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       settle(o);
       settle(probabilities);
       products_fence();
-      multiply_rows<T, columns, BK, BK>(o, probabilities, shared.v(v_ring.stage()), 1);
+      multiply_rows<T, value_columns, BK, BK>(o, probabilities, shared.v(v_ring.stage()), 1);
       products_commit();
       products_wait<0>();
       settle(o);
@@ -312,7 +319,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       if (params.lse && row[r] && lane % 4 == 0)
         params.lse[(int64_t{b} * p.Hq + h) * p.Nq + query] = params.lse_base2 ? lse[r] : lse[r] * ln_2;
     }
-    write_rows<T, columns>(o, weight, row, p.Dv, lane);
+    write_rows<T, value_columns>(o, weight, row, p.Dv, lane);
     if (cleaned) {
       const RowPair pair = rows();
       return_nonfinite<Tile>(p, work, row, lane, [&](int r, int key) {
@@ -333,7 +340,9 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
                                         const TensorMap* k, const TensorMap* v) {
   extern __shared__ unsigned char raw_shared[];
   const ForwardShared<Tile> shared(raw_shared);
-  const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     prefetch_map(q);
     prefetch_map(k);

@@ -1,5 +1,5 @@
-// hopper_pipeline.cuh: what the Hopper kernels' warps share: rings of stages, drawing work, loading tiles, cleaning value
-// tiles, writing rows.
+// hopper_pipeline.cuh: what the Hopper kernels' warps share: rings of stages, drawing work, loading tiles, cleaning
+// value tiles, writing rows.
 #pragma once
 
 #include "hopper_atoms.cuh"
@@ -8,23 +8,23 @@
 
 namespace mfa::cuda::hopper {
 
-// Position in a ring of shared-memory stages: which stage, and the parity of its current use. One register.
+// Position in a ring of shared-memory stages: which stage, and the parity of its current use.
 template <int stages>
 class Ring {
  public:
-  __device__ __forceinline__ int stage() const { return power_of_two ? state_ % stages : state_ >> 1; }
-  __device__ __forceinline__ uint32_t parity() const { return power_of_two ? state_ / stages & 1 : state_ & 1; }
-  __device__ __forceinline__ int stage_before() const { return stage() == 0 ? stages - 1 : stage() - 1; }
+  __device__ __forceinline__ int stage() const { return stage_; }
+  __device__ __forceinline__ uint32_t parity() const { return parity_; }
+  __device__ __forceinline__ int stage_before() const { return stage_ == 0 ? stages - 1 : stage_ - 1; }
   __device__ __forceinline__ void advance() {
-    if (power_of_two)
-      ++state_;
-    else
-      state_ = state_ + 2 < 2 * stages ? state_ + 2 : (state_ & 1) ^ 1;
+    if (++stage_ == stages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
   }
 
  private:
-  static constexpr bool power_of_two = (stages & (stages - 1)) == 0;
-  uint32_t state_ = 0;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
 };
 
 // Counters from which blocks draw tiles; see HopperSchedule.
@@ -38,9 +38,9 @@ __device__ __forceinline__ int draw_tile(const HopperSchedule& s) {
   return static_cast<int>(drawn + gridDim.x);
 }
 
-// What a block works on: rows from row0 of one head (b < 0: no more work) and the passing tiles they meet, `passes` times.
-// The feeding thread works it out and leaves it in shared memory, where the other warps read what they need when they
-// need it: their registers are full. For the same reason the parts are written one by one.
+// What a block works on: rows from row0 of one head (b < 0: no more work) and the passing tiles they meet, `passes`
+// times. The feeding thread works it out and leaves it in shared memory, where the other warps read what they need when
+// they need it: their registers are full. For the same reason the parts are written one by one.
 class SharedWork {
  public:
   static constexpr int bytes = 48;
@@ -95,8 +95,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, uin
   for (int c = 0; c < chunks_of(columns); ++c) copy_box(to + c * rows * 128, map, barrier, c * 64, n, h, b);
 }
 
-// Zeroes every NaN and infinity of a tile in shared memory; one of `warps` warps, number `warp`. Returns whether the tile's
-// part of this warp had any.
+// Zeroes every NaN and infinity of a tile in shared memory; one of `warps` warps, number `warp`. Returns whether the
+// tile's part of this warp had any.
 template <class T, int bytes, int warps>
 __device__ __forceinline__ bool clean_tile(unsigned char* tile, int warp, int lane) {
   uint32_t found = 0;

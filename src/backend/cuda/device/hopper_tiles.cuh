@@ -14,8 +14,8 @@
 
 namespace mfa::cuda {
 
-// Blocks draw tiles from a counter, so that unequal tiles balance. `slot` names the counter; calls in flight at the same
-// time need different ones. A kernel leaves its counter at zero.
+// Blocks draw tiles from a counter, so that unequal tiles balance. `slot` names the counter; calls in flight at the
+// same time need different ones. A kernel leaves its counter at zero.
 struct HopperSchedule {
   static constexpr int slots = 4096;
   int32_t tiles;              // in all
@@ -27,46 +27,58 @@ struct HopperSchedule {
 
 namespace hopper {
 
-// --- Tile choice. D and Dv are padded with zeros to `columns`; a warpgroup owns 64 rows. -------------------------------
+// --- Tile choice. D and Dv are padded with zeros to `columns`; a warpgroup owns 64 rows.
+// -------------------------------
 
 struct TileChoice {
-  int columns;    // of q, k and v
-  int consumers;  // warpgroups that multiply
-  int tile;       // keys (forward, dq) or queries (dk, dv) a step
-  int stages;     // of the rings of those tiles
-  bool alternate;  // warpgroups take turns at issuing products
+  int columns;            // of q, k and v
+  int consumers;          // warpgroups that multiply
+  int tile;               // keys (forward, dq) or queries (dk, dv) a step
+  int stages;             // of the rings of those tiles
+  bool alternate;         // warpgroups take turns at issuing products
+  int value_columns = 0;  // of v and o, where they are fewer; 0: the same
 };
+constexpr int value_columns_of(TileChoice c) { return c.value_columns ? c.value_columns : c.columns; }
 
 constexpr TileChoice forward_tiles[] = {
-    {64, 3, 128, 2, false}, {96, 3, 112, 2, false}, {128, 2, 128, 2, false}, {192, 2, 112, 2, false}, {256, 2, 80, 2, true},
+    {64, 3, 128, 2, false},  {96, 3, 112, 2, false}, {128, 2, 128, 2, false},
+    {192, 2, 112, 2, false}, {256, 2, 80, 2, true},  {192, 2, 128, 2, false, 128},
 };
 // The same with every modifier of scores, which need registers.
 constexpr TileChoice forward_modified_tiles[] = {
-    {64, 2, 64, 2, false}, {96, 2, 64, 2, false}, {128, 2, 64, 2, false}, {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
+    {64, 2, 64, 2, false},  {96, 2, 64, 2, false},  {128, 2, 64, 2, false},
+    {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
 };
 // The same with a boolean mask alone.
 constexpr TileChoice forward_mask_tiles[] = {
-    {64, 3, 96, 3, false}, {96, 2, 128, 2, false}, {128, 2, 96, 3, false}, {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
+    {64, 3, 112, 3, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false},
+    {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
 };
 // Queries stay, keys and values pass.
 constexpr TileChoice dq_tiles[] = {
-    {64, 2, 128, 3, false}, {96, 2, 80, 3, false}, {128, 2, 80, 3, false}, {192, 2, 48, 3, false}, {256, 2, 32, 3, false},
+    {64, 2, 128, 3, false}, {96, 2, 80, 3, false},  {128, 2, 80, 3, false},
+    {192, 2, 48, 3, false}, {256, 2, 32, 3, false},
 };
 // Keys and values stay, queries pass.
 constexpr TileChoice dkv_tiles[] = {
-    {64, 2, 96, 2, false}, {96, 2, 64, 2, false}, {128, 2, 64, 2, false},
+    {64, 2, 96, 2, false},
+    {96, 2, 64, 2, false},
+    {128, 2, 64, 2, false},
 };
 // The same for wide heads, where one warpgroup cannot hold dk and dv: two work on the same 64 keys, one on each.
 constexpr TileChoice dkv_shared_tiles[] = {
-    {192, 1, 80, 2, false}, {256, 1, 64, 2, false},
+    {192, 1, 80, 2, false},
+    {256, 1, 64, 2, false},
 };
+
+constexpr int shared_bytes_of_block = 227 * 1024;  // the most that a block may have
 
 constexpr int columns_of(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256; }
 constexpr int chunks_of(int columns) { return (columns + 63) / 64; }
 
 // Shared memory of the forward: Q of each warpgroup, rings of K and V, what cleaning found, barriers, work.
 struct ForwardLayout {
-  int q_bytes, kv_bytes;  // of one warpgroup; of one stage
+  int q_bytes, k_bytes, v_bytes;  // of one warpgroup; of one stage
   int k_at, v_at, found_at, barriers_at, work_at, bytes;
   int threads;
 };
@@ -74,10 +86,11 @@ constexpr int forward_barriers(TileChoice c) { return 4 + 2 * c.consumers + 5 * 
 constexpr ForwardLayout forward_layout(TileChoice c) {
   ForwardLayout l{};
   l.q_bytes = chunks_of(c.columns) * 64 * 128;
-  l.kv_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.k_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.v_bytes = chunks_of(value_columns_of(c)) * c.tile * 128;
   l.k_at = c.consumers * l.q_bytes;
-  l.v_at = l.k_at + c.stages * l.kv_bytes;
-  l.found_at = l.v_at + c.stages * l.kv_bytes;
+  l.v_at = l.k_at + c.stages * l.k_bytes;
+  l.found_at = l.v_at + c.stages * l.v_bytes;
   l.barriers_at = l.found_at + c.stages * 16;
   l.work_at = l.barriers_at + forward_barriers(c) * 8;
   l.bytes = l.work_at + 2 * 48 + 1024;  // 1024: tiles are aligned to that
@@ -85,8 +98,8 @@ constexpr ForwardLayout forward_layout(TileChoice c) {
   return l;
 }
 
-// Shared memory of a backward kernel: two stationary tiles of each warpgroup, a ring of pairs of passing tiles, with lse and
-// delta of passing queries, barriers, work.
+// Shared memory of a backward kernel: two stationary tiles of each warpgroup, a ring of pairs of passing tiles, with
+// lse and delta of passing queries, barriers, work.
 struct BackwardLayout {
   int stay_bytes, pass_bytes;  // of one tile of a warpgroup; of one tile of a stage
   int first_at, second_at, rows_at, exchange_at, barriers_at, work_at, bytes;
@@ -113,7 +126,8 @@ constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false)
 constexpr int prepare_lanes(int Dv) { return Dv <= 64 ? 8 : Dv <= 128 ? 16 : 32; }
 constexpr int prepare_rows(int Dv) { return 256 / prepare_lanes(Dv) * 4; }
 
-// --- Which head, which tile --------------------------------------------------------------------------------------------
+// --- Which head, which tile
+// --------------------------------------------------------------------------------------------
 
 struct WorkItem {
   int b, h, tile;
@@ -129,8 +143,8 @@ MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, in
   return {head / heads, head % heads, s.longest_last ? s.tiles_per_head - 1 - rank : rank};
 }
 
-// `head_bytes`: the passing tensors of one head. Heads share a section as long as their keys and values fill about half of
-// the L2 cache; with equal tiles one head at a time is best.
+// `head_bytes`: the passing tensors of one head. Heads share a section as long as their keys and values fill about half
+// of the L2 cache; with equal tiles one head at a time is best.
 inline HopperSchedule schedule(int heads_in_all, int tiles_per_head, int64_t head_bytes, bool unequal,
                                bool longest_last, int slot) {
   constexpr int64_t section_bytes = 24 << 20;
@@ -142,7 +156,8 @@ inline HopperSchedule schedule(int heads_in_all, int tiles_per_head, int64_t hea
           slot % HopperSchedule::slots};
 }
 
-// --- Visibility of a tile: the rules of attention/visibility.h ----------------------------------------------------------
+// --- Visibility of a tile: the rules of attention/visibility.h
+// ----------------------------------------------------------
 
 struct Visibility {
   int keys;    // of this batch entry

@@ -1,8 +1,8 @@
 // hopper_wgmma.cuh: warpgroup matrix products, 64 x N x 16, 16-bit operands, float32 sums: descriptors, the instruction
 // for each N in use, and loops over the inner dimension. Source: PTX ISA 9.0, "Asynchronous warpgroup level matrix".
 //
-// Tiles in shared memory are as tensor copies with 128-byte swizzle leave them: column chunks of 64 elements, each chunk
-// [rows][128 bytes], starting at a multiple of 1024 bytes.
+// Tiles in shared memory are as tensor copies with 128-byte swizzle leave them: column chunks of 64 elements, each
+// chunk [rows][128 bytes], starting at a multiple of 1024 bytes.
 #pragma once
 
 #include <type_traits>
@@ -13,10 +13,16 @@ namespace mfa::cuda::hopper {
 
 // Descriptor of a swizzled tile at shared address `at`. `chunk_bytes` is the distance between column chunks, read only
 // when the columns are the outer (M or N) dimension of the product; 8 rows of a chunk are always 1024 bytes apart.
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t at, uint32_t chunk_bytes = 16) {
-  constexpr uint64_t swizzle_128 = uint64_t{1} << 62;
-  return swizzle_128 | uint64_t{1024 >> 4} << 32 | uint64_t{chunk_bytes >> 4} << 16 | ((at & 0x3ffff) >> 4);
-}
+// `offset` bytes further: added to the low word alone, since each 64-bit sum would cost five instructions.
+struct TileDescriptor {
+  uint32_t low;
+  __device__ __forceinline__ explicit TileDescriptor(uint32_t at, uint32_t chunk_bytes = 16)
+      : low((chunk_bytes >> 4) << 16 | ((at & 0x3ffff) >> 4)) {}
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+    constexpr uint32_t swizzle_128 = 1u << 30, group_bytes = 1024;
+    return uint64_t{swizzle_128 | group_bytes >> 4} << 32 | (low + (offset >> 4));
+  }
+};
 
 // Orders register writes before the next products, and opens and closes a group of products.
 __device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -26,8 +32,8 @@ template <int pending>
 __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Pins registers at this point of the program: their values are ready before it, and none is read early after it. Needed
-// between a wait and the use of sums, and between computing an operand and the fence before its products.
+// Pins registers at this point of the program: their values are ready before it, and none is read early after it.
+// Needed between a wait and the use of sums, and between computing an operand and the fence before its products.
 template <int n>
 __device__ __forceinline__ void settle(float (&d)[n]) {
 #pragma unroll
@@ -177,24 +183,25 @@ __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], uint32_t a, 
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) d[i] = 0.f;  // costs nothing: says that old values are dead
   asm volatile("" : "+r"(a), "+r"(b));  // descriptors are cheaper made anew than kept: they would fill the registers
-  const uint64_t da = tile_descriptor(a), db = tile_descriptor(b);
+  const TileDescriptor da(a), db(b);
 #pragma unroll
   for (int c = 0; c < depth; c += 16) {
     const int chunk = c / 64, within = c % 64 * 2;
-    Product<N>::template shared_a<T, 0, 0>(d, da + ((chunk * a_rows * 128 + within) >> 4),
-                                           db + ((chunk * b_rows * 128 + within) >> 4), c > 0);
+    Product<N>::template shared_a<T, 0, 0>(d, da.at(chunk * a_rows * 128 + within),
+                                           db.at(chunk * b_rows * 128 + within), c > 0);
   }
 }
 
-// d [64, N] += A B over `depth` rows of B: A [64, depth] packed in registers, B a tile of N columns, `rows` rows a chunk.
+// d [64, N] += A B over `depth` rows of B: A [64, depth] packed in registers, B a tile of N columns, `rows` rows a
+// chunk.
 template <class T, int N, int depth, int rows>
 __device__ __forceinline__ void multiply_rows(float (&d)[N / 2], const uint32_t (&a)[depth / 4], uint32_t b,
                                               int accumulate) {
   asm volatile("" : "+r"(b));
-  const uint64_t db = tile_descriptor(b, rows * 128);
+  const TileDescriptor db(b, rows * 128);
 #pragma unroll
   for (int r = 0; r < depth; r += 16)
-    Product<N>::template register_a<T, 1>(d, a + r / 4, db + ((r * 128) >> 4), r > 0 ? 1 : accumulate);
+    Product<N>::template register_a<T, 1>(d, a + r / 4, db.at(r * 128), r > 0 ? 1 : accumulate);
 }
 
 }  // namespace mfa::cuda::hopper
