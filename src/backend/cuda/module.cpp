@@ -27,7 +27,7 @@ MFA_EMBED(hopper_backward)
 namespace mfa::cuda {
 namespace {
 
-constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = 5, kMaxDevices = 16;
+constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = 6, kMaxDevices = 16;
 
 enum Family { forward, decode, queries, keys, terms, hopper_forward, hopper_backward, kFamilies };
 constexpr const unsigned char* kImages[kFamilies][kDTypes] = {

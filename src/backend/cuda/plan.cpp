@@ -166,7 +166,7 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CallTraits& call, co
                         kWarpRowThreads, 0);
   plan.queries = launch_of(Kernel::backward_queries, dtype, index, heads * row_tiles, threads, shared);
   plan.keys = launch_of(Kernel::backward_keys, dtype, index, heads * key_tiles, threads, shared);
-  if (hopper_takes(p, call, device) && !is_modified(p, call)) plan_hopper_backward(p, call, device, plan);
+  if (hopper_takes_backward(p, call, device)) plan_hopper_backward(p, call, device, plan);
   plan.slopes = launch_of(Kernel::slope_rows, dtype, index, heads * row_tiles, threads, shared);
   plan.heads = launch_of(Kernel::head_gradients, dtype, 0, p.Hq, kHeadThreads, 0);
   const int64_t extent[4] = {p.B, p.Hq, ceil_div(p.Nq, tile.BQ), key_tiles};

@@ -5,10 +5,14 @@
 
 namespace mfa::cuda {
 
-inline constexpr int kHopperColumns[] = {64, 96, 128, 192, 256};  // D and Dv, padded
+// What the wider of D and Dv is padded to, as the kernels are named; the last has fewer columns of values.
+inline constexpr const char* kHopperColumns[] = {"64", "96", "128", "192", "256", "192x128"};
 
 // Whether the forward kernels take the problem.
 bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
+
+// Whether the backward kernels do.
+bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
 
 // Whether more than visibility by position and sinks changes the scores or weights.
 bool is_modified(const AttentionProblem& p, const CallTraits& call);
@@ -16,7 +20,7 @@ bool is_modified(const AttentionProblem& p, const CallTraits& call);
 Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
                            int& key_tile);
 
-// Replaces rows, queries and keys of `plan`. For problems that are not modified.
+// Replaces rows, queries and keys of `plan`.
 void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
                           BackwardPlan& plan);
 

@@ -137,9 +137,16 @@ TEST(CudaPlanHopper, TakesWhatItsKernelsKnow) {
   p.softcap = 0.f;
   p.scale = -1.f;
   EXPECT_EQ(name(p, {}), "forward_tiled_bf16_128");
+  EXPECT_EQ(name(p, {.bias = true}), "hopper_forward_modified_96_bf16");
   p.scale = 1.f;
-  p.Dv = 64;
+  p.Dv = 200;
+  EXPECT_EQ(name(p, {}), "hopper_forward_256_bf16");
+  p.Dv = 60;
   EXPECT_EQ(name(p, {}), "forward_tiled_bf16_128");
+  p.D = 192;
+  p.Dv = 128;
+  EXPECT_EQ(name(p, {}), "hopper_forward_192x128_bf16");
+  EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_mask_192_bf16");
   EXPECT_EQ(name(shape(2, 8, 8, 1000, 1000, 100, DType::bf16), {}), "forward_tiled_bf16_128");
 }
 
