@@ -8,9 +8,10 @@ mkdir -p "$out" "$lib"
 version=$(sed -n 's/^set(MFA_MLX_VERSION \([0-9.]*\)).*/\1/p' "$source/CMakeLists.txt")
 compile() {
   name=$(basename "$1" .cu)
+  [ -e "$3/$name.fatbin" ] && return
   targets=(-gencode=arch=compute_80,code=compute_80 -gencode=arch=compute_80,code=sm_90)
   [[ $name == hopper_* ]] && targets=(-gencode=arch=compute_90a,code=sm_90a)
-  nvcc -std=c++20 -O3 --fatbin "${targets[@]}" -lineinfo --expt-relaxed-constexpr -Xptxas -warn-spills -I "$2/src" \
+  nvcc -std=c++20 -O3 -split-compile 4 --fatbin "${targets[@]}" -lineinfo --expt-relaxed-constexpr -Xptxas -warn-spills -I "$2/src" \
     -o "$3/$name.fatbin" "$1"
 }
 export -f compile

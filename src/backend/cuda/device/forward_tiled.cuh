@@ -116,7 +116,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
           for (int ni = 0; ni < SN; ++ni)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-              const float x = exp2_of<T>(fmaf(s[mi][ni][e + c], factor, -shift));
+              const float x = weight_of<T>(s[mi][ni][e + c], factor, shift);
               s[mi][ni][e + c] = x;
               sum += x;
             }

@@ -111,7 +111,7 @@ struct GradientTiles {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float &x = s[n / 2][ni][2 * (n % 2) + c], &y = d[n / 2][ni][2 * (n % 2) + c];
-          x = exp2_of<T>(fmaf(x, factor, -lse2[n]));
+          x = weight_of<T>(x, factor, lse2[n]);
           if (partial && !(visible[n] >> (2 * ni + c) & 1)) x = 0.f;
           y = x == 0.f ? 0.f : x * y;  // what has no weight gives no gradient, whatever its value
         }

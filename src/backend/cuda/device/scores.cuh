@@ -121,6 +121,16 @@ __device__ __forceinline__ float exp2_of(float x) {
   }
 }
 
+// 2^(s * factor - shift). Float32 rounds the product as the row's maximum was rounded, so that the largest weight is 1.
+template <typename T>
+__device__ __forceinline__ float weight_of(float s, float factor, float shift) {
+  if constexpr (sizeof(T) == 4) {
+    return exp2_of<T>(__fsub_rn(__fmul_rn(s, factor), shift));
+  } else {
+    return exp2_of<T>(fmaf(s, factor, -shift));
+  }
+}
+
 // Whether scores can stay products until the exponential, exp2(scale_log2 * product - shift) in one rounding.
 __device__ __forceinline__ bool defers_scale(const Problem& p) {
   return p.softcap == 0.f && !p.alibi_slopes && !p.bias.data && p.scale_log2 > 0.f;
