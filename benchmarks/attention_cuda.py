@@ -109,9 +109,10 @@ def median_time(run, wait, calls: int, reps: int) -> float:
 
 def mlx_rows(selected: list[Case], reps: int, with_sdpa: bool) -> list[dict]:
     """Times of this library and of MLX's op."""
-    # MLX starts a new graph after so many operations and megabytes; its default would time the starts of short calls.
+    # MLX starts a new graph after so many operations and megabytes; its default would time the starts of short calls,
+    # and much more would let its operations that store the scores pile up their results.
     os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "400")
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000000")
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "4000")
     import mlx.core as mx
     import mlx_mfa as mfa
 
