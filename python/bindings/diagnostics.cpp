@@ -21,6 +21,7 @@ void bind_diagnostics(nb::module_& m) {
         const Counters now = counters();
         nb::dict result;
         result["mfa_cpu"] = now.mfa_cpu;
+        result["mfa_cuda"] = now.mfa_cuda;
         result["mlx_sdpa"] = now.mlx_sdpa;
         result["composed"] = now.composed;
         return result;
@@ -47,6 +48,21 @@ What the kernels use of this processor.
 Returns:
     dict: ``available`` (bool), ``reason`` (str, why not), ``isa`` (str, in use), ``isas`` (list of str, all that can run,
     best first), ``native_bf16`` (bool), ``threads`` (int).
+)");
+  m.def(
+      "gpu_info",
+      [] {
+        const GpuInfo info = gpu_info();
+        nb::dict result;
+        result["available"] = info.available;
+        result["reason"] = info.reason;
+        return result;
+      },
+      R"(
+Whether the library has kernels for the GPU that MLX runs on.
+
+Returns:
+    dict: ``available`` (bool), ``reason`` (str, why not).
 )");
   m.def("set_cpu_threads", &set_cpu_threads, "count"_a, R"(
 Sets the number of threads of the process's pool. Results do not depend on it.

@@ -169,10 +169,10 @@ def explain(
         All as :func:`flash_attention`.
 
     Returns:
-        dict: ``route`` (``"mfa_cpu"``, ``"mlx_sdpa"`` or ``"composed"``), ``kernel`` (str), ``isa`` (instruction set of
-        a CPU kernel, else ``""``), ``tiles`` (query rows of a task, keys of a block), ``splits`` (tasks along the
-        keys), ``tasks``, ``threads``, ``native_bf16`` (bool), and ``refusals``: for each route tried before, in order,
-        a dict of ``route`` and ``reason``.
+        dict: ``route`` (``"mfa_cpu"``, ``"mfa_cuda"``, ``"mlx_sdpa"`` or ``"composed"``), ``kernel`` (str), ``isa``
+        (instruction set of a CPU kernel, else ``""``), ``tiles`` (query rows of a task, keys of a block), ``splits``
+        (tasks along the keys), ``tasks``, ``threads``, ``native_bf16`` (bool), and ``refusals``: for each route tried
+        before, in order, a dict of ``route`` and ``reason``.
 
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention`.

@@ -18,12 +18,12 @@ _KERNELS_PER_ISA = 3  # tiled forward, decode forward, backward
 
 
 def is_mfa_available() -> bool:
-    """Whether this library has a kernel for this machine's processor.
+    """Whether this library has kernels for MLX's default device.
 
     Returns:
-        bool: If False, attention runs as a graph of MLX operations; ``diagnostics()["cpu"]["reason"]`` says why.
+        bool: If False, attention runs as MLX operations; ``diagnostics()`` says why, under ``"cpu"`` or ``"gpu"``.
     """
-    return _ext.cpu_info()["available"]
+    return (_ext.gpu_info() if mx.default_device() == mx.gpu else _ext.cpu_info())["available"]
 
 
 def get_device_info() -> dict[str, Any]:
@@ -112,16 +112,17 @@ def diagnostics() -> dict[str, Any]:
 
     Returns:
         dict: ``version`` and ``mlx_version`` (str), ``platform`` (dict, as the package for Apple GPUs has it), ``cpu``
-        (dict of ``available``, ``reason``, ``isa``, ``isas``, ``native_bf16``, ``threads``), ``calls`` (dict of route
-        to the number of attention calls built so far in the process), ``linear_calls`` (dict of kind to the number of
-        matrix products built for this package's kernels), ``auto_hooks`` (as :func:`mlx_mfa.hooks_status`) and
-        ``active_env_vars`` (dict).
+        (dict of ``available``, ``reason``, ``isa``, ``isas``, ``native_bf16``, ``threads``), ``gpu`` (dict of
+        ``available`` and ``reason``), ``calls`` (dict of route to the number of attention calls built so far in the
+        process), ``linear_calls`` (dict of kind to the number of matrix products built for this package's kernels),
+        ``auto_hooks`` (as :func:`mlx_mfa.hooks_status`) and ``active_env_vars`` (dict).
     """
     return {
         "version": __version__,
         "mlx_version": mx.__version__,
         "platform": {"is_m3_plus": False, "has_nax": False},
         "cpu": _ext.cpu_info(),
+        "gpu": _ext.gpu_info(),
         "calls": _ext.counters(),
         "linear_calls": _ext.linear_counters(),
         "auto_hooks": hooks_status(),

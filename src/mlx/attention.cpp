@@ -8,6 +8,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/composed.h"
 #include "mlx/evaluate.h"
+#include "mlx/gpu.h"
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 
@@ -31,8 +32,12 @@ std::vector<mx::Shape> backward_shapes(const AttentionParams& params, const Want
   return shapes;
 }
 
-[[noreturn]] void refuse_gpu(const char* name) {
-  throw std::runtime_error(concat("[", name, "::eval_gpu] this primitive runs on CPU streams only"));
+// Routing has refused streams for which there is none; a node may still be moved to one.
+GpuAttention& require_gpu(const char* name) {
+  std::string reason;
+  GpuAttention* gpu = gpu_attention(&reason);
+  if (!gpu) throw std::runtime_error(concat("[", name, "::eval_gpu] this primitive cannot run on the GPU: ", reason));
+  return *gpu;
 }
 
 [[noreturn]] void refuse_derivative(const char* what) {
@@ -60,7 +65,9 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
       [evaluated, out]() { cpu::attention_forward(evaluated.with_seed(), out); });
 }
 
-void Attention::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { refuse_gpu(name()); }
+void Attention::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  require_gpu(name()).forward(params_, describe(params_, inputs), inputs, outputs, stream());
+}
 
 std::vector<mx::array> Attention::jvp(const std::vector<mx::array>&, const std::vector<mx::array>&,
                                       const std::vector<int>&) {
@@ -175,7 +182,9 @@ void AttentionBackward::eval_cpu(const std::vector<mx::array>& inputs, std::vect
       [evaluated, in, out]() { cpu::attention_backward(evaluated.with_seed(), in, out); });
 }
 
-void AttentionBackward::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { refuse_gpu(name()); }
+void AttentionBackward::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  require_gpu(name()).backward(params_, wanted_, describe(params_, inputs), inputs, outputs, stream());
+}
 
 std::vector<mx::array> AttentionBackward::jvp(const std::vector<mx::array>&, const std::vector<mx::array>&,
                                               const std::vector<int>&) {

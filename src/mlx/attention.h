@@ -1,4 +1,4 @@
-// attention.h: attention and its backward as MLX primitives on a CPU stream.
+// attention.h: attention and its backward as MLX primitives, on CPU and CUDA streams.
 #pragma once
 
 #include <array>

@@ -4,6 +4,7 @@
 #include "backend/cpu/attention.h"
 #include "common/thread_pool.h"
 #include "mfa/version.h"
+#include "mlx/gpu.h"
 
 namespace mfa {
 
@@ -19,6 +20,12 @@ CpuInfo cpu_info() {
     info.isa = traits->isa;
     info.native_bf16 = traits->native_bf16;
   }
+  return info;
+}
+
+GpuInfo gpu_info() {
+  GpuInfo info;
+  info.available = gpu_attention(&info.reason) != nullptr;
   return info;
 }
 

@@ -129,10 +129,6 @@ mx::array to_int32_lengths(const mx::array& lengths, int Nk, mx::Stream s) {
 
 }  // namespace
 
-DType to_dtype(mx::Dtype dtype) {
-  return dtype == mx::float16 ? DType::f16 : dtype == mx::bfloat16 ? DType::bf16 : DType::f32;
-}
-
 Request make_request(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& o,
                      bool returns_probs, mx::StreamOrDevice stream_or_device) {
   check_tensors(q, k, v);

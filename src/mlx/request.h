@@ -58,7 +58,9 @@ struct Request {
 Request make_request(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
                      bool returns_probs, mx::StreamOrDevice s);
 
-DType to_dtype(mx::Dtype dtype);
+inline DType to_dtype(mx::Dtype dtype) {
+  return dtype == mx::float16 ? DType::f16 : dtype == mx::bfloat16 ? DType::bf16 : DType::f32;
+}
 
 // The problem's sizes and options. Its pointers are null, strides 0.
 AttentionProblem describe(const AttentionParams& params, const std::vector<mx::array>& inputs);

@@ -11,12 +11,13 @@
 #include "mlx/attention.h"
 #include "mlx/composed.h"
 #include "mlx/fast.h"
+#include "mlx/gpu.h"
 #include "mlx/ops.h"
 
 namespace mfa {
 namespace {
 
-std::atomic<uint64_t> calls[3];  // by Route
+std::atomic<uint64_t> calls[4];  // by Route
 
 // o alone, by MLX's op. sdpa_refusal() has found nothing that it would compute differently.
 mx::array mlx_sdpa(const Request& r) {
@@ -33,7 +34,8 @@ std::vector<mx::array> launch(Request request, Backend backend, const WantedOutp
   const Route route = choose(request, backend, wanted);
   calls[static_cast<int>(route)].fetch_add(1, std::memory_order_relaxed);
   switch (route) {
-    case Route::mfa_cpu: {
+    case Route::mfa_cpu:
+    case Route::mfa_cuda: {
       auto outputs = Attention::make(request.stream, request.params, std::move(request.inputs));
       if (wanted.lse) outputs[1] = mx::multiply(outputs[1], mx::array(std::numbers::ln2_v<float>), request.stream);
       return outputs;
@@ -52,6 +54,8 @@ const char* name_of(Route route) {
   switch (route) {
     case Route::mfa_cpu:
       return "mfa_cpu";
+    case Route::mfa_cuda:
+      return "mfa_cuda";
     case Route::mlx_sdpa:
       return "mlx_sdpa";
     case Route::composed:
@@ -61,11 +65,20 @@ const char* name_of(Route route) {
 }
 
 std::optional<std::string> cpu_refusal(const Request& r) {
-  if (r.stream.device != mx::Device::cpu) return "the stream is on a GPU, for which this build has no kernel";
+  if (r.stream.device != mx::Device::cpu) return "the stream is on a GPU";
   std::string reason;
   const auto traits = cpu::kernel_traits(&reason);
   if (!traits) return reason;
   return unsupported(describe(r.params, r.inputs), *traits);
+}
+
+std::optional<std::string> cuda_refusal(const Request& r) {
+  if (r.stream.device != mx::Device::gpu) return "the stream is on the CPU";
+  std::string reason;
+  GpuAttention* gpu = gpu_attention(&reason);
+  if (!gpu) return reason;
+  if (r.params.returns_probs) return "the CUDA kernels do not store the probabilities";
+  return gpu->refusal(describe(r.params, r.inputs));
 }
 
 std::optional<std::string> sdpa_refusal(const Request& r, const WantedOutputs& wanted) {
@@ -91,8 +104,10 @@ Route choose(const Request& request, Backend backend, const WantedOutputs& wante
     return !reason;
   };
   if (backend == Backend::automatic || backend == Backend::mfa) {
-    const auto reason = cpu_refusal(request);
-    if (accepts(Route::mfa_cpu, reason)) return Route::mfa_cpu;
+    const bool on_gpu = request.stream.device == mx::Device::gpu;
+    const Route kernels = on_gpu ? Route::mfa_cuda : Route::mfa_cpu;
+    const auto reason = on_gpu ? cuda_refusal(request) : cpu_refusal(request);
+    if (accepts(kernels, reason)) return kernels;
     if (backend == Backend::mfa) {
       throw std::runtime_error(concat("[flash_attention] backend=\"mfa\" cannot run this problem: ", *reason));
     }
@@ -149,6 +164,15 @@ Explanation explain(const mx::array& q, const mx::array& k, const mx::array& v, 
       e.native_bf16 = plan.native_bf16;
       break;
     }
+    case Route::mfa_cuda: {
+      const GpuKernel kernel = gpu_attention()->kernel(request.params, describe(request.params, request.inputs));
+      e.kernel = kernel.name;
+      e.row_tile = kernel.row_tile;
+      e.key_block = kernel.key_tile;
+      e.splits = kernel.splits;
+      e.tasks = kernel.blocks;
+      break;
+    }
     case Route::mlx_sdpa:
       e.kernel = "mlx.fast.scaled_dot_product_attention";
       break;
@@ -161,7 +185,7 @@ Explanation explain(const mx::array& q, const mx::array& k, const mx::array& v, 
 
 Counters counters() {
   auto read = [](Route route) { return calls[static_cast<int>(route)].load(std::memory_order_relaxed); };
-  return {read(Route::mfa_cpu), read(Route::mlx_sdpa), read(Route::composed)};
+  return {read(Route::mfa_cpu), read(Route::mfa_cuda), read(Route::mlx_sdpa), read(Route::composed)};
 }
 
 void reset_counters() {

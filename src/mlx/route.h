@@ -11,7 +11,7 @@
 
 namespace mfa {
 
-enum class Route { mfa_cpu, mlx_sdpa, composed };
+enum class Route { mfa_cpu, mfa_cuda, mlx_sdpa, composed };
 const char* name_of(Route route);
 
 // What the caller uses of the result.
@@ -22,6 +22,7 @@ struct WantedOutputs {
 
 // Why a route cannot compute the call, or nullopt.
 std::optional<std::string> cpu_refusal(const Request& request);
+std::optional<std::string> cuda_refusal(const Request& request);
 std::optional<std::string> sdpa_refusal(const Request& request, const WantedOutputs& wanted);
 
 // The first route of `backend`'s order that does not refuse. Appends the refusals before it to `refusals` if that is

@@ -3,6 +3,10 @@
 import gc
 import os
 
+# On NVIDIA GPUs MLX multiplies float32 matrices in tf32 unless told otherwise before it is first used: its own
+# operations, and so the composed route, would not have float32's accuracy.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mlx.core as mx
 import pytest
 

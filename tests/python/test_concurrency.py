@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from problems import mfa, random_arrays
 
+DEVICE = mx.default_device()
+
 
 def gradients_and_output(q, k, v, stream=None):
     def loss(q, k, v):
@@ -22,7 +24,7 @@ def test_several_streams_give_the_same_bits():
     arrays = random_arrays(1, *[(1, 4, 200, 32)] * 3)
     mx.eval(arrays)
     expected = gradients_and_output(*arrays)
-    streams = [mx.new_stream(mx.cpu) for _ in range(4)]
+    streams = [mx.new_stream(DEVICE) for _ in range(4)]
     results = [gradients_and_output(*arrays, stream=s) for s in streams]
     mx.eval(results)
     for result in results:
@@ -33,15 +35,15 @@ def test_several_streams_give_the_same_bits():
 def test_stream_argument_takes_devices_and_streams():
     arrays = random_arrays(2, *[(1, 2, 9, 16)] * 3)
     expected = mfa.flash_attention(*arrays)
-    for stream in (None, mx.cpu, mx.Device(mx.cpu), mx.default_stream(mx.cpu)):
+    for stream in (None, DEVICE.type, DEVICE, mx.default_stream(DEVICE)):
         assert mx.array_equal(mfa.flash_attention(*arrays, stream=stream), expected)
-    with mx.stream(mx.new_stream(mx.cpu)):
+    with mx.stream(mx.new_stream(DEVICE)):
         assert mx.array_equal(mfa.flash_attention(*arrays), expected)
 
 
 def test_results_flow_between_streams():
     q, k, v = random_arrays(3, *[(1, 2, 130, 16)] * 3)
-    a, b = mx.new_stream(mx.cpu), mx.new_stream(mx.cpu)
+    a, b = mx.new_stream(DEVICE), mx.new_stream(DEVICE)
     first = mfa.flash_attention(q, k, v, stream=a)
     second = mfa.flash_attention(first, k, v, stream=b)
     plain = mfa.flash_attention(mfa.flash_attention(q, k, v), k, v)
@@ -54,7 +56,7 @@ def test_many_threads_at_once_give_the_same_bits():
     barrier = threading.Barrier(6)
 
     def work(_):
-        stream = mx.new_stream(mx.cpu)
+        stream = mx.new_stream(DEVICE)
         with mx.stream(stream):
             arrays = [mx.array(x) for x in data]
             barrier.wait()

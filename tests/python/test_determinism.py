@@ -8,7 +8,16 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from problems import DTYPES, forward_and_gradients, make_case, make_problem, mfa, needs_kernels, random_arrays
+from problems import (
+    DTYPES,
+    cpu_kernels_only,
+    forward_and_gradients,
+    make_case,
+    make_problem,
+    mfa,
+    needs_kernels,
+    random_arrays,
+)
 
 pytestmark = needs_kernels
 
@@ -58,6 +67,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+@cpu_kernels_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("Nq", [1, 5, 70])
 def test_bits_of_a_sequence_do_not_depend_on_its_batch(Nq, dtype):
@@ -69,6 +79,7 @@ def test_bits_of_a_sequence_do_not_depend_on_its_batch(Nq, dtype):
         assert mx.array_equal(lse[b : b + 1], alone_lse)
 
 
+@cpu_kernels_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [1, 3, 16, 64, 100])
 def test_bits_of_a_row_do_not_depend_on_its_chunk(chunk, dtype):
@@ -83,6 +94,7 @@ def test_bits_of_a_row_do_not_depend_on_its_chunk(chunk, dtype):
         assert mx.array_equal(lse, whole_lse[:, :, begin:end])
 
 
+@cpu_kernels_only
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_memory_layout(dtype):
     p = make_problem(4, B=2, Hq=4, Hkv=2, Nq=65, Nk=130, D=40, dtype=dtype, causal=True)
@@ -93,6 +105,7 @@ def test_bits_do_not_depend_on_the_memory_layout(dtype):
     assert len(digests) == 1
 
 
+@cpu_kernels_only
 def test_bits_of_a_head_do_not_depend_on_the_other_heads():
     q, k, v = random_arrays(5, (1, 8, 65, 32), (1, 4, 130, 32), (1, 4, 130, 32))
     together = mfa.flash_attention(q, k, v)
@@ -101,6 +114,7 @@ def test_bits_of_a_head_do_not_depend_on_the_other_heads():
         assert mx.array_equal(together[:, 2 * h : 2 * h + 2], alone)
 
 
+@cpu_kernels_only
 def test_keys_that_no_row_sees_change_no_bit():
     q, k, v = random_arrays(6, (1, 2, 9, 32), (1, 2, 100, 32), (1, 2, 100, 32))
     short = mfa.flash_attention(q, k[:, :, :60], v[:, :, :60])

@@ -7,7 +7,7 @@ import sys
 
 import mlx.core as mx
 import pytest
-from problems import mfa, needs_kernels, random_arrays
+from problems import ON_GPU, OWN_ROUTE, cpu_kernels_only, mfa, needs_kernels, random_arrays
 
 
 def qkv(Nq=33, Nk=65, dtype="float32", Hq=4, Hkv=2):
@@ -22,17 +22,17 @@ def in_new_process(program, **env):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("Nq", "kernel"), [(1, "decode"), (300, "tiled")])
+@pytest.mark.parametrize(("Nq", "kernel"), [(1, "few_rows" if ON_GPU else "decode"), (300, "tiled")])
 def test_explain_describes_the_kernel(Nq, kernel):
     e = mfa.explain(*qkv(Nq=Nq, Nk=4096), causal=True)
-    assert e["route"] == "mfa_cpu"
-    assert e["kernel"] == kernel
-    assert e["isa"] == mfa.get_device_info()["isa"]
+    assert e["route"] == OWN_ROUTE
+    assert kernel in e["kernel"]
+    assert e["isa"] == ("" if ON_GPU else mfa.get_device_info()["isa"])
     assert len(e["tiles"]) == 2
     assert all(n > 0 for n in e["tiles"])
     assert e["splits"] >= 1
     assert e["tasks"] >= 1
-    assert e["threads"] >= 1
+    assert e["threads"] >= (0 if ON_GPU else 1)
     assert isinstance(e["native_bf16"], bool)
     assert e["refusals"] == []
 
@@ -76,10 +76,10 @@ def test_explain_runs_nothing():
 
 
 @pytest.mark.parametrize(
-    ("options", "route"), [({}, "mfa_cpu"), ({"backend": "sdpa"}, "mlx_sdpa"), ({"backend": "composed"}, "composed")]
+    ("options", "route"), [({}, OWN_ROUTE), ({"backend": "sdpa"}, "mlx_sdpa"), ({"backend": "composed"}, "composed")]
 )
 def test_each_call_is_counted_under_its_route(options, route):
-    if route == "mfa_cpu" and not mfa.is_mfa_available():
+    if route == OWN_ROUTE and not mfa.is_mfa_available():
         pytest.skip("no kernel for this processor")
     before = mfa.diagnostics()["calls"]
     mx.eval(mfa.flash_attention(*qkv(), **options))
@@ -91,9 +91,9 @@ def test_diagnostics_describe_the_installation():
     d = mfa.diagnostics()
     assert d["version"] == mfa.__version__
     assert d["mlx_version"] == mx.__version__
-    assert d["cpu"]["available"] == mfa.is_mfa_available()
+    assert d["gpu" if ON_GPU else "cpu"]["available"] == mfa.is_mfa_available()
     assert set(d["platform"]) == {"is_m3_plus", "has_nax"}
-    assert set(d["calls"]) == {"mfa_cpu", "mlx_sdpa", "composed"}
+    assert set(d["calls"]) == {"mfa_cpu", "mfa_cuda", "mlx_sdpa", "composed"}
     json.dumps(d)
 
 
@@ -107,6 +107,7 @@ def test_environment_variables_are_shown_and_obeyed():
     assert json.loads(run.stdout)[0] == {}
 
 
+@cpu_kernels_only
 @needs_kernels
 def test_instruction_set_can_be_chosen():
     program = (
@@ -119,6 +120,7 @@ def test_instruction_set_can_be_chosen():
         assert run.stdout.split() == [isa, "640.0"]
 
 
+@cpu_kernels_only
 @needs_kernels
 def test_an_unknown_instruction_set_is_a_clear_error():
     program = "import mlx.core as mx, mlx_mfa as m; x = mx.ones((1, 1, 4, 8)); mx.eval(m.flash_attention(x, x, x))"

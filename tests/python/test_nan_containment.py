@@ -7,6 +7,7 @@ from problems import (
     DTYPES,
     arrays_of,
     attention,
+    cpu_kernels_only,
     forward_and_gradients,
     make_case,
     make_problem,
@@ -57,6 +58,7 @@ def test_keys_hidden_from_all_rows_reach_no_output_and_no_gradient(hiding, Nq, p
         assert (to_numpy(dirty[name])[:, :, hidden] == 0).all()
 
 
+@cpu_kernels_only  # more than docs/semantics.md promises
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", POISONS)

@@ -1,0 +1,400 @@
+// hopper_backward.cuh: gradients of q, k and v for 16-bit inputs. Two kernels, no atomics, the same bits every time:
+// one keeps queries and walks keys (dq), one keeps keys and walks queries (dk, dv). Both recompute P = exp2(S - lse).
+//
+//   S = Q K^T,  dP = dO V^T,  dS = P (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO
+//
+// The same main loop serves both: a warpgroup keeps 64 rows of the stationary pair (Q, dO) or (K, V) and multiplies
+// them by tiles of the passing pair (K, V) or (Q, dO), so the dk, dv kernel works on transposed tiles. P and dS stay in
+// registers as operands. Products are queued in order: those of the next tile follow while exponents of this one are
+// computed. Source: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.
+//
+// As in the forward, passing tiles that are not seen in full are cleaned of NaN and infinity first, because their zero
+// weights would not keep those out of the sums. Rows that do see such a key have a NaN lse, and so get their NaN.
+#pragma once
+
+#include "hopper_softmax.cuh"
+
+namespace mfa::cuda::hopper {
+
+enum class Gradient { dq, dkv, dkv_shared };
+
+constexpr TileChoice backward_choice(Gradient g, int choice) {
+  return g == Gradient::dq ? dq_tiles[choice] : g == Gradient::dkv ? dkv_tiles[choice] : dkv_shared_tiles[choice];
+}
+
+template <class T_, Gradient gradient, int choice>
+struct BackwardTile {
+  using T = T_;
+  static constexpr bool keeps_queries = gradient == Gradient::dq;
+  static constexpr bool values = !keeps_queries;  // sums dv as well
+  static constexpr bool shared_keys = gradient == Gradient::dkv_shared;
+  static constexpr TileChoice c = backward_choice(gradient, choice);
+  static constexpr int columns = c.columns, consumers = c.consumers, rows = 64 * consumers, BN = c.tile,
+                       stages = c.stages;
+  static constexpr BackwardLayout layout = backward_layout(c, shared_keys);
+  static constexpr int threads = layout.threads, consumer_warps = threads / 32 - 4;
+  // dk and dv of 128 columns leave no room in 232 registers.
+  static constexpr int feeder_registers = gradient == Gradient::dkv && columns == 128 ? 24 : 40,
+                       consumer_registers = gradient == Gradient::dkv && columns == 128 ? 240 : 232;
+  // Barriers, in order.
+  static constexpr int work_full = 0, work_empty = 2, p_full = 4, p_empty = 6, stay_full = 8,
+                       stay_empty = stay_full + consumers, first_full = stay_empty + consumers,
+                       second_full = first_full + stages, first_empty = second_full + stages,
+                       second_empty = first_empty + stages, clean = second_empty + stages, barriers = clean + stages;
+  static_assert(barriers == backward_barriers(c));
+  static_assert(layout.bytes <= shared_bytes_of_block);
+};
+
+template <class Tile>
+struct BackwardShared {
+  unsigned char* base;  // aligned to 1024 bytes
+  uint32_t at;
+
+  __device__ __forceinline__ explicit BackwardShared(unsigned char* raw) {
+    at = (shared_address(raw) + 1023) & ~1023u;
+    base = raw + (at - shared_address(raw));
+  }
+  __device__ __forceinline__ uint32_t barrier(int i) const { return at + Tile::layout.barriers_at + i * 8; }
+  __device__ __forceinline__ uint32_t stay(int which, int warpgroup) const {
+    return at + (which * Tile::consumers + warpgroup) * Tile::layout.stay_bytes;
+  }
+  __device__ __forceinline__ uint32_t first(int stage) const {
+    return at + Tile::layout.first_at + stage * Tile::layout.pass_bytes;
+  }
+  __device__ __forceinline__ uint32_t second(int stage) const {
+    return at + Tile::layout.second_at + stage * Tile::layout.pass_bytes;
+  }
+  // Base-2 lse, then delta, of the passing queries.
+  __device__ __forceinline__ int rows_at(int stage) const { return Tile::layout.rows_at + stage * Tile::BN * 8; }
+  __device__ __forceinline__ const float* row_lse(int stage) const {
+    return reinterpret_cast<const float*>(base + rows_at(stage));
+  }
+  __device__ __forceinline__ const float* row_delta(int stage) const { return row_lse(stage) + Tile::BN; }
+  __device__ __forceinline__ SharedWork work(int slot) const {
+    return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
+  }
+};
+
+// For dk and dv the passing tiles are repeated for each query head of the group.
+template <class Tile>
+__device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& p, const HopperSchedule& s, int id) {
+  if (id >= s.tiles) {
+    to.set_end();
+    return;
+  }
+  const int heads = Tile::keeps_queries ? p.Hq : p.Hkv;
+  to.set_item(work_item(s, p.B * heads, heads, id), Tile::rows);
+  to.set_visibility(visibility(p, to.b()));
+  const int row0 = to.row0();
+  if constexpr (Tile::keeps_queries)
+    to.set_tiles(key_tiles<Tile::BN>(to.see(), row0, min(row0 + Tile::rows, p.Nq)), 1);
+  else
+    to.set_tiles(query_tiles<Tile::BN>(to.see(), p.Nq, row0, Tile::rows), p.G);
+}
+
+struct BackwardMaps {
+  const TensorMap *stay_first, *stay_second, *pass_first, *pass_second;
+};
+
+// The feeding warpgroup's first thread.
+template <class Tile>
+__device__ __forceinline__ void feed(const BackwardParams& params, const HopperSchedule& s,
+                                     const BackwardShared<Tile>& shared, const BackwardMaps& maps) {
+  const Problem& p = params.p;
+  Ring<2> slot;
+  Ring<1> stay;
+  Ring<Tile::stages> ring;
+  for (int id = blockIdx.x;; id = draw_tile(s)) {
+    barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
+    const SharedWork w = shared.work(slot.stage());
+    leave_work<Tile>(w, p, s, id);
+    barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
+    slot.advance();
+    if (w.b() < 0) break;
+    if (!w.passes()) continue;
+    const auto load_pair = [&](int head, int n) {
+      const uint32_t full = shared.barrier(Tile::first_full + ring.stage());
+      barrier_wait(shared.barrier(Tile::first_empty + ring.stage()), ring.parity() ^ 1);
+      if constexpr (Tile::keeps_queries) {
+        barrier_arrive_expect(full, Tile::layout.pass_bytes);
+      } else {
+        // Rows past the padded end are not read, and masked: such a tile is not full.
+        const int64_t row = (int64_t{w.b()} * p.Hq + head) * params.Nq_padded + n * Tile::BN;
+        const uint32_t bytes = min(Tile::BN, params.Nq_padded - n * Tile::BN) * 4;
+        barrier_arrive_expect(full, Tile::layout.pass_bytes + 2 * bytes);
+        copy_bytes(shared.at + shared.rows_at(ring.stage()), params.lse2 + row, bytes, full);
+        copy_bytes(shared.at + shared.rows_at(ring.stage()) + Tile::BN * 4, params.delta + row, bytes, full);
+      }
+      load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage()), maps.pass_first, full, n * Tile::BN, head, w.b());
+      const uint32_t full_second = shared.barrier(Tile::second_full + ring.stage());
+      barrier_wait(shared.barrier(Tile::second_empty + ring.stage()), ring.parity() ^ 1);
+      barrier_arrive_expect(full_second, Tile::layout.pass_bytes);
+      load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage()), maps.pass_second, full_second, n * Tile::BN, head,
+                                         w.b());
+      ring.advance();
+    };
+    // The stationary tiles follow the first passing ones: those find room while the work before is still finishing.
+    bool kept = false;
+    for (int pass = 0; pass < w.passes(); ++pass) {
+      const int head = Tile::keeps_queries ? w.h() / p.G : w.h() * p.G + pass;
+      for (int n = w.first(); n < w.last(); ++n) {
+        load_pair(head, n);
+        if (kept) continue;
+        kept = true;
+#pragma unroll 1
+        for (int i = 0; i < Tile::consumers; ++i) {
+          const uint32_t full = shared.barrier(Tile::stay_full + i);
+          barrier_wait(shared.barrier(Tile::stay_empty + i), stay.parity() ^ 1);
+          barrier_arrive_expect(full, 2 * Tile::layout.stay_bytes);
+          load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, full, w.row0() + 64 * i, w.h(), w.b());
+          load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, full, w.row0() + 64 * i, w.h(), w.b());
+        }
+        stay.advance();
+      }
+    }
+  }
+}
+
+// The feeding warpgroup's other warps: clean passing tiles that are not seen in full, the second of the pair only where
+// it is summed.
+template <class Tile>
+__device__ __forceinline__ void clean(const BackwardShared<Tile>& shared, int warp, int lane) {
+  Ring<2> slot;
+  Ring<Tile::stages> ring;
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
+    for (int pass = 0; pass < passes; ++pass)
+      for (int n = work.first(); n < work.last(); ++n) {
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
+        if (!work.full(n)) {
+          using T = typename Tile::T;
+          constexpr int bytes = Tile::layout.pass_bytes;
+          clean_tile<T, bytes, 3>(shared.base + (shared.first(ring.stage()) - shared.at), warp, lane);
+          if constexpr (Tile::values)
+            clean_tile<T, bytes, 3>(shared.base + (shared.second(ring.stage()) - shared.at), warp, lane);
+          fence_async_shared();
+          __syncwarp();
+          if (lane == 0) barrier_arrive(shared.barrier(Tile::clean + ring.stage()));
+        }
+        __syncwarp();
+        if (lane == 0) {
+          barrier_arrive(shared.barrier(Tile::first_empty + ring.stage()));
+          barrier_arrive(shared.barrier(Tile::second_empty + ring.stage()));
+        }
+        ring.advance();
+      }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
+  }
+}
+
+// The passing rows that a stationary row meets: keys that a query sees, or queries that see a key.
+template <class Tile>
+__device__ __forceinline__ void meets(const Visibility& see, int Nq, int row, int& begin, int& end) {
+  if constexpr (Tile::keeps_queries) {
+    begin = see.begin(row);
+    end = row < Nq ? see.end(row) : 0;
+  } else {
+    const int first = see.right < 0 ? 0 : row - see.offset - see.right;
+    const int last = see.left < 0 ? Nq : row - see.offset + see.left + 1;
+    begin = max(first, 0);
+    end = row < see.keys ? min(last, Nq) : 0;
+  }
+}
+
+// Scores become probabilities. `lse` is of kept queries; that of passing ones is in shared memory.
+template <class Tile>
+__device__ __forceinline__ void exponents(float (&x)[Tile::BN / 2], const float (&lse)[2],
+                                          const BackwardShared<Tile>& shared, int stage, float scale_log2, int lane) {
+#pragma unroll
+  for (int i = 0; i < Tile::BN / 8; ++i) {
+    float2 column;
+    if constexpr (!Tile::keeps_queries)
+      column = *reinterpret_cast<const float2*>(shared.row_lse(stage) + 8 * i + 2 * (lane % 4));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float l = Tile::keeps_queries ? lse[j / 2] : j % 2 ? column.y : column.x;
+      x[4 * i + j] = exp2_fast(fmaf(x[4 * i + j], scale_log2, -l));
+    }
+  }
+}
+
+// dP becomes dS = P (dP - delta).
+template <class Tile>
+__device__ __forceinline__ void score_gradients(const float (&x)[Tile::BN / 2], float (&y)[Tile::BN / 2],
+                                                const float (&delta)[2], const BackwardShared<Tile>& shared, int stage,
+                                                int lane) {
+#pragma unroll
+  for (int i = 0; i < Tile::BN / 8; ++i) {
+    float2 column;
+    if constexpr (!Tile::keeps_queries)
+      column = *reinterpret_cast<const float2*>(shared.row_delta(stage) + 8 * i + 2 * (lane % 4));
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      y[4 * i + j] = x[4 * i + j] * (y[4 * i + j] - (Tile::keeps_queries ? delta[j / 2] : j % 2 ? column.y : column.x));
+  }
+}
+
+// Probabilities of what is not seen become zero, whatever they were. column0: first passing row of the tile.
+template <class Tile>
+__device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const BackwardShared<Tile>& shared, int stage,
+                                          const SharedWork& work, int Nq, int row_in_tile, int column0, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int begin, end;
+    meets<Tile>(work.see(), Nq, work.row0() + row_in_tile + 8 * r, begin, end);
+    const uint32_t width = max(end - begin, 0);
+    begin -= column0 + 2 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < Tile::BN / 8; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& value = x[4 * i + 2 * r + e];
+        // delta is finite unless d_o is not: then dv must not miss it, though the tile is clean.
+        const float spoil = Tile::values ? 0.f * shared.row_delta(stage)[8 * i + e + 2 * (lane % 4)] : 0.f;
+        value = static_cast<uint32_t>(8 * i + e - begin) < width ? value + spoil : 0.f;
+      }
+  }
+}
+
+// Where the probability is zero, so is dS: a NaN in what is not seen would survive the product.
+template <int BN>
+__device__ __forceinline__ void drop_unseen(const float (&x)[BN / 2], float (&y)[BN / 2]) {
+#pragma unroll
+  for (int i = 0; i < BN / 2; ++i)
+    if (x[i] == 0.f) y[i] = 0.f;
+}
+
+// The two rows of a lane of a gradient, times `scale`.
+template <class Tile>
+__device__ __forceinline__ void write_gradient(const float (&d)[Tile::columns / 2], const MutableTensor& to,
+                                               const SharedWork& work, int row_in_tile, int rows, int width,
+                                               float scale, int lane) {
+  using T = typename Tile::T;
+  if (!to.data) return;
+  const float weight[2] = {scale, scale};
+  T* at[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = work.row0() + row_in_tile + 8 * r;
+    at[r] = row < rows
+                ? static_cast<T*>(to.data) + work.b() * to.stride[0] + work.h() * to.stride[1] + row * to.stride[2]
+                : nullptr;
+  }
+  write_rows<T, Tile::columns>(d, weight, at, width, lane);
+}
+
+template <class Tile>
+__device__ __forceinline__ void consume(const BackwardParams& params, const BackwardShared<Tile>& shared, int warpgroup,
+                                        int thread) {
+  using T = typename Tile::T;
+  constexpr int BN = Tile::BN, columns = Tile::columns;
+  const Problem& p = params.p;
+  const int lane = thread % 32, row_in_tile = 64 * warpgroup + thread / 32 * 16 + lane / 4;
+
+  Ring<2> slot;
+  Ring<1> stay;
+  Ring<Tile::stages> ring;
+  uint32_t clean_parity = 0;  // one bit a stage
+  const auto release = [&](int barrier) {
+    __syncwarp();
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
+  };
+
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
+    float lse[2], delta[2];  // of kept queries
+    if constexpr (Tile::keeps_queries) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int query = work.row0() + row_in_tile + 8 * r;
+        const int64_t at = (int64_t{work.b()} * p.Hq + work.h()) * params.Nq_padded + query;
+        lse[r] = query < p.Nq ? params.lse2[at] : INFINITY;
+        delta[r] = query < p.Nq ? params.delta[at] : 0.f;
+      }
+    }
+    float sums[columns / 2] = {};                       // dS times the first of the pair: dq or dk
+    float sums_v[Tile::values ? columns / 2 : 1] = {};  // P times the second: dv
+    float x[BN / 2], y[BN / 2];                         // S, then P; dP, then dS
+    uint32_t packed_p[BN / 4], packed_ds[BN / 4];
+
+    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full + warpgroup), stay.parity());
+    bool started = false;
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass)
+#pragma unroll 1
+      for (int n = work.first(); n < work.last(); ++n) {
+        const bool partial = !work.full(n);
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
+        if (partial) {
+          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
+          clean_parity ^= 1u << ring.stage();
+        }
+        products_fence();
+        multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, warpgroup), shared.first(ring.stage()));
+        products_commit();
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
+        products_fence();
+        multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage()));
+        products_commit();
+        products_wait<1>();
+        settle(x);
+        // The products of the round before are finished too.
+        if (started) {
+          release(Tile::first_empty + ring.stage_before());
+          if constexpr (Tile::values) release(Tile::second_empty + ring.stage_before());
+        }
+        started = true;
+
+        exponents<Tile>(x, lse, shared, ring.stage(), p.scale_log2, lane);
+        if (partial) keep_seen<Tile>(x, shared, ring.stage(), work, p.Nq, row_in_tile, n * BN, lane);
+        if constexpr (Tile::values) {
+          pack_fragment<T, BN>(x, packed_p);
+          settle(packed_p);
+          products_fence();
+          multiply_rows<T, columns, BN, BN>(sums_v, packed_p, shared.second(ring.stage()), 1);
+          products_commit();
+        }
+        settle(x);
+        products_wait<Tile::values ? 1 : 0>();
+        settle(y);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty + warpgroup),
+                          lane == 0 && pass == passes - 1 && n == work.last() - 1);
+        if constexpr (!Tile::values) release(Tile::second_empty + ring.stage());
+        score_gradients<Tile>(x, y, delta, shared, ring.stage(), lane);
+        if (partial) drop_unseen<BN>(x, y);
+        pack_fragment<T, BN>(y, packed_ds);
+        settle(packed_ds);
+        products_fence();
+        multiply_rows<T, columns, BN, BN>(sums, packed_ds, shared.first(ring.stage()), 1);
+        products_commit();
+        if constexpr (Tile::values) products_wait<1>();  // frees packed_p
+        ring.advance();
+      }
+    products_wait<0>();
+    settle(sums);
+    settle(sums_v);
+    if (passes > 0) {
+      release(Tile::first_empty + ring.stage_before());
+      if constexpr (Tile::values) release(Tile::second_empty + ring.stage_before());
+      stay.advance();
+    }
+
+    if constexpr (Tile::keeps_queries) {
+      write_gradient<Tile>(sums, params.dq, work, row_in_tile, p.Nq, p.D, p.scale, lane);
+    } else {
+      write_gradient<Tile>(sums, params.dk, work, row_in_tile, p.Nk, p.D, p.scale, lane);
+      write_gradient<Tile>(sums_v, params.dv, work, row_in_tile, p.Nk, p.Dv, 1.f, lane);
+    }
+    release(Tile::work_empty + slot.stage());
+  }
+}
+
+}  // namespace mfa::cuda::hopper

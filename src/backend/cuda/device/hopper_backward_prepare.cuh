@@ -1,0 +1,50 @@
+// hopper_backward_prepare.cuh: what the backward kernels need of each query row.
+#pragma once
+
+#include "hopper_softmax.cuh"
+
+namespace mfa::cuda::hopper {
+
+// delta = sum_d o d_o - dlse and the base-2 lse, rows padded to Nq_padded. Grid: ceil(Nq_padded / prepare_rows(Dv)),
+// Hq, B blocks of 256.
+template <class T>
+__device__ __forceinline__ void prepare(const BackwardParams& params) {
+  constexpr int rows_a_lane = 4;
+  const Problem& p = params.p;
+  const int lanes = prepare_lanes(p.Dv), lane = threadIdx.x % lanes, h = blockIdx.y, b = blockIdx.z;
+  const int row0 = blockIdx.x * prepare_rows(p.Dv) + threadIdx.x / lanes, step = 256 / lanes;
+  const T* o_head = static_cast<const T*>(params.o.data) + b * params.o.stride[0] + h * params.o.stride[1] + lane * 8;
+  const T* d_o_head =
+      static_cast<const T*>(params.d_o.data) + b * params.d_o.stride[0] + h * params.d_o.stride[1] + lane * 8;
+  uint4 o[rows_a_lane], d_o[rows_a_lane];
+#pragma unroll
+  for (int r = 0; r < rows_a_lane; ++r) {
+    const int i = row0 + r * step;
+    o[r] = d_o[r] = {0, 0, 0, 0};
+    if (i >= p.Nq || lane * 8 >= p.Dv) continue;
+    o[r] = *reinterpret_cast<const uint4*>(o_head + i * params.o.stride[2]);
+    d_o[r] = *reinterpret_cast<const uint4*>(d_o_head + i * params.d_o.stride[2]);
+  }
+  const int64_t head = int64_t{b} * p.Hq + h;
+#pragma unroll
+  for (int r = 0; r < rows_a_lane; ++r) {
+    const T* x = reinterpret_cast<const T*>(&o[r]);
+    const T* y = reinterpret_cast<const T*>(&d_o[r]);
+    float delta = 0.f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) delta = fmaf(static_cast<float>(x[e]), static_cast<float>(y[e]), delta);
+    for (int distance = lanes / 2; distance; distance /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+    const int i = row0 + r * step;
+    if (i >= params.Nq_padded || lane != 0) continue;
+    float lse = INFINITY;
+    if (i < p.Nq) {
+      if (params.dlse) delta -= params.dlse[head * p.Nq + i];
+      lse = params.lse[head * p.Nq + i];
+      lse = lse == -INFINITY ? INFINITY : params.lse_base2 ? lse : lse * log2_e;
+    }
+    params.delta[head * params.Nq_padded + i] = delta;
+    params.lse2[head * params.Nq_padded + i] = lse;
+  }
+}
+
+}  // namespace mfa::cuda::hopper

@@ -1,0 +1,226 @@
+// hopper_backward_shared.cuh: dk and dv of wide heads, whose sums do not fit one warpgroup: two work on the same 64
+// keys. One computes S^T and P^T, sums dv and passes P^T on through shared memory; the other computes dP^T and sums dk.
+#pragma once
+
+#include "hopper_backward.cuh"
+
+namespace mfa::cuda::hopper {
+
+// Each thread hands BN / 2 floats to the thread of its number in the other warpgroup.
+template <class Tile>
+__device__ __forceinline__ float4* exchange(const BackwardShared<Tile>& shared, int buffer, int thread) {
+  return reinterpret_cast<float4*>(shared.base + Tile::layout.exchange_at + buffer * 64 * Tile::BN * 4) + thread;
+}
+
+template <class Tile>
+__device__ __forceinline__ void consume_values(const BackwardParams& params, const BackwardShared<Tile>& shared,
+                                               int thread) {
+  using T = typename Tile::T;
+  constexpr int BN = Tile::BN, columns = Tile::columns;
+  const Problem& p = params.p;
+  const int lane = thread % 32, row_in_tile = thread / 32 * 16 + lane / 4;
+  Ring<2> slot, p_ring;
+  Ring<1> stay;
+  Ring<Tile::stages> ring;
+  uint32_t clean_parity = 0;  // one bit a stage
+  const auto release = [&](int barrier) {
+    __syncwarp();
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
+  };
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
+    float sums[columns / 2] = {};
+    float x[BN / 2];
+    uint32_t packed[BN / 4];
+    bool started = false;
+    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full), stay.parity());
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass)
+#pragma unroll 1
+      for (int n = work.first(); n < work.last(); ++n) {
+        const bool partial = !work.full(n);
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
+        if (partial) {
+          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
+          clean_parity ^= 1u << ring.stage();
+        }
+        products_fence();
+        multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 0), shared.first(ring.stage()));
+        products_commit();
+        products_wait<0>();
+        settle(x);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty), lane == 0 && pass == passes - 1 && n == work.last() - 1);
+        if (started) {
+          release(Tile::first_empty + ring.stage_before());
+          release(Tile::second_empty + ring.stage_before());
+        }
+        started = true;
+
+        const float none[2] = {};
+        exponents<Tile>(x, none, shared, ring.stage(), p.scale_log2, lane);
+        if (partial) keep_seen<Tile>(x, shared, ring.stage(), work, p.Nq, row_in_tile, n * BN, lane);
+        barrier_wait(shared.barrier(Tile::p_empty + p_ring.stage()), p_ring.parity() ^ 1);
+        float4* to = exchange(shared, p_ring.stage(), thread);
+#pragma unroll
+        for (int i = 0; i < BN / 8; ++i) to[128 * i] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
+        release(Tile::p_full + p_ring.stage());
+        p_ring.advance();
+        pack_fragment<T, BN>(x, packed);
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
+        settle(packed);
+        products_fence();
+        multiply_rows<T, columns, BN, BN>(sums, packed, shared.second(ring.stage()), 1);
+        products_commit();
+        ring.advance();
+      }
+    products_wait<0>();
+    settle(sums);
+    if (passes > 0) {
+      release(Tile::first_empty + ring.stage_before());
+      release(Tile::second_empty + ring.stage_before());
+      stay.advance();
+    }
+    write_gradient<Tile>(sums, params.dv, work, row_in_tile, p.Nk, p.Dv, 1.f, lane);
+    release(Tile::work_empty + slot.stage());
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void consume_keys(const BackwardParams& params, const BackwardShared<Tile>& shared,
+                                             int thread) {
+  using T = typename Tile::T;
+  constexpr int BN = Tile::BN, columns = Tile::columns;
+  const Problem& p = params.p;
+  const int lane = thread % 32, row_in_tile = thread / 32 * 16 + lane / 4;
+  Ring<2> slot, p_ring;
+  Ring<1> stay;
+  Ring<Tile::stages> ring;
+  uint32_t clean_parity = 0;  // one bit a stage
+  const auto release = [&](int barrier) {
+    __syncwarp();
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
+  };
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int passes = work.passes();
+    float sums[columns / 2] = {};
+    float x[BN / 2], y[BN / 2];
+    uint32_t packed[BN / 4];
+    bool started = false;
+    if (passes > 0) barrier_wait(shared.barrier(Tile::stay_full), stay.parity());
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass)
+#pragma unroll 1
+      for (int n = work.first(); n < work.last(); ++n) {
+        const bool partial = !work.full(n);
+        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
+        if (partial) {
+          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
+          clean_parity ^= 1u << ring.stage();
+        }
+        products_fence();
+        multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, 0), shared.second(ring.stage()));
+        products_commit();
+        products_wait<0>();
+        settle(y);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty), lane == 0 && pass == passes - 1 && n == work.last() - 1);
+        if (started) {
+          release(Tile::first_empty + ring.stage_before());
+          release(Tile::second_empty + ring.stage_before());
+        }
+        started = true;
+
+        barrier_wait(shared.barrier(Tile::p_full + p_ring.stage()), p_ring.parity());
+        const float4* from = exchange(shared, p_ring.stage(), thread);
+#pragma unroll
+        for (int i = 0; i < BN / 8; ++i) {
+          const float4 got = from[128 * i];
+          x[4 * i] = got.x, x[4 * i + 1] = got.y, x[4 * i + 2] = got.z, x[4 * i + 3] = got.w;
+        }
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
+        const float none[2] = {};
+        score_gradients<Tile>(x, y, none, shared, ring.stage(), lane);
+        if (partial) drop_unseen<BN>(x, y);
+        release(Tile::p_empty + p_ring.stage());
+        p_ring.advance();
+        pack_fragment<T, BN>(y, packed);
+        settle(packed);
+        products_fence();
+        multiply_rows<T, columns, BN, BN>(sums, packed, shared.first(ring.stage()), 1);
+        products_commit();
+        ring.advance();
+      }
+    products_wait<0>();
+    settle(sums);
+    if (passes > 0) {
+      release(Tile::first_empty + ring.stage_before());
+      release(Tile::second_empty + ring.stage_before());
+      stay.advance();
+    }
+    write_gradient<Tile>(sums, params.dk, work, row_in_tile, p.Nk, p.D, p.scale, lane);
+    release(Tile::work_empty + slot.stage());
+  }
+}
+
+// Grid: at most one block an SM, no more than there are tiles.
+template <class Tile>
+__device__ __forceinline__ void backward(const BackwardParams& params, const HopperSchedule& s,
+                                         const BackwardMaps& maps) {
+  extern __shared__ unsigned char raw_shared[];
+  const BackwardShared<Tile> shared(raw_shared);
+  // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    prefetch_map(maps.stay_first);
+    prefetch_map(maps.stay_second);
+    prefetch_map(maps.pass_first);
+    prefetch_map(maps.pass_second);
+    constexpr int readers = Tile::consumer_warps + 3;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.barrier(Tile::work_full + i), 1);
+      barrier_init(shared.barrier(Tile::work_empty + i), readers);
+      barrier_init(shared.barrier(Tile::p_full + i), 4);
+      barrier_init(shared.barrier(Tile::p_empty + i), 4);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::consumers; ++i) {
+      barrier_init(shared.barrier(Tile::stay_full + i), 1);
+      barrier_init(shared.barrier(Tile::stay_empty + i), Tile::consumer_warps / Tile::consumers);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::stages; ++i) {
+      barrier_init(shared.barrier(Tile::first_full + i), 1);
+      barrier_init(shared.barrier(Tile::second_full + i), 1);
+      barrier_init(shared.barrier(Tile::first_empty + i), readers);
+      barrier_init(shared.barrier(Tile::second_empty + i), readers);
+      barrier_init(shared.barrier(Tile::clean + i), 3);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    give_registers<Tile::feeder_registers>();
+    if (warp == 0) {
+      if (lane == 0) feed<Tile>(params, s, shared, maps);
+    } else {
+      clean<Tile>(shared, warp - 1, lane);
+    }
+  } else {
+    take_registers<Tile::consumer_registers>();
+    if constexpr (!Tile::shared_keys)
+      consume<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
+    else if (warpgroup == 1)
+      consume_values<Tile>(params, shared, threadIdx.x % 128);
+    else
+      consume_keys<Tile>(params, shared, threadIdx.x % 128);
+  }
+}
+
+}  // namespace mfa::cuda::hopper

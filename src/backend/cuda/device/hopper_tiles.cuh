@@ -1,0 +1,234 @@
+// hopper_tiles.cuh: the tile choice of every Hopper kernel, how work is handed to blocks, and which key tiles a query
+// tile visits. Included by kernels and host.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+#ifdef __CUDACC__
+#define MFA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MFA_HOST_DEVICE inline
+#endif
+
+namespace mfa::cuda {
+
+// Blocks draw tiles from a counter, so that unequal tiles balance. `slot` names the counter; calls in flight at the
+// same time need different ones. A kernel leaves its counter at zero.
+struct HopperSchedule {
+  static constexpr int slots = 4096;
+  int32_t tiles;              // in all
+  int32_t tiles_per_head;     // query tiles (forward, dq) or key tiles (dk, dv) of a head
+  int32_t heads_per_section;  // heads that are worked on together, so that what they read stays in the L2 cache
+  int32_t longest_last;       // tile 0 of a head is the shortest: hand out the last one first
+  int32_t slot;
+};
+
+namespace hopper {
+
+// --- Tile choice. D and Dv are padded with zeros to `columns`; a warpgroup owns 64 rows.
+// -------------------------------
+
+struct TileChoice {
+  int columns;            // of q, k and v
+  int consumers;          // warpgroups that multiply
+  int tile;               // keys (forward, dq) or queries (dk, dv) a step
+  int stages;             // of the rings of those tiles
+  bool alternate;         // warpgroups take turns at issuing products
+  int value_columns = 0;  // of v and o, where they are fewer; 0: the same
+};
+constexpr int value_columns_of(TileChoice c) { return c.value_columns ? c.value_columns : c.columns; }
+
+constexpr TileChoice forward_tiles[] = {
+    {64, 3, 128, 2, false},  {96, 3, 112, 2, false}, {128, 2, 128, 2, false},
+    {192, 2, 112, 2, false}, {256, 2, 80, 2, true},  {192, 2, 128, 2, false, 128},
+};
+// The same with every modifier of scores, which need registers.
+constexpr TileChoice forward_modified_tiles[] = {
+    {64, 2, 64, 2, false},  {96, 2, 64, 2, false},  {128, 2, 64, 2, false},
+    {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
+};
+// The same with a boolean mask alone.
+constexpr TileChoice forward_mask_tiles[] = {
+    {64, 3, 112, 3, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false},
+    {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
+};
+// Queries stay, keys and values pass.
+constexpr TileChoice dq_tiles[] = {
+    {64, 2, 128, 3, false}, {96, 2, 80, 3, false},  {128, 2, 80, 3, false},
+    {192, 2, 48, 3, false}, {256, 2, 32, 3, false},
+};
+// Keys and values stay, queries pass.
+constexpr TileChoice dkv_tiles[] = {
+    {64, 2, 96, 2, false},
+    {96, 2, 64, 2, false},
+    {128, 2, 64, 2, false},
+};
+// The same for wide heads, where one warpgroup cannot hold dk and dv: two work on the same 64 keys, one on each.
+constexpr TileChoice dkv_shared_tiles[] = {
+    {192, 1, 80, 2, false},
+    {256, 1, 64, 2, false},
+};
+
+constexpr int shared_bytes_of_block = 227 * 1024;  // the most that a block may have
+
+constexpr int columns_of(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256; }
+constexpr int chunks_of(int columns) { return (columns + 63) / 64; }
+
+// Shared memory of the forward: Q of each warpgroup, rings of K and V, what cleaning found, barriers, work.
+struct ForwardLayout {
+  int q_bytes, k_bytes, v_bytes;  // of one warpgroup; of one stage
+  int k_at, v_at, found_at, barriers_at, work_at, bytes;
+  int threads;
+};
+constexpr int forward_barriers(TileChoice c) { return 4 + 2 * c.consumers + 5 * c.stages; }
+constexpr ForwardLayout forward_layout(TileChoice c) {
+  ForwardLayout l{};
+  l.q_bytes = chunks_of(c.columns) * 64 * 128;
+  l.k_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.v_bytes = chunks_of(value_columns_of(c)) * c.tile * 128;
+  l.k_at = c.consumers * l.q_bytes;
+  l.v_at = l.k_at + c.stages * l.k_bytes;
+  l.found_at = l.v_at + c.stages * l.v_bytes;
+  l.barriers_at = l.found_at + c.stages * 16;
+  l.work_at = l.barriers_at + forward_barriers(c) * 8;
+  l.bytes = l.work_at + 2 * 48 + 1024;  // 1024: tiles are aligned to that
+  l.threads = 128 * (c.consumers + 1);
+  return l;
+}
+
+// Shared memory of a backward kernel: two stationary tiles of each warpgroup, a ring of pairs of passing tiles, with
+// lse and delta of passing queries, barriers, work.
+struct BackwardLayout {
+  int stay_bytes, pass_bytes;  // of one tile of a warpgroup; of one tile of a stage
+  int first_at, second_at, rows_at, exchange_at, barriers_at, work_at, bytes;
+  int threads;
+};
+constexpr int backward_barriers(TileChoice c) { return 8 + 2 * c.consumers + 5 * c.stages; }
+// `shared_keys`: two warpgroups work on the same keys and pass probabilities on in shared memory, two tiles deep.
+constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false) {
+  BackwardLayout l{};
+  l.stay_bytes = chunks_of(c.columns) * 64 * 128;
+  l.pass_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.first_at = 2 * c.consumers * l.stay_bytes;
+  l.second_at = l.first_at + c.stages * l.pass_bytes;
+  l.rows_at = l.second_at + c.stages * l.pass_bytes;
+  l.exchange_at = l.rows_at + c.stages * c.tile * 8;
+  l.barriers_at = l.exchange_at + (shared_keys ? 2 * 64 * c.tile * 4 : 0);
+  l.work_at = l.barriers_at + backward_barriers(c) * 8;
+  l.bytes = l.work_at + 2 * 48 + 1024;
+  l.threads = 128 * ((shared_keys ? 2 : c.consumers) + 1);
+  return l;
+}
+
+// Rows that a block of the prepare kernel (256 threads) works on: 8 columns a lane, four rows a lane.
+constexpr int prepare_lanes(int Dv) { return Dv <= 64 ? 8 : Dv <= 128 ? 16 : 32; }
+constexpr int prepare_rows(int Dv) { return 256 / prepare_lanes(Dv) * 4; }
+
+// --- Which head, which tile
+// --------------------------------------------------------------------------------------------
+
+struct WorkItem {
+  int b, h, tile;
+};
+
+MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, int heads, int id) {
+  const int section = id / (s.heads_per_section * s.tiles_per_head);
+  const int first_head = section * s.heads_per_section;
+  const int within = id - first_head * s.tiles_per_head;
+  const int left = heads_in_all - first_head;
+  const int width = left < s.heads_per_section ? left : s.heads_per_section;
+  const int rank = within / width, head = first_head + within % width;
+  return {head / heads, head % heads, s.longest_last ? s.tiles_per_head - 1 - rank : rank};
+}
+
+// `head_bytes`: the passing tensors of one head. Heads share a section as long as their keys and values fill about half
+// of the L2 cache; with equal tiles one head at a time is best.
+inline HopperSchedule schedule(int heads_in_all, int tiles_per_head, int64_t head_bytes, bool unequal,
+                               bool longest_last, int slot) {
+  constexpr int64_t section_bytes = 24 << 20;
+  int64_t heads = unequal ? section_bytes / (head_bytes > 0 ? head_bytes : 1) : 1;
+  if (unequal && heads < 4) heads = 4;
+  if (heads < 1) heads = 1;
+  if (heads > heads_in_all) heads = heads_in_all;
+  return {heads_in_all * tiles_per_head, tiles_per_head, static_cast<int32_t>(heads), unequal && longest_last,
+          slot % HopperSchedule::slots};
+}
+
+// --- Visibility of a tile: the rules of attention/visibility.h
+// ----------------------------------------------------------
+
+struct Visibility {
+  int keys;    // of this batch entry
+  int offset;  // pos(i) - i
+  int left;    // j >= pos(i) - left; -1 = open
+  int right;   // j <= pos(i) + right; -1 = open. Causal is right = 0
+
+  MFA_HOST_DEVICE int begin(int i) const {
+    const int j = i + offset - left;
+    return left < 0 || j < 0 ? 0 : j > keys ? keys : j;
+  }
+  MFA_HOST_DEVICE int end(int i) const {
+    const int j = i + offset + right + 1;
+    return right < 0 || j > keys ? keys : j;
+  }
+};
+
+// Windows wider than everything are cut, so that 32 bits hold every position: Nq + Nk < 2^29.
+MFA_HOST_DEVICE Visibility visibility(const Problem& p, int b) {
+  int keys = p.kv_lengths ? p.kv_lengths[b] : p.Nk;
+  keys = keys < 0 ? 0 : keys > p.Nk ? p.Nk : keys;
+  const int widest = p.Nq + p.Nk;
+  const int left = p.window_left < widest ? p.window_left : widest;
+  const int right = p.causal ? 0 : p.window_right < widest ? p.window_right : widest;
+  return {keys, keys > p.Nq ? keys - p.Nq : 0, left, right};
+}
+
+// Tiles [first, last) hold every key that rows [row_begin, row_end) see; in [full_first, full_last) every row sees all.
+struct KeyTiles {
+  int first, last, full_first, full_last;
+  MFA_HOST_DEVICE bool full(int n) const { return n >= full_first && n < full_last; }
+};
+
+template <int BK>
+MFA_HOST_DEVICE KeyTiles key_tiles(const Visibility& v, int row_begin, int row_end) {
+  const int begin = v.begin(row_begin), end = v.end(row_end - 1);
+  KeyTiles t{begin / BK, (end + BK - 1) / BK, (v.begin(row_end - 1) + BK - 1) / BK, v.end(row_begin) / BK};
+  if (t.last < t.first) t.last = t.first;
+  if (end <= begin) t.last = t.first;
+  if (t.full_first < t.first) t.full_first = t.first;
+  if (t.full_last > t.last) t.full_last = t.last;
+  if (t.full_last <= t.full_first) t.full_first = t.full_last = t.first;
+  return t;
+}
+
+// The transpose: tiles [first, last) hold every query that sees a key of [key_begin, key_begin + rows); in
+// [full_first, full_last) every query sees all of them.
+template <int BM>
+MFA_HOST_DEVICE KeyTiles query_tiles(const Visibility& v, int Nq, int key_begin, int rows) {
+  const int key_end = key_begin + rows < v.keys ? key_begin + rows : v.keys;
+  if (key_end <= key_begin) return {0, 0, 0, 0};
+  // end(i) > key_begin from `begin` on, begin(i) < key_end before `end`.
+  int begin = v.right < 0 ? 0 : key_begin - v.offset - v.right;
+  int end = v.left < 0 ? Nq : key_end + v.left - v.offset;
+  if (begin < 0) begin = 0;
+  if (end > Nq) end = Nq;
+  if (end <= begin) return {0, 0, 0, 0};
+  // end(i) >= key_begin + rows from `full_begin` on, begin(i) <= key_begin before `full_end`.
+  int full_begin = v.right < 0 ? 0 : key_begin + rows - v.offset - v.right - 1;
+  int full_end = v.left < 0 ? Nq : key_begin + v.left - v.offset + 1;
+  if (full_begin < 0) full_begin = 0;
+  if (full_end > Nq) full_end = Nq;
+  KeyTiles t{begin / BM, (end + BM - 1) / BM, 0, 0};
+  if (key_end == key_begin + rows && full_end > full_begin) {
+    const int first = (full_begin + BM - 1) / BM, last = full_end / BM;
+    t.full_first = first < t.first ? t.first : first;
+    t.full_last = last > t.last ? t.last : last;
+  }
+  if (t.full_last <= t.full_first) t.full_first = t.full_last = t.first;
+  return t;
+}
+
+}  // namespace hopper
+}  // namespace mfa::cuda

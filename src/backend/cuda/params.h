@@ -1,0 +1,115 @@
+// params.h: what the CUDA kernels are given: plain structs passed by value, the same for the host compiler and nvcc.
+//
+// Scores are in base-2 units inside the kernels: s2 = s * log2(e), so that p = exp2(s2 - lse2). Strides are in
+// elements, 64 bits, possibly zero or negative; the last axis of q, k, v, o and their gradients is dense. Semantics:
+// attention/problem.h, whose names these are.
+#pragma once
+
+#include <cstdint>
+
+namespace mfa::cuda {
+
+enum class Element : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+
+// [B, H, N, D]; stride for [b, h, n].
+struct Tensor {
+  const void* data;
+  int64_t stride[3];
+};
+struct MutableTensor {
+  void* data;
+  int64_t stride[3];
+};
+
+// Broadcast over [B, Hq, Nq, Nk]: stride 0 along the axes it does not vary over. Absent: data is null.
+struct Bias {
+  const void* data;
+  int64_t stride[4];
+  Element dtype;
+  int32_t unused;
+};
+struct Mask {
+  const uint8_t* data;  // nonzero bytes are visible
+  int64_t stride[4];
+};
+
+// The computation: everything that forward and backward share.
+struct Problem {
+  int32_t B, Hq, Hkv, Nq, Nk, D, Dv;
+  int32_t G;  // Hq / Hkv: query head h reads KV head h / G
+
+  Tensor q;  // [B, Hq, Nq, D]
+  Tensor k;  // [B, Hkv, Nk, D]
+  Tensor v;  // [B, Hkv, Nk, Dv]
+
+  float scale;       // multiplies q . k
+  float scale_log2;  // scale * log2(e)
+  // Without softcap s2 = scale_log2 * (q . k). With it, softcap > 0:
+  //   s2 = softcap_log2 * tanh(scale_over_softcap * (q . k)),  ds/d(scale q . k) = 1 - tanh^2
+  float softcap, softcap_log2, scale_over_softcap;
+
+  int32_t causal;                     // j <= pos(i), pos(i) = i + max(0, Nk_b - Nq)
+  int32_t window_left, window_right;  // j >= pos(i) - left, j <= pos(i) + right; -1 = open
+  const int32_t* kv_lengths;          // [B] on the device, or null; clamped to [0, Nk] by the kernel
+
+  const float* alibi_slopes;  // [Hq], natural units: adds slope * (j - pos(i)); or null
+  const float* sinks;         // [Hq], natural units: one more logit; or null
+  Bias bias;                  // natural units
+  Mask mask;
+
+  // Dropout: key j of (b, h, i) is kept iff word j % 4 of
+  //   philox4x32({j / 4, i, b * Hq + h, 0}, seed[0] | seed[1] << 32)  is >= dropout_threshold,
+  // and then weighted by dropout_scale. No dropout: dropout_seed is null.
+  const uint32_t* dropout_seed;  // [2] on the device: low word, high word
+  uint64_t dropout_threshold;    // floor(p * 2^32)
+  float dropout_scale;           // 1 / (1 - p), 0 for p = 1
+  int32_t unused;
+};
+
+struct ForwardParams {
+  Problem p;
+  MutableTensor o;    // [B, Hq, Nq, Dv]
+  float* lse;         // [B, Hq, Nq] dense, or null; -inf for a row that sees nothing and has no sink
+  int32_t lse_base2;  // write lse / ln 2
+
+  // Split keys: block z of `splits` takes keys [z * split_keys, (z + 1) * split_keys), a multiple of the key tile, and
+  // writes its part, normalised, float32, with the base-2 lse of its keys, the sink left to the merge. splits = 1:
+  // null.
+  int32_t splits;
+  int32_t split_keys;
+  int32_t unused;
+  float* o_part;    // [splits, B, Hq, Nq, Dv]
+  float* lse_part;  // [splits, B, Hq, Nq]
+};
+
+struct BackwardParams {
+  Problem p;
+  Tensor o;           // [B, Hq, Nq, Dv]
+  Tensor d_o;         // [B, Hq, Nq, Dv]
+  const float* lse;   // [B, Hq, Nq] dense
+  const float* dlse;  // [B, Hq, Nq] dense, cotangent of the natural lse, or null
+  int32_t lse_base2;  // `lse` is lse / ln 2
+  int32_t unused;
+  // Written by the preprocess kernel for the others: rows padded to a multiple of 128, [B, Hq, Nq_padded].
+  //   delta = sum_d o d_o - dlse;  lse2 = base-2 lse, +inf for padding and for rows that see nothing: p = exp2(-inf) =
+  //   0
+  float* delta;
+  float* lse2;
+  int32_t Nq_padded;
+  // The main kernels split their work into `partials` in fixed order; gradients with partials are summed afterwards.
+  int32_t partials;
+
+  MutableTensor dq, dk, dv;  // in the dtype of q, k, v; data null = not wanted
+  // Float32 scratch for gradients that several blocks add to; null where the kernel of the plan needs none.
+  float* dq_part;  // [partials, B, Hq, Nq_padded, D]
+  float* dk_part;  // [B, Hq, Nk, D]: one contribution of each query head of a group, when G > 1 heads are split up
+  float* dv_part;  // [B, Hq, Nk, Dv]
+
+  float* dbias;             // dense, shaped as the bias: extent 1 along each axis where its stride is 0; or null
+  int64_t dbias_stride[4];  // of dbias, 0 along the axes that are summed
+  float* dsinks;            // [Hq] or null
+  float* dalibi_slopes;     // [Hq] or null
+  float* dalibi_part;       // scratch, [B, Hq, Nq]: row sums of ds * (j - pos(i))
+};
+
+}  // namespace mfa::cuda

@@ -1,0 +1,204 @@
+#include "backend/cuda/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "backend/cuda/plan_hopper.h"
+#include "backend/cuda/tiles.h"
+#include "common/check.h"
+
+namespace mfa::cuda {
+namespace {
+
+constexpr int kMaxSplits = 128;
+constexpr int kRowsPerBlock = 4;  // of the kernels in which a warp takes a row
+constexpr int kWarpRowThreads = 128;
+constexpr int kHeadThreads = 256;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const ForwardTile& forward_tile(Element dtype, int index, bool few_rows) {
+  if (dtype == Element::f32) return few_rows ? kForwardFewRows32[index] : kForward32[index];
+  return few_rows ? kForwardFewRows16[index] : kForward16[index];
+}
+const BackwardTile& backward_tile(Element dtype, int index) {
+  return dtype == Element::f32 ? kBackward32[index] : kBackward16[index];
+}
+
+// The launch of `blocks` blocks along x. unsupported() has seen that they fit.
+Launch launch_of(Kernel kernel, Element dtype, int head_dim, int64_t blocks, int threads, int shared_bytes) {
+  Launch launch{kernel, dtype, head_dim};
+  launch.grid[0] = static_cast<uint32_t>(blocks);
+  launch.threads = static_cast<uint32_t>(threads);
+  launch.shared_bytes = static_cast<uint32_t>(shared_bytes);
+  return launch;
+}
+
+// Into how many parts to split `keys` so that blocks * splits fill `slots` evenly. A split costs a pass over its
+// result, so a greater number must gain 5 %.
+int choose_splits(int64_t blocks, int64_t keys, int64_t slots) {
+  constexpr int64_t kMinKeys = 128;  // of a split
+  const int64_t most = std::min<int64_t>(
+      {kMaxSplits, std::max<int64_t>(1, keys / kMinKeys), std::max<int64_t>(4, slots / std::max<int64_t>(1, blocks))});
+  int best = 1;
+  double best_use = 0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const double waves = double(blocks) * splits / slots, use = waves / std::ceil(waves);
+    if (use > 1.05 * best_use) best = static_cast<int>(splits), best_use = use;
+  }
+  return best;
+}
+
+int64_t rows_of_group(const AttentionProblem& p) { return int64_t{p.Hq / p.Hkv} * p.Nq; }
+
+}  // namespace
+
+Element element_of(DType dtype) {
+  return dtype == DType::f32 ? Element::f32 : dtype == DType::f16 ? Element::f16 : Element::bf16;
+}
+
+const char* stem_of(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::forward_tiled:
+      return "forward_tiled";
+    case Kernel::forward_few_rows:
+      return "forward_few_rows";
+    case Kernel::forward_decode:
+      return "forward_decode";
+    case Kernel::merge_splits:
+      return "merge_splits";
+    case Kernel::backward_rows:
+      return "backward_rows";
+    case Kernel::backward_queries:
+      return "backward_queries";
+    case Kernel::backward_keys:
+      return "backward_keys";
+    case Kernel::bias_gradient:
+      return "bias_gradient";
+    case Kernel::slope_rows:
+      return "slope_rows";
+    case Kernel::head_gradients:
+      return "head_gradients";
+    case Kernel::hopper_forward:
+      return "hopper_forward";
+    case Kernel::hopper_forward_mask:
+      return "hopper_forward_mask";
+    case Kernel::hopper_forward_modified:
+      return "hopper_forward_modified";
+    case Kernel::hopper_backward_prepare:
+      return "hopper_backward_prepare";
+    case Kernel::hopper_dq:
+      return "hopper_dq";
+    case Kernel::hopper_dkv:
+      return "hopper_dkv";
+    case Kernel::hopper_dkv_shared:
+      return "hopper_dkv_shared";
+    case Kernel::count:
+      break;
+  }
+  return "unknown";
+}
+
+bool is_tiled(Kernel kernel) {
+  return kernel != Kernel::merge_splits && kernel != Kernel::backward_rows && kernel != Kernel::head_gradients &&
+         !is_hopper(kernel);
+}
+
+bool is_hopper(Kernel kernel) { return kernel >= Kernel::hopper_forward && kernel < Kernel::count; }
+
+std::string name_of(const Launch& launch) {
+  const char* dtype = launch.dtype == Element::f32 ? "f32" : launch.dtype == Element::f16 ? "f16" : "bf16";
+  if (is_hopper(launch.kernel) && launch.kernel != Kernel::hopper_backward_prepare)
+    return concat(stem_of(launch.kernel), "_", kHopperColumns[launch.head_dim], "_", dtype);
+  std::string name = concat(stem_of(launch.kernel), "_", dtype);
+  if (is_tiled(launch.kernel)) name += concat("_", kHeadDims[launch.head_dim]);
+  return name;
+}
+
+ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
+  const Element dtype = element_of(p.dtype);
+  const int size = element_size(dtype), index = tile_index(p.D, p.Dv);
+  const int64_t rows = rows_of_group(p), heads = int64_t{p.B} * p.Hkv;
+  ForwardPlan plan;
+  const bool few_rows = rows <= DecodeTile::kRows;
+  if (!few_rows && hopper_takes(p, call, device)) {
+    plan.attention = plan_hopper_forward(p, call, device, plan.row_tile, plan.key_tile);
+    return plan;
+  }
+  if (few_rows && dtype != Element::f32 && index < kDecodeSizes) {
+    const DecodeTile& tile = kDecode16[index];
+    plan.row_tile = DecodeTile::kRows;
+    plan.key_tile = DecodeTile::kKeys;
+    plan.attention = launch_of(Kernel::forward_decode, dtype, index, heads, tile.threads(), tile.shared_bytes(size));
+  } else {
+    const ForwardTile& tile = forward_tile(dtype, index, few_rows);
+    plan.row_tile = tile.BQ;
+    plan.key_tile = tile.BK;
+    plan.attention = launch_of(few_rows ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, index,
+                               heads * ceil_div(rows, tile.BQ), tile.threads(), tile.shared_bytes(size));
+  }
+  if (few_rows && heads > 0) {
+    const int64_t resident = std::clamp<int64_t>(device.shared_bytes / plan.attention.shared_bytes, 1, 2);
+    const int splits = choose_splits(heads, p.Nk, device.multiprocessors * resident);
+    // Whole tiles, for decode one for each warp.
+    plan.split_keys = static_cast<int>(ceil_div(ceil_div(p.Nk, splits), 64) * 64);
+    plan.splits = static_cast<int>(std::max<int64_t>(1, p.Nk > 0 ? ceil_div(p.Nk, plan.split_keys) : 1));
+    plan.attention.grid[2] = static_cast<uint32_t>(plan.splits);
+  }
+  if (plan.splits > 1)
+    plan.merge = launch_of(Kernel::merge_splits, dtype, 0, ceil_div(int64_t{p.B} * p.Hq * p.Nq, kRowsPerBlock),
+                           kWarpRowThreads, 0);
+  return plan;
+}
+
+BackwardPlan plan_backward(const AttentionProblem& p, const CallTraits& call, const BiasAxes& bias,
+                           const DeviceTraits& device) {
+  const Element dtype = element_of(p.dtype);
+  const int index = tile_index(p.D, p.Dv);
+  const BackwardTile& tile = backward_tile(dtype, index);
+  const int shared = tile.shared_bytes(element_size(dtype)), threads = tile.threads();
+  const int64_t heads = int64_t{p.B} * p.Hkv, row_tiles = ceil_div(rows_of_group(p), tile.BQ);
+  const int64_t key_tiles = ceil_div(p.Nk, tile.BK);
+  BackwardPlan plan;
+  plan.Nq_padded = static_cast<int>(ceil_div(p.Nq, 128) * 128);
+  plan.rows = launch_of(Kernel::backward_rows, dtype, 0, ceil_div(int64_t{p.B} * p.Hq * p.Nq, kRowsPerBlock),
+                        kWarpRowThreads, 0);
+  plan.queries = launch_of(Kernel::backward_queries, dtype, index, heads * row_tiles, threads, shared);
+  plan.keys = launch_of(Kernel::backward_keys, dtype, index, heads * key_tiles, threads, shared);
+  if (hopper_takes_backward(p, call, device)) plan_hopper_backward(p, call, device, plan);
+  plan.slopes = launch_of(Kernel::slope_rows, dtype, index, heads * row_tiles, threads, shared);
+  plan.heads = launch_of(Kernel::head_gradients, dtype, 0, p.Hq, kHeadThreads, 0);
+  const int64_t extent[4] = {p.B, p.Hq, ceil_div(p.Nq, tile.BQ), key_tiles};
+  int64_t bias_blocks = 1;
+  for (int a = 0; a < 4; ++a)
+    if (!bias.summed[a]) bias_blocks *= extent[a];
+  plan.bias = launch_of(Kernel::bias_gradient, dtype, index, bias_blocks, threads, shared);
+  return plan;
+}
+
+std::optional<std::string> unsupported(const AttentionProblem& p, const DeviceTraits& device) {
+  if (device.compute_capability < 80)
+    return concat("the CUDA kernels need compute capability 8.0; got ", device.compute_capability / 10, ".",
+                  device.compute_capability % 10);
+  const int index = tile_index(p.D, p.Dv);
+  if (p.D < 1 || p.Dv < 1 || index < 0)
+    return concat("head dims D and Dv must be 1 to ", kHeadDims[3], "; got ", p.D, " and ", p.Dv);
+  const Element dtype = element_of(p.dtype);
+  const int size = element_size(dtype);
+  const int needed = std::max({forward_tile(dtype, index, false).shared_bytes(size),
+                               forward_tile(dtype, index, true).shared_bytes(size),
+                               dtype != Element::f32 && index < kDecodeSizes ? kDecode16[index].shared_bytes(size) : 0,
+                               backward_tile(dtype, index).shared_bytes(size)});
+  if (needed > device.shared_bytes)
+    return concat("head dims ", p.D, " and ", p.Dv, " in ", name_of(p.dtype), " need ", needed,
+                  " bytes of shared memory a block; the device has ", device.shared_bytes);
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+  const double rows = double(p.B) * p.Hq * p.Nq;
+  if (double(p.Hq / p.Hkv) * p.Nq + 128 > double(kLimit) || rows > 4.0 * double(kLimit) ||
+      double(p.Nq) + p.Nk + 1024 > double(kLimit))
+    return concat("rows and keys are numbered in 32 bits; got B ", p.B, ", Hq ", p.Hq, ", Nq ", p.Nq, ", Nk ", p.Nk);
+  return std::nullopt;
+}
+
+}  // namespace mfa::cuda

@@ -1,0 +1,116 @@
+#include "backend/cuda/plan_hopper.h"
+
+#include <algorithm>
+#include <iterator>
+
+namespace mfa::cuda {
+namespace {
+
+constexpr int kPrepareThreads = 256;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int kColumns[] = {64, 96, 128, 192, 256};
+constexpr int kNarrowValues = 5;  // the row of forward_tiles, and of kHopperColumns, for D up to 192 with Dv up to 128
+
+int columns_of(const AttentionProblem& p) { return hopper::columns_of(std::max(p.D, p.Dv)); }
+
+int columns_index(const AttentionProblem& p) {
+  return static_cast<int>(std::find(std::begin(kColumns), std::end(kColumns), columns_of(p)) - std::begin(kColumns));
+}
+
+template <int n>
+hopper::TileChoice tile_of(const hopper::TileChoice (&table)[n], const AttentionProblem& p) {
+  const int columns = columns_of(p);
+  return *std::find_if(table, table + n, [&](const auto& tile) { return tile.columns == columns; });
+}
+
+// Blocks stay for the whole launch and draw tiles.
+Launch persistent(Kernel kernel, const AttentionProblem& p, const DeviceTraits& device, const HopperSchedule& schedule,
+                  int threads, int shared_bytes) {
+  Launch launch{kernel, element_of(p.dtype), columns_index(p)};
+  launch.schedule = schedule;
+  launch.grid[0] = static_cast<uint32_t>(std::min(device.multiprocessors, schedule.tiles));
+  launch.threads = static_cast<uint32_t>(threads);
+  launch.shared_bytes = static_cast<uint32_t>(shared_bytes);
+  return launch;
+}
+
+bool has_unequal_tiles(const AttentionProblem& p, const CallTraits& call) {
+  return p.causal || p.window_left >= 0 || p.window_right >= 0 || call.lengths;
+}
+
+}  // namespace
+
+bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
+  constexpr int kMaxHeadDim = 256;
+  constexpr int64_t kMaxPositions = int64_t{1} << 29, kMaxTiles = int64_t{1} << 30;
+  const int64_t tiles = int64_t{p.B} * p.Hq * (ceil_div(p.Nq, 64) + ceil_div(p.Nk, 64));
+  return device.compute_capability == 90 && p.dtype != DType::f32 && std::max(p.D, p.Dv) <= kMaxHeadDim &&
+         p.D % 8 == 0 && p.Dv % 8 == 0 && (p.scale > 0.f || is_modified(p, call)) && p.B > 0 && p.Nq > 0 && p.Nk > 0 &&
+         int64_t{p.Nq} + p.Nk < kMaxPositions && tiles < kMaxTiles && call.mapped;
+}
+
+bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
+  constexpr int kMaxGrid = 65535;  // the rows' terms are a grid of heads and batch entries
+  return hopper_takes(p, call, device) && !is_modified(p, call) && p.Hq <= kMaxGrid && p.B <= kMaxGrid;
+}
+
+bool is_modified(const AttentionProblem& p, const CallTraits& call) {
+  return p.softcap > 0.f || call.alibi || call.bias || call.mask || call.dropout;
+}
+
+Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
+                           int& key_tile) {
+  const bool mask_alone =
+      call.mask && call.mask_in_words && !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
+  const Kernel kernel = !is_modified(p, call) ? Kernel::hopper_forward
+                        : mask_alone          ? Kernel::hopper_forward_mask
+                                              : Kernel::hopper_forward_modified;
+  const bool narrow_values = kernel == Kernel::hopper_forward && columns_of(p) == 192 && p.Dv <= 128;
+  const hopper::TileChoice tile = narrow_values                           ? hopper::forward_tiles[kNarrowValues]
+                                  : kernel == Kernel::hopper_forward      ? tile_of(hopper::forward_tiles, p)
+                                  : kernel == Kernel::hopper_forward_mask ? tile_of(hopper::forward_mask_tiles, p)
+                                                                          : tile_of(hopper::forward_modified_tiles, p);
+  row_tile = 64 * tile.consumers;
+  key_tile = tile.tile;
+  const auto layout = hopper::forward_layout(tile);
+  const auto schedule = hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, row_tile)),
+                                         int64_t{p.Nk} * (p.D + p.Dv) * 2, has_unequal_tiles(p, call), true, 0);
+  Launch launch = persistent(kernel, p, device, schedule, layout.threads, layout.bytes);
+  if (narrow_values) launch.head_dim = kNarrowValues;
+  launch.query_box = 64;
+  launch.key_box = tile.tile;
+  return launch;
+}
+
+void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
+                          BackwardPlan& plan) {
+  const bool unequal = has_unequal_tiles(p, call);
+  plan.rows = Launch{Kernel::hopper_backward_prepare, element_of(p.dtype), 0};
+  plan.rows.grid[0] = static_cast<uint32_t>(ceil_div(plan.Nq_padded, hopper::prepare_rows(p.Dv)));
+  plan.rows.grid[1] = static_cast<uint32_t>(p.Hq);
+  plan.rows.grid[2] = static_cast<uint32_t>(p.B);
+  plan.rows.threads = kPrepareThreads;
+
+  const hopper::TileChoice dq = tile_of(hopper::dq_tiles, p);
+  const auto dq_layout = hopper::backward_layout(dq);
+  plan.queries = persistent(Kernel::hopper_dq, p, device,
+                            hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, 64 * dq.consumers)),
+                                             int64_t{p.Nk} * (p.D + p.Dv) * 2, unequal, true, 0),
+                            dq_layout.threads, dq_layout.bytes);
+  plan.queries.query_box = 64;
+  plan.queries.key_box = dq.tile;
+
+  const bool shared_keys = columns_of(p) > 128;
+  const hopper::TileChoice dkv = shared_keys ? tile_of(hopper::dkv_shared_tiles, p) : tile_of(hopper::dkv_tiles, p);
+  const auto dkv_layout = hopper::backward_layout(dkv, shared_keys);
+  plan.keys = persistent(shared_keys ? Kernel::hopper_dkv_shared : Kernel::hopper_dkv, p, device,
+                         hopper::schedule(p.B * p.Hkv, static_cast<int>(ceil_div(p.Nk, 64 * dkv.consumers)),
+                                          int64_t{p.Nq} * (p.D + p.Dv) * 2, unequal, false, 0),
+                         dkv_layout.threads, dkv_layout.bytes);
+  plan.keys.query_box = dkv.tile;
+  plan.keys.key_box = 64;
+}
+
+}  // namespace mfa::cuda

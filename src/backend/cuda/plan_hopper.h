@@ -1,0 +1,27 @@
+// plan_hopper.h: which problems the Hopper kernels (device/hopper_*.cuh) take, and their launches.
+#pragma once
+
+#include "backend/cuda/plan.h"
+
+namespace mfa::cuda {
+
+// What the wider of D and Dv is padded to, as the kernels are named; the last has fewer columns of values.
+inline constexpr const char* kHopperColumns[] = {"64", "96", "128", "192", "256", "192x128"};
+
+// Whether the forward kernels take the problem.
+bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
+
+// Whether the backward kernels do.
+bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
+
+// Whether more than visibility by position and sinks changes the scores or weights.
+bool is_modified(const AttentionProblem& p, const CallTraits& call);
+
+Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
+                           int& key_tile);
+
+// Replaces rows, queries and keys of `plan`.
+void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
+                          BackwardPlan& plan);
+
+}  // namespace mfa::cuda

@@ -1,0 +1,188 @@
+#include "backend/cuda/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "backend/cuda/tiles.h"
+
+namespace mfa::cuda {
+namespace {
+
+constexpr DeviceTraits kH100{90, 132, 232448};
+constexpr DeviceTraits kA100{80, 108, 166912};
+constexpr CallTraits kTiled{.mapped = false};  // arrays that tensor copies cannot read
+constexpr DeviceTraits kL4{89, 58, 101376};
+
+AttentionProblem shape(int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D, DType dtype) {
+  AttentionProblem p;
+  p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Nq = Nq, p.Nk = Nk, p.D = p.Dv = D, p.dtype = dtype;
+  return p;
+}
+
+template <typename Visit>
+void for_each_shape(Visit visit) {
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16})
+    for (int32_t D : {1, 64, 65, 128, 200, 256, 512, 576})
+      for (int32_t B : {1, 3, 64})
+        for (int32_t Hkv : {1, 8})
+          for (int32_t G : {1, 4, 8})
+            for (int32_t Nq : {1, 2, 16, 17, 129, 65536})
+              for (int32_t Nk : {0, 1, 63, 64, 65, 4096, 1 << 20}) visit(shape(B, G * Hkv, Hkv, Nq, Nk, D, dtype));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+TEST(CudaTiles, FitTheDevice) {
+  for (const auto& tile : kForward16) EXPECT_LE(tile.shared_bytes(2), kH100.shared_bytes);
+  for (const auto& tile : kForward32) EXPECT_LE(tile.shared_bytes(4), kH100.shared_bytes);
+  for (const auto& tile : kForwardFewRows16) EXPECT_LE(tile.shared_bytes(2), kH100.shared_bytes);
+  for (const auto& tile : kForwardFewRows32) EXPECT_LE(tile.shared_bytes(4), kH100.shared_bytes);
+  for (const auto& tile : kDecode16) EXPECT_LE(tile.shared_bytes(2), kH100.shared_bytes);
+  for (const auto& tile : kBackward16) EXPECT_LE(tile.shared_bytes(2), kH100.shared_bytes);
+  for (const auto& tile : kBackward32) EXPECT_LE(tile.shared_bytes(4), kH100.shared_bytes);
+}
+
+TEST(CudaTiles, GridsOfWarpsAgree) {
+  for (const BackwardTile* table : {kBackward16, kBackward32})
+    for (int n = 0; n < 4; ++n) {
+      EXPECT_EQ(table[n].DP, kHeadDims[n]);
+      EXPECT_EQ(table[n].WM * table[n].WN, table[n].KM * table[n].KN);
+      EXPECT_LE(table[n].SM * table[n].SN, table[n].WM * table[n].WN);
+    }
+}
+
+TEST(CudaTiles, TheSmallestThatHoldsBothHeadDims) {
+  EXPECT_EQ(tile_index(1, 1), 0);
+  EXPECT_EQ(tile_index(64, 65), 1);
+  EXPECT_EQ(tile_index(192, 128), 2);
+  EXPECT_EQ(tile_index(576, 512), 3);
+  EXPECT_EQ(tile_index(577, 8), -1);
+}
+
+TEST(CudaPlanForward, CoversEveryRowAndKey) {
+  for_each_shape([](const AttentionProblem& p) {
+    const ForwardPlan plan = plan_forward(p, kTiled, kH100);
+    SCOPED_TRACE(::testing::Message() << name_of(plan.attention) << " B " << p.B << " Hq " << p.Hq << " Nq " << p.Nq
+                                      << " Nk " << p.Nk);
+    const int64_t rows = int64_t{p.Hq / p.Hkv} * p.Nq;
+    ASSERT_EQ(plan.attention.grid[0], int64_t{p.B} * p.Hkv * ceil_div(rows, plan.row_tile));
+    ASSERT_EQ(plan.attention.grid[2], static_cast<uint32_t>(plan.splits));
+    ASSERT_LE(plan.splits, 65535);
+    ASSERT_EQ(plan.attention.threads % 32, 0u);
+    if (plan.splits > 1) {
+      ASSERT_EQ(plan.split_keys % plan.key_tile, 0);
+      ASSERT_GE(int64_t{plan.split_keys} * plan.splits, p.Nk);
+      ASSERT_LT(int64_t{plan.split_keys} * (plan.splits - 1), p.Nk) << "no split is empty";
+      ASSERT_EQ(plan.merge.kernel, Kernel::merge_splits);
+    }
+  });
+}
+
+TEST(CudaPlanForward, DecodeFillsTheDevice) {
+  const ForwardPlan one = plan_forward(shape(1, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100);
+  EXPECT_EQ(one.attention.kernel, Kernel::forward_decode);
+  EXPECT_GE(one.attention.grid[0] * one.splits, 132u);
+  const ForwardPlan many = plan_forward(shape(32, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100);
+  EXPECT_LE(many.splits, 4);
+  EXPECT_EQ(plan_forward(shape(1, 32, 8, 1, 100, 128, DType::bf16), {}, kH100).splits, 1);
+}
+
+TEST(CudaPlanForward, NamesTheKernel) {
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), kTiled, kH100).attention),
+            "forward_tiled_bf16_128");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), {}, kA100).attention),
+            "forward_tiled_bf16_128");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 64, DType::f32), {}, kH100).attention),
+            "forward_tiled_f32_64");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1, 1000, 576, DType::f16), {}, kH100).attention),
+            "forward_few_rows_f16_576");
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 1, 2, 1000, 96, DType::f16), {}, kH100).attention),
+            "forward_decode_f16_128");
+}
+
+TEST(CudaPlanBackward, CoversEveryRowAndKey) {
+  for_each_shape([](const AttentionProblem& p) {
+    const BackwardPlan plan = plan_backward(p, kTiled, {}, kH100);
+    const BackwardTile& tile = (p.dtype == DType::f32 ? kBackward32 : kBackward16)[tile_index(p.D, p.Dv)];
+    const int64_t rows = int64_t{p.Hq / p.Hkv} * p.Nq, heads = int64_t{p.B} * p.Hkv;
+    ASSERT_EQ(plan.queries.grid[0], heads * ceil_div(rows, tile.BQ));
+    ASSERT_EQ(plan.keys.grid[0], heads * ceil_div(p.Nk, tile.BK));
+    ASSERT_GE(plan.Nq_padded, p.Nq);
+    ASSERT_EQ(plan.Nq_padded % 128, 0);
+  });
+}
+
+TEST(CudaPlanBackward, ABiasSumsOverItsBroadcastAxes) {
+  const AttentionProblem p = shape(2, 4, 4, 100, 200, 64, DType::bf16);
+  EXPECT_EQ(plan_backward(p, kTiled, {{false, false, false, false}}, kH100).bias.grid[0], 2u * 4 * 2 * 4);
+  EXPECT_EQ(plan_backward(p, kTiled, {{true, false, true, false}}, kH100).bias.grid[0], 4u * 4);
+  EXPECT_EQ(plan_backward(p, kTiled, {{true, true, true, true}}, kH100).bias.grid[0], 1u);
+}
+
+TEST(CudaPlanHopper, TakesWhatItsKernelsKnow) {
+  auto name = [](const AttentionProblem& p, const CallTraits& call) {
+    return name_of(plan_forward(p, call, kH100).attention);
+  };
+  AttentionProblem p = shape(2, 8, 8, 1000, 1000, 80, DType::bf16);
+  EXPECT_EQ(name(p, {}), "hopper_forward_96_bf16");
+  EXPECT_EQ(name(p, {.lengths = true}), "hopper_forward_96_bf16");
+  EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_mask_96_bf16");
+  EXPECT_EQ(name(p, {.mask = true, .mask_in_words = false}), "hopper_forward_modified_96_bf16");
+  EXPECT_EQ(name(p, {.bias = true, .mask = true}), "hopper_forward_modified_96_bf16");
+  p.softcap = 3.f;
+  EXPECT_EQ(name(p, {}), "hopper_forward_modified_96_bf16");
+  p.softcap = 0.f;
+  p.scale = -1.f;
+  EXPECT_EQ(name(p, {}), "forward_tiled_bf16_128");
+  EXPECT_EQ(name(p, {.bias = true}), "hopper_forward_modified_96_bf16");
+  p.scale = 1.f;
+  p.Dv = 200;
+  EXPECT_EQ(name(p, {}), "hopper_forward_256_bf16");
+  p.Dv = 60;
+  EXPECT_EQ(name(p, {}), "forward_tiled_bf16_128");
+  p.D = 192;
+  p.Dv = 128;
+  EXPECT_EQ(name(p, {}), "hopper_forward_192x128_bf16");
+  EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_mask_192_bf16");
+  EXPECT_EQ(name(shape(2, 8, 8, 1000, 1000, 100, DType::bf16), {}), "forward_tiled_bf16_128");
+}
+
+TEST(CudaPlanHopper, SchedulesCoverEveryTile) {
+  for (int32_t D : {64, 96, 128, 192, 256})
+    for (int32_t Nq : {17, 128, 1000, 16384}) {
+      AttentionProblem p = shape(2, 16, 4, Nq, 4096, D, DType::f16);
+      const Launch forward = plan_forward(p, {}, kH100).attention;
+      EXPECT_EQ(forward.schedule.tiles, 2 * 16 * ceil_div(Nq, plan_forward(p, {}, kH100).row_tile));
+      EXPECT_LE(forward.grid[0], 132u);
+      const BackwardPlan backward = plan_backward(p, {}, {}, kH100);
+      for (const Launch& launch : {forward, backward.queries, backward.keys}) {
+        EXPECT_TRUE(is_hopper(launch.kernel));
+        EXPECT_LE(launch.shared_bytes, uint32_t(kH100.shared_bytes));
+        EXPECT_GT(launch.query_box * launch.key_box, 0);
+        EXPECT_LE(std::max(launch.query_box, launch.key_box), 256);
+      }
+      p.softcap = 2.f;
+      EXPECT_EQ(plan_backward(p, {}, {}, kH100).queries.kernel, Kernel::backward_queries);
+    }
+}
+
+TEST(CudaUnsupported, SaysWhy) {
+  EXPECT_EQ(unsupported(shape(1, 8, 8, 100, 100, 576, DType::bf16), kH100), std::nullopt);
+  EXPECT_EQ(unsupported(shape(1, 8, 8, 100, 100, 576, DType::f32), kA100), std::nullopt);
+  EXPECT_EQ(unsupported(shape(1, 8, 8, 100, 100, 128, DType::bf16), kL4).value_or("").find("head dim"), 0u)
+      << "decode rings of this size need more shared memory than the card has";
+  EXPECT_EQ(unsupported(shape(1, 8, 8, 100, 100, 64, DType::bf16), kL4), std::nullopt);
+  const auto old = unsupported(shape(1, 8, 8, 100, 100, 64, DType::bf16), {75, 40, 65536});
+  ASSERT_TRUE(old);
+  EXPECT_NE(old->find("compute capability 8.0; got 7.5"), std::string::npos);
+  const auto large = unsupported(shape(1, 8, 8, 100, 100, 577, DType::bf16), kH100);
+  ASSERT_TRUE(large);
+  EXPECT_NE(large->find("got 577"), std::string::npos);
+  EXPECT_TRUE(unsupported(shape(1, 8, 8, 2147483647, 100, 64, DType::bf16), kH100));
+}
+
+}  // namespace
+}  // namespace mfa::cuda
