@@ -22,10 +22,17 @@ MFA_API mlx::core::array rope(const mlx::core::array& x, int dims, bool traditio
                               const std::optional<mlx::core::array>& freqs = std::nullopt,
                               mlx::core::StreamOrDevice s = {});
 
+// silu(gate) * x, element by element, of one shape and dtype: float32, float16 or bfloat16 (arXiv:2002.05202). Other
+// arguments are left to a composition of MLX's operations.
+MFA_API mlx::core::array swiglu(const mlx::core::array& gate, const mlx::core::array& x,
+                                mlx::core::StreamOrDevice s = {});
+
 // Whether the calls above run as one operation of this library.
 MFA_API bool fuses_rms_norm(const mlx::core::array& x, const std::optional<mlx::core::array>& weight,
                             mlx::core::StreamOrDevice s = {});
 MFA_API bool fuses_rope(const mlx::core::array& x, int dims, std::optional<float> base, const mlx::core::array& offset,
                         const std::optional<mlx::core::array>& freqs, mlx::core::StreamOrDevice s = {});
+
+MFA_API bool fuses_swiglu(const mlx::core::array& gate, const mlx::core::array& x, mlx::core::StreamOrDevice s = {});
 
 }  // namespace mfa

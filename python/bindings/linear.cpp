@@ -109,6 +109,15 @@ void bind_linear(nb::module_& m) {
       "Rotary position encoding as one operation, or None if MLX should compute it or report what is wrong.");
 
   m.def(
+      "try_swiglu",
+      [](const mx::array& gate, const mx::array& x, mx::StreamOrDevice stream) -> OptionalArray {
+        if (!fuses_swiglu(gate, x, stream)) return std::nullopt;
+        return swiglu(gate, x, stream);
+      },
+      "gate"_a, "x"_a, "stream"_a = nb::none(),
+      "``silu(gate) * x`` as one operation, or None if MLX should compute it or report what is wrong.");
+
+  m.def(
       "linear_counters",
       [] {
         const LinearCounters now = linear_counters();

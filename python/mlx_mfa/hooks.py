@@ -181,6 +181,11 @@ def disable() -> bool:
         return True
 
 
+def installed() -> bool:
+    """Whether the hooks are in force."""
+    return bool(_state.originals)
+
+
 @contextlib.contextmanager
 def hooked(wanted: bool) -> Iterator[None]:
     """Have the hooks in force, or not, for the duration of a ``with`` block."""

@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "layers/rms_norm.h"
 #include "layers/rope.h"
+#include "layers/swiglu.h"
 #include "mfa/layers.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
@@ -102,6 +103,29 @@ mx::array rms_norm(const mx::array& x, const OptionalArray& weight, float eps, m
   std::vector<mx::array> inputs = {x};
   if (weight) inputs.push_back(*weight);
   return mx::array(x.shape(), x.dtype(), std::make_shared<RmsNorm>(s, std::move(composition), eps), std::move(inputs));
+}
+
+// ---- SwiGLU ---------------------------------------------------------------------------------------------------------
+void Swiglu::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  allocate(out);
+  if (out.size() == 0) return;
+  const mx::array gate = with_dense_rows(inputs[0], stream()), x = with_dense_rows(inputs[1], stream());
+  const SwigluProblem p{static_cast<int64_t>(out.size()), to_dtype(x.dtype()), gate.data<void>(), x.data<void>(),
+                        out.data<void>()};
+  mx::cpu::get_command_encoder(stream()).dispatch([p] { swiglu(p); });
+}
+
+bool fuses_swiglu(const mx::array& gate, const mx::array& x, mx::StreamOrDevice s) {
+  return on_cpu(mx::to_stream(s)) && gate.shape() == x.shape() && gate.dtype() == x.dtype() && is_supported(x.dtype());
+}
+
+mx::array swiglu(const mx::array& gate, const mx::array& x, mx::StreamOrDevice stream) {
+  const mx::Stream s = mx::to_stream(stream);
+  Composition composition = [s](const std::vector<mx::array>& in) -> std::vector<mx::array> {
+    return {mx::multiply(mx::multiply(in[0], mx::sigmoid(in[0], s), s), in[1], s)};
+  };
+  if (!fuses_swiglu(gate, x, s)) return composition({gate, x})[0];
+  return mx::array(x.shape(), x.dtype(), std::make_shared<Swiglu>(s, std::move(composition)), {gate, x});
 }
 
 // ---- rotary position encoding ---------------------------------------------------------------------------------------

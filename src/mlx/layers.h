@@ -47,6 +47,16 @@ class RmsNorm : public FusedLayer {
   float eps_;
 };
 
+// Inputs: gate and x, of one shape.
+class Swiglu : public FusedLayer {
+ public:
+  using FusedLayer::eval_cpu;
+  using FusedLayer::FusedLayer;
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  const char* name() const override { return "MfaSwiglu"; }
+  bool is_equivalent(const Primitive&) const override { return true; }
+};
+
 struct RopeParams {
   int dims = 0;
   bool traditional = false;

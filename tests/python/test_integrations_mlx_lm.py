@@ -1,6 +1,7 @@
 """test_integrations_mlx_lm.py: mlx-lm models give the same logits through this package; unpatching leaves no trace."""
 
 import importlib
+import io
 import subprocess
 import sys
 
@@ -147,10 +148,11 @@ def test_a_quantised_cache_stays_with_mlx_lm():
     def run():
         return run_model(model, [12, 1], [QuantizedKVCache(group_size=32, bits=8) for _ in range(2)])
 
-    stock = run()
-    with patched_mlx_lm():
-        patched = run()
-        stats = get_patch_stats()
+    with mlx_mfa.hooks.hooked(False):  # which would compute the activations
+        stock = run()
+        with patched_mlx_lm():
+            patched = run()
+            stats = get_patch_stats()
     assert mx.array_equal(stock, patched).item()
     assert stats["fallback_reasons"] == {"quantised cache": 4}
     assert stats["mfa_calls"] == 0
@@ -227,6 +229,27 @@ def test_patching_twice_is_patching_once(capsys):
     assert unpatch_mlx_lm() is True
     assert unpatch_mlx_lm() is False
     assert base.scaled_dot_product_attention is STOCK
+
+
+@pytest.mark.skipif(not mlx_mfa.is_mfa_available(), reason="no kernels for this processor")
+def test_the_activation_is_ours_only_while_patched_with_hooks():
+    stock = llama.swiglu
+    gate, x = mx.random.normal((3, 40)), mx.random.normal((3, 40))
+    expected = gate * mx.sigmoid(gate) * x
+
+    def primitives():
+        text = io.StringIO()
+        mx.export_to_dot(text, llama.swiglu(gate, x))
+        assert mx.allclose(llama.swiglu(gate, x), expected, atol=1e-5).item()
+        return "MfaSwiglu" in text.getvalue()
+
+    for wanted in (False, True):
+        with mlx_mfa.hooks.hooked(wanted):
+            assert not primitives()
+            with patched_mlx_lm():
+                assert llama.swiglu is not stock
+                assert primitives() == wanted
+            assert llama.swiglu is stock
 
 
 def test_a_block_inside_a_patch_does_not_end_it():

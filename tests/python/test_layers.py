@@ -84,6 +84,26 @@ def test_rope_with_given_periods_and_other_layouts():
     assert_close(five.reshape(exact.shape), exact, "float32", terms=4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5000), (2, 3, 33), (0, 4)])
+def test_swiglu(dtype, shape):
+    rng = np.random.default_rng(6)
+    gate, x = normal(rng, shape or (1,), dtype) * 4, normal(rng, shape or (1,), dtype)
+    got = _ext.try_swiglu(to_mlx(gate, dtype).reshape(shape), to_mlx(x, dtype).reshape(shape))
+    assert (got.shape, got.dtype) == (shape, getattr(mx, dtype))
+    if x.size:
+        assert_close(got.reshape(x.shape), gate / (1 + np.exp(-gate)) * x, dtype, terms=4)
+
+
+def test_swiglu_of_large_numbers_and_of_views():
+    gate = mx.array([1000.0, -1000.0, float("inf"), 0.0])
+    assert _ext.try_swiglu(gate, mx.ones((4,))).tolist() == [1000.0, 0.0, float("inf"), 0.0]
+    gate = mx.random.normal((6, 8))
+    x = mx.random.normal((8, 6)).T
+    assert_close(_ext.try_swiglu(gate[::2], x[::2]), to_numpy(gate[::2] * mx.sigmoid(gate[::2]) * x[::2]), "float32", 4)
+    assert _ext.try_swiglu(gate, x[:1]) is None
+
+
 LAYERS = {
     "rms_norm": lambda x: mx.fast.rms_norm(x, mx.full((16,), 0.5), 1e-5),
     "rope": lambda x: mx.fast.rope(x, 16, traditional=False, base=10000.0, scale=1.0, offset=3),

@@ -2,7 +2,8 @@
 
 mlx-lm's model files import ``scaled_dot_product_attention`` by name, so it lives in many modules at once. The patch
 replaces the function object wherever it is bound and restores it the same way; model files imported later bind the
-replacement by themselves.
+replacement by themselves. While this package's hooks are in force (``mlx_mfa.enable``), the models' activation
+``swiglu`` is one operation of this package too.
 
     from mlx_mfa.integrations.mlx_lm import patch_mlx_lm, patched_mlx_lm
     patch_mlx_lm()               # from here on, until unpatch_mlx_lm()
@@ -37,6 +38,7 @@ class _Patch:
         self.active = False
         self.dtypes: tuple[mx.Dtype, ...] = ()
         self.head_dims = range(0)
+        self.swiglu: tuple[Callable[..., mx.array], Callable[..., mx.array]] | None = None  # mlx-lm's and ours
         self.routed = 0
         self.refusals: Counter[str] = Counter()
 
@@ -105,8 +107,30 @@ def _make_replacement(original: Callable[..., mx.array]) -> Callable[..., mx.arr
     return scaled_dot_product_attention
 
 
-def rebind(old: Any, new: Any) -> list[str]:
-    """Replace the attention function ``old`` by ``new`` in the globals of every loaded module.
+def _make_swiglu(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    from mlx_mfa import _ext, hooks
+
+    def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+        if _patch.active and hooks.installed() and isinstance(gate, mx.array) and isinstance(x, mx.array):
+            result = _ext.try_swiglu(gate, x)
+            if result is not None:
+                return result
+        return original(gate, x)
+
+    return swiglu
+
+
+def _swiglu() -> Callable[..., mx.array] | None:
+    """mlx-lm's activation as its models now see it; None in a version that has none."""
+    try:
+        from mlx_lm.models import activations
+    except ImportError:
+        return None
+    return getattr(activations, "swiglu", None)
+
+
+def rebind(old: Any, new: Any, name: str = NAME) -> list[str]:
+    """Replace the function ``old`` by ``new`` in the globals of every loaded module.
 
     Only under the name that mlx-lm gives it: a module that keeps the function under a name of its own, say to compare
     with, keeps it.
@@ -117,8 +141,8 @@ def rebind(old: Any, new: Any) -> list[str]:
     changed = []
     for module_name, module in list(sys.modules.items()):
         names = getattr(module, "__dict__", None)
-        if isinstance(names, dict) and names.get(NAME) is old:
-            names[NAME] = new
+        if isinstance(names, dict) and names.get(name) is old:
+            names[name] = new
             changed.append(module_name)
     return changed
 
@@ -182,6 +206,9 @@ def patch_mlx_lm(verbose: bool = True) -> bool:
         _patch.routed = 0
         _patch.refusals.clear()
         changed = rebind(original, _patch.replacement)
+        if (activation := _swiglu()) is not None:
+            _patch.swiglu = (activation, _make_swiglu(activation))
+            rebind(*_patch.swiglu, "swiglu")
         _patch.active = True
     if verbose:
         print(f"mlx-mfa: mlx-lm attention patched in {len(changed)} module{'s' if len(changed) != 1 else ''}")
@@ -199,6 +226,8 @@ def unpatch_mlx_lm() -> bool:
             return False
         _patch.active = False
         rebind(_patch.replacement, _patch.original)
+        if _patch.swiglu is not None:
+            rebind(*reversed(_patch.swiglu), "swiglu")
         return True
 
 
