@@ -176,8 +176,10 @@ std::vector<mx::array> GatherMatmul::vjp(const std::vector<mx::array>& primals,
       };
       gradients.push_back(mx::vjp(forward, {primals[i]}, cotangents).second[0]);
     } else {
-      throw std::runtime_error(concat("[", q_.bits ? "gather_qmm" : "gather_mm",
-                                      "] no gradient with respect to indices or codes of weights"));
+      // Of the kinds that MLX throws for its own primitives.
+      check(q_.bits != 0, "gather_mm",
+            "a gradient with respect to x or w; got indices: use stop_gradient on what they are computed from");
+      throw std::runtime_error("[gather_qmm] no gradient with respect to indices or codes of weights");
     }
   }
   return gradients;

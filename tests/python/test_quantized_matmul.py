@@ -172,6 +172,18 @@ def test_an_index_outside_is_an_error_when_it_is_used(index):
         mx.eval(mfa.gather_mm(mx.ones((2, 1, 8)), mx.ones((5, 8, 3)), None, mx.array([0, index])))
 
 
+@needs_kernels
+def test_indices_and_codes_have_no_gradient():
+    x, w, indices = mx.ones((2, 1, 8)), mx.ones((3, 8, 64)), mx.array([0, 1])
+    with pytest.raises(ValueError, match=r"^\[gather_mm\] .*stop_gradient"):
+        mx.vjp(lambda i: mfa.gather_mm(x, w, None, i), [indices], [mx.ones((2, 1, 64))])
+    packed, scales, biases = mx.quantize(w, 64, 4)
+    with pytest.raises(RuntimeError, match=r"^\[gather_qmm\] no gradient"):
+        mx.vjp(lambda p: mfa.gather_qmm(x, p, scales, biases, None, indices, False), [packed], [mx.ones((2, 1, 64))])
+    with pytest.raises(RuntimeError, match=r"^\[quantized_matmul\] no gradient"):
+        mx.vjp(lambda p: mfa.quantized_matmul(x[0], p, scales[0], biases[0], False), [packed[0]], [mx.ones((1, 64))])
+
+
 def mistake(**changed):
     given = {"x": mx.ones((2, 128)), "w": mx.zeros((64, 16), mx.uint32), "scales": mx.ones((64, 2))}
     given |= {"biases": mx.ones((64, 2))} | changed
