@@ -10,7 +10,7 @@
 // `return_nonfinite`.
 #pragma once
 
-#include "hopper_softmax.cuh"
+#include "hopper_modifiers.cuh"
 
 namespace mfa::cuda::hopper {
 
