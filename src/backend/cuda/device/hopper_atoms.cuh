@@ -21,7 +21,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// --- mbarriers: 64-bit words in shared memory. A waiter gives the parity of the phase it waits to see completed. -----
+// --- mbarriers: 64-bit words in shared memory. A waiter gives the parity of the phase it waits to see completed
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -62,7 +62,7 @@ __device__ __forceinline__ void fence_barrier_init() {
 // Orders this thread's ordinary shared-memory stores before later reads by the tensor cores or the copy engine.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// --- Named barriers: `threads` threads meet; arrive does not block. Barrier 0 is __syncthreads. ----------------------
+// --- Named barriers: `threads` threads meet; arrive does not block. Barrier 0 is __syncthreads
 
 __device__ __forceinline__ void named_sync(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -72,7 +72,6 @@ __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
 }
 
 // --- Tensor copies
-// ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
@@ -94,7 +93,6 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32
 }
 
 // --- Warpgroups
-// --------------------------------------------------------------------------------------------------------
 
 template <int registers>
 __device__ __forceinline__ void give_registers() {
@@ -106,7 +104,6 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // --- Arithmetic
-// --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

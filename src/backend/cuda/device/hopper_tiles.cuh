@@ -28,7 +28,6 @@ struct HopperSchedule {
 namespace hopper {
 
 // --- Tile choice. D and Dv are padded with zeros to `columns`; a warpgroup owns 64 rows.
-// -------------------------------
 
 struct TileChoice {
   int columns;            // of q, k and v
@@ -127,7 +126,6 @@ constexpr int prepare_lanes(int Dv) { return Dv <= 64 ? 8 : Dv <= 128 ? 16 : 32;
 constexpr int prepare_rows(int Dv) { return 256 / prepare_lanes(Dv) * 4; }
 
 // --- Which head, which tile
-// --------------------------------------------------------------------------------------------
 
 struct WorkItem {
   int b, h, tile;
@@ -157,7 +155,6 @@ inline HopperSchedule schedule(int heads_in_all, int tiles_per_head, int64_t hea
 }
 
 // --- Visibility of a tile: the rules of attention/visibility.h
-// ----------------------------------------------------------
 
 struct Visibility {
   int keys;    // of this batch entry
