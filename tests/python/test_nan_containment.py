@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from problems import (
     DTYPES,
+    ON_GPU,
     arrays_of,
     attention,
     cpu_kernels_only,
@@ -45,6 +46,8 @@ HIDING = {
 @pytest.mark.parametrize("Nq", [1, 40])
 @pytest.mark.parametrize("hiding", HIDING)
 def test_keys_hidden_from_all_rows_reach_no_output_and_no_gradient(hiding, Nq, poison, route):
+    if ON_GPU and hiding == "bias":
+        pytest.skip("docs/semantics.md makes this exception for GPUs")
     Nk = 90
     p = make_problem(1, Hq=4, Hkv=2, Nq=Nq, Nk=Nk, D=16, **HIDING[hiding](Nk))
     hidden = np.arange(Nk) >= Nk - 7 if hiding == "kv_lengths" else np.arange(Nk) % 5 == 2
@@ -58,7 +61,7 @@ def test_keys_hidden_from_all_rows_reach_no_output_and_no_gradient(hiding, Nq, p
         assert (to_numpy(dirty[name])[:, :, hidden] == 0).all()
 
 
-@cpu_kernels_only  # more than docs/semantics.md promises
+@cpu_kernels_only  # docs/semantics.md makes this exception for GPUs
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", POISONS)
