@@ -9,7 +9,7 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kBackwardKeys = 256;  // keys per block: K, V, dK, dV of a block stay in the L2 cache
+constexpr int kBackwardKeys = 256;  // keys per block: for each of them all rows are brought in and packed once
 constexpr ptrdiff_t kKeyPanel = PanelStride(kBackwardKeys);
 constexpr int kRowPad = 16;  // floats between rows: rows a power of two apart would share a few cache sets
 
