@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention/layout.h"
 #include "attention/visibility.h"
 #include "common/dtype.h"
 #include "common/philox.h"
@@ -16,12 +17,37 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 using Vector = std::vector<double>;
 
-// One row [length] of a tensor as doubles.
-Vector load_row(const TensorRef& x, DType dtype, int32_t b, int32_t h, int32_t n, int32_t length) {
-  const int64_t offset = b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
+// The row [length] of a tensor that begins at element `offset`, as doubles.
+Vector load_row(const TensorRef& x, DType dtype, int64_t offset, int32_t length) {
   Vector row(length);
   for (int32_t d = 0; d < length; ++d) row[d] = load_as_float(x.data, dtype, offset + d);
   return row;
+}
+Vector load_query(const AttentionProblem& p, const TensorRef& x, int32_t b, int32_t h, int32_t i, int32_t length) {
+  return load_row(x, p.dtype, query_element(p, x.stride, b, h, i), length);
+}
+Vector load_key(const AttentionProblem& p, const TensorRef& x, int32_t b, int32_t h, int32_t j, int32_t length) {
+  return load_row(x, p.dtype, key_element(p, x.stride, b, h, j), length);
+}
+
+// Turns the pairs of `x` [D] by the angles of `position`, or back for a gradient.
+void rotate(const RopeRef& rope, int64_t position, bool back, double* x) {
+  const int32_t pairs = rope.rotary_dim / 2;
+  for (int32_t c = 0; c < pairs; ++c) {
+    const double cos = rope.cos[position * pairs + c], sin = (back ? -1.0 : 1.0) * rope.sin[position * pairs + c];
+    double& first = x[rope.interleaved ? 2 * c : c];
+    double& second = x[rope.interleaved ? 2 * c + 1 : c + pairs];
+    const double turned = first * cos - second * sin;
+    second = first * sin + second * cos;
+    first = turned;
+  }
+}
+int64_t start_of(const int32_t* positions, int32_t b) { return positions ? positions[b] : 0; }
+void rotate_query(const AttentionProblem& p, int32_t b, int32_t i, bool back, double* x) {
+  if (p.rope.cos) rotate(p.rope, start_of(p.rope.q_positions, b) + i, back, x);
+}
+void rotate_key(const AttentionProblem& p, int32_t b, int32_t j, bool back, double* x) {
+  if (p.rope.cos && p.rope.rotates_k) rotate(p.rope, start_of(p.rope.k_positions, b) + j, back, x);
 }
 
 // Four running sums: one would wait for each addition before the next.
@@ -66,8 +92,9 @@ struct KeysAndValues {
 KeysAndValues load_keys(const AttentionProblem& p, int32_t b, int32_t kv_head) {
   KeysAndValues kv;
   for (int32_t j = 0; j < key_count(p, b); ++j) {
-    kv.k.push_back(load_row(p.k, p.dtype, b, kv_head, j, p.D));
-    kv.v.push_back(load_row(p.v, p.dtype, b, kv_head, j, p.Dv));
+    kv.k.push_back(load_key(p, p.k, b, kv_head, j, p.D));
+    rotate_key(p, b, j, false, kv.k.back().data());
+    kv.v.push_back(load_key(p, p.v, b, kv_head, j, p.Dv));
   }
   return kv;
 }
@@ -88,14 +115,20 @@ struct Row {
   Vector o;
 };
 
+Vector load_rotated_query(const AttentionProblem& p, int32_t b, int32_t h, int32_t i) {
+  Vector q = load_query(p, p.q, b, h, i, p.D);
+  rotate_query(p, b, i, false, q.data());
+  return q;
+}
+
 Row compute_row(const AttentionProblem& p, const KeysAndValues& kv, int32_t b, int32_t h, int32_t i) {
   Row row;
   row.o.assign(p.Dv, 0);
-  const Vector q = load_row(p.q, p.dtype, b, h, i, p.D);
+  const Vector q = load_rotated_query(p, b, h, i);
   const double pos = double(i) + position_offset(p, b);
   const KeyRange range = visible_keys(p, b, i);
   for (int32_t j = range.begin; j < range.end; ++j) {
-    if (!mask_allows(p, b, h, i, j)) continue;
+    if (!sees(p, b, h, i, j) || !mask_allows(p, b, h, i, j)) continue;
     const double bias = bias_at(p, b, h, i, j);
     if (bias == -kInfinity) continue;
     Entry key{};
@@ -122,10 +155,6 @@ Row compute_row(const AttentionProblem& p, const KeysAndValues& kv, int32_t b, i
   return row;
 }
 
-int64_t row_index(const AttentionProblem& p, int32_t b, int32_t h, int32_t i) {
-  return (int64_t{b} * p.Hq + h) * p.Nq + i;
-}
-
 // Calls visit(kv, b, kv_head, h, i) for every query row.
 template <typename Visit>
 void for_each_row(const AttentionProblem& p, Visit visit) {
@@ -134,16 +163,26 @@ void for_each_row(const AttentionProblem& p, Visit visit) {
       const KeysAndValues kv = load_keys(p, b, kv_head);
       const int32_t group = p.Hq / p.Hkv;
       for (int32_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-        for (int32_t i = 0; i < p.Nq; ++i) visit(kv, b, kv_head, h, i);
+        for (int32_t i = 0; i < query_count(p, b); ++i) visit(kv, b, kv_head, h, i);
       }
     }
   }
 }
 
+// Dense tensors of keys: [B, Hkv, Nk, *], packed [Hkv, packed_keys, *] or pages [pages, Hkv, page_size, *].
+int64_t key_rows(const AttentionProblem& p) {
+  if (p.pages.table) return int64_t{p.pages.pages} * p.Hkv * p.pages.page_size;
+  return int64_t{p.Hkv} * (p.key_starts ? p.packed_keys : int64_t{p.B} * p.Nk);
+}
+int64_t key_row(const AttentionProblem& p, int32_t b, int32_t kv_head, int32_t j) {
+  const int64_t length = p.pages.table ? p.pages.page_size : p.key_starts ? p.packed_keys : p.Nk;
+  return key_element(p, {p.Hkv * length, length, 1}, b, kv_head, j);
+}
+
 }  // namespace
 
 ReferenceOutputs reference_forward(const AttentionProblem& p) {
-  const int64_t rows = int64_t{p.B} * p.Hq * p.Nq;
+  const int64_t rows = row_count(p);
   ReferenceOutputs out;
   out.o.assign(rows * p.Dv, 0);
   out.lse.assign(rows, -kInfinity);
@@ -162,9 +201,9 @@ ReferenceOutputs reference_forward(const AttentionProblem& p) {
 // the slopes and, through softcap and scale, to q and k. The sink's probability carries no value: its ds is -p delta.
 ReferenceGradients reference_backward(const AttentionProblem& p, const TensorRef& d_o, const float* dlse) {
   ReferenceGradients grad;
-  grad.dq.assign(int64_t{p.B} * p.Hq * p.Nq * p.D, 0);
-  grad.dk.assign(int64_t{p.B} * p.Hkv * p.Nk * p.D, 0);
-  grad.dv.assign(int64_t{p.B} * p.Hkv * p.Nk * p.Dv, 0);
+  grad.dq.assign(row_count(p) * p.D, 0);
+  grad.dk.assign(key_rows(p) * p.D, 0);
+  grad.dv.assign(key_rows(p) * p.Dv, 0);
   if (p.sinks) grad.dsinks.assign(p.Hq, 0);
   if (p.alibi_slopes) grad.dalibi_slopes.assign(p.Hq, 0);
 
@@ -185,12 +224,13 @@ ReferenceGradients reference_backward(const AttentionProblem& p, const TensorRef
     const Row row = compute_row(p, kv, b, h, i);
     if (row.lse == -kInfinity) return;  // sees nothing: no gradient
     const int64_t r = row_index(p, b, h, i);
-    const Vector q = load_row(p.q, p.dtype, b, h, i, p.D);
-    const Vector row_do = load_row(d_o, p.dtype, b, h, i, p.Dv);
+    const Vector q = load_rotated_query(p, b, h, i);
+    const Vector row_do = load_query(p, d_o, b, h, i, p.Dv);
+    Vector dq(p.D, 0), dk(p.D);
     const double delta = dot(row_do, row.o) - (dlse ? dlse[r] : 0);
     const double pos = double(i) + position_offset(p, b);
     for (const Entry& key : row.keys) {
-      const int64_t kv_row = (int64_t{b} * p.Hkv + kv_head) * p.Nk + key.j;
+      const int64_t kv_row = key_row(p, b, kv_head, key.j);
       add_scaled(key.p * key.z, row_do, &grad.dv[kv_row * p.Dv]);
       const double dp = key.z == 0 ? 0 : key.z * dot(row_do, kv.v[key.j]);
       const double ds = key.p * (dp - delta);
@@ -204,9 +244,13 @@ ReferenceGradients reference_backward(const AttentionProblem& p, const TensorRef
         slope = 1 - t * t;
       }
       const double d_dot = p.scale * slope * ds;
-      add_scaled(d_dot, kv.k[key.j], &grad.dq[r * p.D]);
-      add_scaled(d_dot, q, &grad.dk[kv_row * p.D]);
+      add_scaled(d_dot, kv.k[key.j], dq.data());
+      dk = q;
+      rotate_key(p, b, key.j, true, dk.data());
+      add_scaled(d_dot, dk, &grad.dk[kv_row * p.D]);
     }
+    rotate_query(p, b, i, true, dq.data());
+    add_scaled(1, dq, &grad.dq[r * p.D]);
     if (p.sinks) grad.dsinks[h] -= std::exp(p.sinks[h] - row.lse) * delta;
   });
   return grad;

@@ -7,6 +7,8 @@
 
 namespace mfa {
 
+// Tensors are laid out densely as their problem says: batched, packed ([H, packed rows, *]) or in pages ([pages, Hkv,
+// page_size, *]). The score floor is not applied: a test of it gives the mask that it stands for.
 struct ReferenceOutputs {
   std::vector<double> o;      // [B, Hq, Nq, Dv]
   std::vector<double> lse;    // [B, Hq, Nq], natural log
