@@ -8,5 +8,7 @@ namespace mfa::python {
 void bind_attention(nanobind::module_& m);
 void bind_diagnostics(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_options(nanobind::module_& m);
+void bind_varlen(nanobind::module_& m);
 
 }  // namespace mfa::python

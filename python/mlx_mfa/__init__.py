@@ -20,6 +20,7 @@ from .attention import explain, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
+from .varlen import flash_attention_varlen
 
 enable_by_default()
 del enable_by_default
@@ -32,6 +33,7 @@ __all__ = [
     "enable",
     "explain",
     "flash_attention",
+    "flash_attention_varlen",
     "gather_mm",
     "gather_qmm",
     "get_device_info",
