@@ -22,6 +22,7 @@ from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .rope_tables import make_rope_3d_tables
+from .varlen import flash_attention_varlen
 
 enable_by_default()
 del enable_by_default
@@ -36,6 +37,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_kv_packed",
     "flash_attention_qkv_packed",
+    "flash_attention_varlen",
     "gather_mm",
     "gather_qmm",
     "get_device_info",

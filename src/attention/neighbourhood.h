@@ -15,6 +15,7 @@ struct NeighbourhoodAxis {
   int32_t stride = 1;
   int32_t dilation = 1;
   bool causal = false;  // the window ends at the query
+  bool operator==(const NeighbourhoodAxis&) const = default;
 };
 
 struct Neighbourhood {
@@ -22,6 +23,7 @@ struct Neighbourhood {
   NeighbourhoodAxis axis[3];
   bool shifts = false;      // at borders the window moves inside and keeps its size; else it is cut
   bool leans_left = false;  // an even window with an odd stride has the key more on the left, else on the right
+  bool operator==(const Neighbourhood&) const = default;
 };
 
 // The keys [begin, end) of one of the interleaved sequences: key t is coordinate phase + t * dilation.

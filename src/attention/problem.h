@@ -54,6 +54,7 @@ struct PagesRef {
 struct BlockListRef {
   int32_t block_q = 0, block_k = 0, query_blocks = 0, key_blocks = 0;
   int64_t stride_b = 0, stride_h = 0;
+  int64_t entries = 0;  // of key_ids, and of query_ids
   const int64_t* offsets = nullptr;
   const int32_t* key_ids = nullptr;
   const int64_t* transposed_offsets = nullptr;

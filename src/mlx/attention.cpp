@@ -62,7 +62,7 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
                        params_.returns_probs ? outputs[2].data<float>() : nullptr, /*lse_base2=*/true};
   // MLX holds the inputs and outputs until this has run.
   mx::cpu::get_command_encoder(stream()).dispatch(
-      [evaluated, out]() { cpu::attention_forward(evaluated.with_seed(), out); });
+      [evaluated, out]() { cpu::attention_forward(evaluated.checked(), out); });
 }
 
 void Attention::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -173,13 +173,13 @@ void AttentionBackward::eval_cpu(const std::vector<mx::array>& inputs, std::vect
   AttentionGradients out;
   int next = 0;
   if (is_wanted(Gradient::q)) out.dq = mutable_tensor_ref(outputs[next++]);
-  if (is_wanted(Gradient::k)) out.dk = mutable_tensor_ref(outputs[next++]);
-  if (is_wanted(Gradient::v)) out.dv = mutable_tensor_ref(outputs[next++]);
+  if (is_wanted(Gradient::k)) out.dk = mutable_key_ref(outputs[next++], params_.paged);
+  if (is_wanted(Gradient::v)) out.dv = mutable_key_ref(outputs[next++], params_.paged);
   if (is_wanted(Gradient::bias)) out.dbias = outputs[next++].data<float>();
   if (is_wanted(Gradient::sinks)) out.dsinks = outputs[next++].data<float>();
   if (is_wanted(Gradient::alibi)) out.dalibi_slopes = outputs[next++].data<float>();
   mx::cpu::get_command_encoder(stream()).dispatch(
-      [evaluated, in, out]() { cpu::attention_backward(evaluated.with_seed(), in, out); });
+      [evaluated, in, out]() { cpu::attention_backward(evaluated.checked(), in, out); });
 }
 
 void AttentionBackward::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

@@ -19,18 +19,6 @@ mx::array dense_copy(const mx::array& x, mx::Stream stream) {
   return out[0];
 }
 
-// The stride of an axis as a broadcast term of the scores sees it: an axis of extent 1 is not stepped along.
-void set_strides(int64_t (&stride)[4], const mx::array& x) {
-  for (int i = 0; i < 4; ++i) stride[i] = x.shape(i) == 1 ? 0 : x.strides(i);
-}
-
-bool repeats(const mx::array& x) {
-  for (int i = 0; i < static_cast<int>(x.ndim()); ++i) {
-    if (x.shape(i) > 1 && x.strides(i) == 0) return true;
-  }
-  return false;
-}
-
 }  // namespace
 
 void allocate(mx::array& out) {
@@ -49,40 +37,16 @@ mx::array with_dense_rows(const mx::array& x, mx::Stream stream) {
 
 TensorRef tensor_ref(const mx::array& x) { return {x.data<void>(), {x.strides(0), x.strides(1), x.strides(2)}}; }
 
+TensorRef key_ref(const mx::array& x, bool paged) {
+  return paged ? TensorRef{x.data<void>(), {x.strides(0), x.strides(2), x.strides(1)}} : tensor_ref(x);
+}
+
+MutableTensorRef mutable_key_ref(mx::array& x, bool paged) {
+  return paged ? MutableTensorRef{x.data<void>(), {x.strides(0), x.strides(2), x.strides(1)}} : mutable_tensor_ref(x);
+}
+
 MutableTensorRef mutable_tensor_ref(mx::array& x) {
   return {x.data<void>(), {x.strides(0), x.strides(1), x.strides(2)}};
-}
-
-AttentionProblem EvaluatedProblem::with_seed() const {
-  AttentionProblem p = problem;
-  if (seed) p.dropout_seed = uint64_t{seed[1]} << 32 | seed[0];
-  return p;
-}
-
-EvaluatedProblem evaluate(const AttentionParams& params, const std::vector<mx::array>& inputs, mx::Stream stream,
-                          bool dense_bias) {
-  const InputLayout at(params);
-  EvaluatedProblem result{describe(params, inputs)};
-  AttentionProblem& p = result.problem;
-  p.q = tensor_ref(with_dense_last_axis(inputs[0], stream));
-  p.k = tensor_ref(with_dense_last_axis(inputs[1], stream));
-  p.v = tensor_ref(with_dense_last_axis(inputs[2], stream));
-  if (params.has_alibi) p.alibi_slopes = with_dense_rows(inputs[at.alibi], stream).data<float>();
-  if (params.has_sinks) p.sinks = with_dense_rows(inputs[at.sinks], stream).data<float>();
-  if (params.has_bias) {
-    const mx::array& given = inputs[at.bias];
-    const mx::array bias = dense_bias && repeats(given) ? with_dense_rows(given, stream) : given;
-    p.bias.data = bias.data<void>();
-    p.bias.dtype = to_dtype(bias.dtype());
-    set_strides(p.bias.stride, bias);
-  }
-  if (params.has_mask) {
-    p.mask.data = inputs[at.mask].data<uint8_t>();
-    set_strides(p.mask.stride, inputs[at.mask]);
-  }
-  if (params.has_lengths) p.kv_lengths = with_dense_rows(inputs[at.kv_lengths], stream).data<int32_t>();
-  if (params.has_seed) result.seed = with_dense_rows(inputs[at.seed], stream).data<uint32_t>();
-  return result;
 }
 
 }  // namespace mfa

@@ -20,15 +20,23 @@ mx::array with_dense_rows(const mx::array& x, mx::Stream stream);
 
 TensorRef tensor_ref(const mx::array& x);
 MutableTensorRef mutable_tensor_ref(mx::array& x);
+// The same of k, v and their gradients: of pools [pages, page_size, Hkv, *] with strides of page, head and token.
+TensorRef key_ref(const mx::array& x, bool paged);
+MutableTensorRef mutable_key_ref(mx::array& x, bool paged);
 
-// A problem with its pointers. The seed's value is not known until the arrays before it in the stream are computed.
+// A problem with its pointers. What they point to is not known until the arrays before it in the stream are computed.
 struct EvaluatedProblem {
   AttentionProblem problem;
+  const char* function = "";
   const uint32_t* seed = nullptr;
 
-  // The problem with the seed read; call it where the work runs.
-  AttentionProblem with_seed() const;
+  // The problem with the seed read, and the values that are addresses validated; call it where the work runs. Throws
+  // std::invalid_argument.
+  AttentionProblem checked() const;
 };
+
+// Validates the values that are addresses if they are known already. Throws std::invalid_argument.
+void validate_known(const Request& request);
 
 // `inputs` are those of the primitive, evaluated. With `dense_bias` a bias that repeats along an axis of an extent
 // above 1 is copied, so that each of its elements has its own gradient.

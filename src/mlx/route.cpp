@@ -19,6 +19,9 @@ namespace {
 
 std::atomic<uint64_t> calls[4];  // by Route
 
+constexpr const char* kPlainOnly =
+    "it takes only batched, dense arrays, without rotary tables, block lists, neighbourhoods or a top-k selection";
+
 // o alone, by MLX's op. sdpa_refusal() has found nothing that it would compute differently.
 mx::array mlx_sdpa(const Request& r) {
   const InputLayout at(r.params);
@@ -28,24 +31,6 @@ mx::array mlx_sdpa(const Request& r) {
   const std::string mode = r.params.causal ? "causal" : "";
   return mx::fast::scaled_dot_product_attention(r.inputs[0], r.inputs[1], r.inputs[2], r.params.scale, mode, bias,
                                                 sinks, false, r.stream);
-}
-
-std::vector<mx::array> launch(Request request, Backend backend, const WantedOutputs& wanted) {
-  const Route route = choose(request, backend, wanted);
-  calls[static_cast<int>(route)].fetch_add(1, std::memory_order_relaxed);
-  switch (route) {
-    case Route::mfa_cpu:
-    case Route::mfa_cuda: {
-      auto outputs = Attention::make(request.stream, request.params, std::move(request.inputs));
-      if (wanted.lse) outputs[1] = mx::multiply(outputs[1], mx::array(std::numbers::ln2_v<float>), request.stream);
-      return outputs;
-    }
-    case Route::mlx_sdpa:
-      return {mlx_sdpa(request)};
-    case Route::composed:
-      return composed_attention(request.params, request.inputs, request.stream);
-  }
-  throw std::logic_error("[flash_attention] unknown route");
 }
 
 }  // namespace
@@ -77,6 +62,7 @@ std::optional<std::string> cuda_refusal(const Request& r) {
   std::string reason;
   GpuAttention* gpu = gpu_attention(&reason);
   if (!gpu) return reason;
+  if (!r.params.plain()) return kPlainOnly;
   if (r.params.returns_probs) return "the CUDA kernels do not store the probabilities";
   return gpu->refusal(describe(r.params, r.inputs));
 }
@@ -91,6 +77,7 @@ std::optional<std::string> sdpa_refusal(const Request& r, const WantedOutputs& w
   if (p.window_left >= 0 || p.window_right >= 0) return "MLX's op has no window";
   if (p.has_lengths) return "MLX's op has no lengths for each batch entry";
   if (p.has_seed) return "MLX's op has no dropout";
+  if (!p.plain()) return kPlainOnly;
   if (p.has_mask || p.has_bias) return "MLX's op does not give 0 for a row that a mask or bias hides entirely";
   if (p.has_sinks && r.inputs[0].dtype() != mx::float32) return "MLX's op rounds the sinks to the dtype of q";
   if (p.causal && Nq > Nk) return "MLX's op aligns the causal diagonal otherwise when there are more queries than keys";
@@ -109,8 +96,16 @@ Route choose(const Request& request, Backend backend, const WantedOutputs& wante
     const auto reason = on_gpu ? cuda_refusal(request) : cpu_refusal(request);
     if (accepts(kernels, reason)) return kernels;
     if (backend == Backend::mfa) {
-      throw std::runtime_error(concat("[flash_attention] backend=\"mfa\" cannot run this problem: ", *reason));
+      throw std::runtime_error(
+          concat("[", request.params.function, "] backend=\"mfa\" cannot run this problem: ", *reason));
     }
+    if (!request.params.plain()) {
+      throw std::runtime_error(concat("[", request.params.function, "] no kernel can run this problem: ", *reason));
+    }
+  }
+  if (!request.params.plain()) {
+    throw std::runtime_error(concat("[", request.params.function,
+                                    "] backend must be \"auto\" or \"mfa\": MLX's operations cannot run this problem"));
   }
   if (backend != Backend::composed && accepts(Route::mlx_sdpa, sdpa_refusal(request, wanted))) return Route::mlx_sdpa;
   return Route::composed;
@@ -126,6 +121,24 @@ Backend parse_backend(std::string_view name) {
         "\"sage\"");
   check(false, "flash_attention", "backend must be \"auto\", \"mfa\", \"sdpa\" or \"composed\"; got \"", name, "\"");
   return Backend::automatic;
+}
+
+std::vector<mx::array> launch(Request request, Backend backend, const WantedOutputs& wanted) {
+  const Route route = choose(request, backend, wanted);
+  calls[static_cast<int>(route)].fetch_add(1, std::memory_order_relaxed);
+  switch (route) {
+    case Route::mfa_cpu:
+    case Route::mfa_cuda: {
+      auto outputs = Attention::make(request.stream, request.params, std::move(request.inputs));
+      if (wanted.lse) outputs[1] = mx::multiply(outputs[1], mx::array(std::numbers::ln2_v<float>), request.stream);
+      return outputs;
+    }
+    case Route::mlx_sdpa:
+      return {mlx_sdpa(request)};
+    case Route::composed:
+      return composed_attention(request.params, request.inputs, request.stream);
+  }
+  throw std::logic_error("[flash_attention] unknown route");
 }
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,

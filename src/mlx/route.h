@@ -30,4 +30,8 @@ std::optional<std::string> sdpa_refusal(const Request& request, const WantedOutp
 Route choose(const Request& request, Backend backend, const WantedOutputs& wanted,
              std::vector<Refusal>* refusals = nullptr);
 
+// Builds what computes the call on the route that choose() gives: o, the natural lse if that is wanted (else what the
+// route has of it), and probabilities if the request has them.
+std::vector<mx::array> launch(Request request, Backend backend, const WantedOutputs& wanted);
+
 }  // namespace mfa

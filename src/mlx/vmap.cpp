@@ -3,8 +3,8 @@
 // A mapped axis of extent V is folded into the batch, [V, B, ...] -> [V * B, ...]. What is given per head (sinks, ALiBi
 // slopes) has no batch axis; where such an array is mapped, or its gradient is wanted for each mapped entry, the axis
 // is folded into the heads instead, [B, V, H, ...] -> [B, V * H, ...], which keeps each query head with its KV head.
-// Where neither can express the result (lengths and heads both mapped; dropout, whose mask depends on batch and head)
-// the entries are computed one by one.
+// Where neither can express the result (lengths and heads both mapped; dropout, whose mask depends on batch and head;
+// packed or paged rows) the entries are computed one by one.
 #include <limits>
 
 #include "mlx/attention.h"
@@ -60,7 +60,7 @@ Mapped describe_map(const AttentionParams& params, const WantedGradients& wanted
   const bool per_head = is_mapped(at.sinks) || is_mapped(at.alibi) || wanted[static_cast<int>(Gradient::sinks)] ||
                         wanted[static_cast<int>(Gradient::alibi)];
   const bool fits = int64_t{m.V} * (per_head ? m.Hq : m.B) <= std::numeric_limits<int32_t>::max();
-  const bool one_at_a_time = params.has_seed || (per_head && is_mapped(at.kv_lengths)) || !fits;
+  const bool one_at_a_time = !params.plain() || params.has_seed || (per_head && is_mapped(at.kv_lengths)) || !fits;
   if (one_at_a_time && m.V > 0) {
     m.fold = Fold::none;
   } else {

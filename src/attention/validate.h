@@ -1,0 +1,15 @@
+// validate.h: checks of the numbers in a problem that come from outside and are used as addresses.
+#pragma once
+
+#include "attention/problem.h"
+
+namespace mfa {
+
+// Throws std::invalid_argument, "[function] ...", unless the starts of packed sequences ascend from 0 to the packed
+// rows and no sequence is longer than Nq or Nk says, lengths of paged sequences fit their tables, the table entries of
+// keys that sequences have are pages of the pool, block lists name blocks in ascending order, and positions lie in the
+// rotary tables. Reads the arrays that the problem points to, and no more than it needs of them. Bounds, not sizes of
+// arrays, are checked: those are shapes that the caller knows.
+void validate(const AttentionProblem& p, const char* function);
+
+}  // namespace mfa
