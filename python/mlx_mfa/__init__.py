@@ -21,13 +21,16 @@ from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
+from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
 from .rope_tables import make_rope_3d_tables
+from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
 from .varlen import flash_attention_varlen
 
 enable_by_default()
 del enable_by_default
 
 __all__ = [
+    "TreeMask",
     "__version__",
     "addmm",
     "diagnostics",
@@ -35,8 +38,12 @@ __all__ = [
     "enable",
     "explain",
     "flash_attention",
+    "flash_attention_cascade",
     "flash_attention_kv_packed",
     "flash_attention_qkv_packed",
+    "flash_attention_speculative_verify",
+    "flash_attention_splitfuse",
+    "flash_attention_tree",
     "flash_attention_varlen",
     "gather_mm",
     "gather_qmm",
@@ -45,6 +52,8 @@ __all__ = [
     "hooks_status",
     "is_mfa_available",
     "make_rope_3d_tables",
+    "make_shared_prefix_cache",
+    "make_tree_mask",
     "matmul",
     "merge_attention_states",
     "quantized_matmul",
