@@ -74,5 +74,5 @@ def flash_attention_varlen(
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
     starts = lengths(cu_seqlens_q), lengths(cu_seqlens_k)
-    result = _ext.attention_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, options, return_lse, stream)
+    result = _ext.attention_varlen(q, k, v, *starts, options, max_seqlen_q, max_seqlen_k, return_lse, stream)
     return (result[0], mx.multiply(result[1], LOG2_E, stream=stream)) if return_lse else result
