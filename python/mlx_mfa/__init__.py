@@ -22,7 +22,7 @@ from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .rope_tables import make_rope_3d_tables
-from .varlen import flash_attention_varlen
+from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
 enable_by_default()
 del enable_by_default
@@ -38,6 +38,8 @@ __all__ = [
     "flash_attention_kv_packed",
     "flash_attention_qkv_packed",
     "flash_attention_varlen",
+    "flash_attention_varlen_kv_packed",
+    "flash_attention_varlen_qkv_packed",
     "gather_mm",
     "gather_qmm",
     "get_device_info",
