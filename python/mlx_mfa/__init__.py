@@ -10,9 +10,10 @@ from ._build_info import MLX_VERSION as _MLX_VERSION
 from ._version import __version__
 
 # MLX's C++ interface changes between releases: with another one the extension fails to load with an undefined symbol.
-if _mx.__version__ != _MLX_VERSION:
+if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
     raise ImportError(
-        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx {_mx.__version__};"
+        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx "
+        f"{_mx.__version__};"  # type: ignore[attr-defined]
         f' run: pip install "mlx=={_MLX_VERSION}"'
     )
 

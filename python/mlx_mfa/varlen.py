@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, lengths, make_options
+from ._options import LOG2_E, Stream, integers, make_options
 from .attention import Backend
 
 
@@ -74,8 +74,8 @@ def flash_attention_varlen(
         dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
-    result = _ext.attention_varlen(
-        q, k, v, lengths(cu_seqlens_q), lengths(cu_seqlens_k), options, max_seqlen_q, max_seqlen_k, return_lse, stream
+    result: Any = _ext.attention_varlen(
+        q, k, v, integers(cu_seqlens_q), integers(cu_seqlens_k), options, max_seqlen_q, max_seqlen_k, return_lse, stream
     )
     return (result[0], mx.multiply(result[1], LOG2_E, stream=stream)) if return_lse else result
 
