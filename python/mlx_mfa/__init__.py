@@ -10,9 +10,10 @@ from ._build_info import MLX_VERSION as _MLX_VERSION
 from ._version import __version__
 
 # MLX's C++ interface changes between releases: with another one the extension fails to load with an undefined symbol.
-if _mx.__version__ != _MLX_VERSION:
+if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
     raise ImportError(
-        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx {_mx.__version__};"
+        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx "
+        f"{_mx.__version__};"  # type: ignore[attr-defined]
         f' run: pip install "mlx=={_MLX_VERSION}"'
     )
 
@@ -24,7 +25,7 @@ from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
 from .rope_tables import make_rope_3d_tables
 from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
-from .varlen import flash_attention_varlen
+from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
 enable_by_default()
 del enable_by_default
@@ -45,6 +46,8 @@ __all__ = [
     "flash_attention_splitfuse",
     "flash_attention_tree",
     "flash_attention_varlen",
+    "flash_attention_varlen_kv_packed",
+    "flash_attention_varlen_qkv_packed",
     "gather_mm",
     "gather_qmm",
     "get_device_info",

@@ -169,7 +169,7 @@ MISTAKES = {
     "below -1": ({"parents": [-2, 0, 0]}, "the parent of node 0 must be a node before it or -1; got -2"),
     "fractions": ({"parents": [-1.0, 0.0, 0.0]}, "parents must have an integer dtype; got float32"),
     "rank 3": ({"parents": [[[-1, 0, 0]]]}, r"parents must have shape \[N\] or \[B, N\]; got \(1,1,3\)"),
-    "another count": ({"parents": [-1, 0]}, r"parents must have shape \[N\] or \[B, N\] of q, \(3\) or \(2,3\); got \(2\)"),
+    "another count": ({"parents": [-1, 0]}, r"parents must have shape .* of q, \(3\) or \(2,3\); got \(2\)"),
     "another batch": ({"parents": [[-1, 0, 0]]}, r"parents must have shape .*; got \(1,3\)"),
     "fewer keys than nodes": (
         {"k": mx.zeros((2, 2, 2, 8)), "v": mx.zeros((2, 2, 2, 8))},
@@ -184,7 +184,7 @@ MISTAKES = {
     "a length too few": ({"kv_lengths": [9]}, r"kv_lengths must have shape \(2,\), one length for each batch entry"),
     "q of rank 3": ({"q": mx.zeros((4, 3, 8))}, "q, k and v must have 4 dimensions"),
     "heads": ({"q": mx.zeros((2, 3, 3, 8))}, "the heads of q must be a multiple"),
-    "sinks of key heads": ({"sinks": mx.zeros(2)}, r"sinks must have shape \(4,\), one value for each head of q; got \(2\)"),
+    "sinks of key heads": ({"sinks": mx.zeros(2)}, r"sinks must have shape \(4,\), one value for each head"),
     "slopes of key heads": ({"alibi_slopes": mx.zeros(2)}, r"alibi_slopes must have shape \(4,\)"),
 }  # fmt: skip
 
