@@ -8,5 +8,6 @@ namespace mfa::python {
 void bind_attention(nanobind::module_& m);
 void bind_diagnostics(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_masks(nanobind::module_& m);
 
 }  // namespace mfa::python

@@ -26,4 +26,5 @@ NB_MODULE(_ext, m) {
   mfa::python::bind_attention(m);
   mfa::python::bind_diagnostics(m);
   mfa::python::bind_linear(m);
+  mfa::python::bind_masks(m);
 }

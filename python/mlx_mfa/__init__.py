@@ -20,11 +20,13 @@ from .attention import explain, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
+from .masks import BlockMask
 
 enable_by_default()
 del enable_by_default
 
 __all__ = [
+    "BlockMask",
     "__version__",
     "addmm",
     "diagnostics",
