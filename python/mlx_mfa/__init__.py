@@ -21,6 +21,7 @@ from .attention import explain, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
+from .masks import BlockMask
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
 from .rope_tables import make_rope_3d_tables
@@ -31,6 +32,7 @@ enable_by_default()
 del enable_by_default
 
 __all__ = [
+    "BlockMask",
     "TreeMask",
     "__version__",
     "addmm",
