@@ -86,7 +86,9 @@ TEST(CudaPlanForward, DecodeFillsTheDevice) {
   EXPECT_EQ(one.attention.kernel, Kernel::forward_decode);
   EXPECT_GE(one.attention.grid[0] * one.splits, 132u);
   const ForwardPlan many = plan_forward(shape(32, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100);
-  EXPECT_LE(many.splits, 4);
+  EXPECT_EQ(many.splits, 4) << "several waves of long splits";
+  EXPECT_EQ(plan_forward(shape(32, 32, 8, 1, 2048, 128, DType::bf16), {}, kH100).splits, 1) << "too short to split";
+  EXPECT_EQ(plan_forward(shape(128, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100).splits, 1) << "many waves already";
   EXPECT_EQ(plan_forward(shape(1, 32, 8, 1, 100, 128, DType::bf16), {}, kH100).splits, 1);
 }
 
