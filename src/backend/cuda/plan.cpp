@@ -104,6 +104,12 @@ const char* stem_of(Kernel kernel) {
       return "hopper_dkv";
     case Kernel::hopper_dkv_shared:
       return "hopper_dkv_shared";
+    case Kernel::hopper_dq_modified:
+      return "hopper_dq_modified";
+    case Kernel::hopper_dkv_modified:
+      return "hopper_dkv_modified";
+    case Kernel::hopper_dkv_shared_modified:
+      return "hopper_dkv_shared_modified";
     case Kernel::count:
       break;
   }
