@@ -39,6 +39,8 @@ struct BlockRule {
   std::function<void(int32_t r, uint8_t* row)> mark;
   // Whether query token i sees key token j.
   std::function<bool(int32_t i, int32_t j)> sees;
+  // As `mark`, only the blocks that hold a visible pair of tokens. Null: `mark` marks no others.
+  std::function<void(int32_t r, uint8_t* row)> mark_exact = nullptr;
 };
 
 // The same rule with the tiles that hold a visible pair of tokens, and no others.

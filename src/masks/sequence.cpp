@@ -89,7 +89,12 @@ BlockRule strided_blocks(int64_t tokens, int64_t window, int64_t stride, TileSiz
             const int64_t high = std::min<int64_t>(grid.key_blocks() - 1, (centre + reach - middle) / grid.block_k);
             if (low <= high) std::memset(row + low, 1, high - low + 1);
           },
-          [=](int32_t i, int32_t j) { return std::abs(int64_t{i} - j) <= half || j % stride == 0; }};
+          [=](int32_t i, int32_t j) { return std::abs(int64_t{i} - j) <= half || j % stride == 0; },
+          [=](int32_t r, uint8_t* row) {
+            const TokenRange q = query_tokens(grid, r);
+            std::copy(global->begin(), global->end(), row);
+            mark_tokens(grid, q.first - half, q.last + half, row);
+          }};
 }
 
 // ---- segments and frames of a sequence ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ class NumpyUniform {
   explicit NumpyUniform(uint32_t seed) : words_(seed) {}
   double next() {
     const auto high = static_cast<uint32_t>(words_() >> 5), low = static_cast<uint32_t>(words_() >> 6);
-    return (high * 67108864.0 + low) / 9007199254740992.0;
+    return (high * 0x1p26 + low) * 0x1p-53;
   }
 
  private:

@@ -5,6 +5,7 @@
 // frames, within them those of a range of rows, within them a test of columns.
 #include <cstdlib>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention/neighbourhood.h"
@@ -119,6 +120,50 @@ class KeyTiles {
   std::vector<int32_t> first_column_, last_column_;
 };
 
+// Marks the key blocks that hold a token in `box`.
+void mark_places(const VideoShape& v, const TileGrid& grid, const Box& box, uint8_t* row) {
+  const int64_t frame_tokens = v.height * v.width;
+  if (box.row.covers(v.height) && box.column.covers(v.width)) {
+    mark_tokens(grid, box.frame.first * frame_tokens, (box.frame.last + 1) * frame_tokens - 1, row);
+    return;
+  }
+  for (int64_t f = box.frame.first; f <= box.frame.last; ++f) {
+    const int64_t start = f * frame_tokens;
+    if (box.column.covers(v.width)) {
+      mark_tokens(grid, start + box.row.first * v.width, start + (box.row.last + 1) * v.width - 1, row);
+      continue;
+    }
+    for (int64_t y = box.row.first; y <= box.row.last; ++y) {
+      const int64_t line = start + y * v.width;
+      mark_tokens(grid, line + box.column.first, line + box.column.last, row);
+    }
+  }
+}
+
+// The rule by which queries in a box, the box within one row or around a tile, see the keys in the box seen(queries).
+// Adds what `mark` and `mark_exact` share: `base` holds blocks that every query sees.
+template <typename Seen>
+BlockRule box_rule(const VideoShape& v, const TileGrid& grid, const Seen& seen, std::vector<uint8_t> base = {}) {
+  const auto tiles = std::make_shared<const KeyTiles>(v, grid);
+  const auto always = std::make_shared<const std::vector<uint8_t>>(std::move(base));
+  BlockRule rule;
+  rule.grid = grid;
+  rule.mark = [=](int32_t r, uint8_t* row) {
+    std::copy(always->begin(), always->end(), row);
+    tiles->mark(seen(box_around(v, query_tokens(grid, r))), row);
+  };
+  rule.mark_exact = [=](int32_t r, uint8_t* row) {
+    std::copy(always->begin(), always->end(), row);
+    const TokenRange queries = query_tokens(grid, r);
+    for (int64_t first = queries.first; first <= queries.last;) {  // part by part, each within a row
+      const int64_t last = std::min(queries.last, (first / v.width + 1) * v.width - 1);
+      mark_places(v, grid, seen(box_around(v, {first, last})), row);
+      first = last + 1;
+    }
+  };
+  return rule;
+}
+
 bool within(int64_t a, int64_t b, int64_t radius) { return radius < 0 || std::abs(a - b) <= radius; }
 
 bool near(const VideoShape& v, const VideoRadius& radius, int64_t i, int64_t j) {
@@ -132,12 +177,9 @@ bool near(const VideoShape& v, const VideoRadius& radius, int64_t i, int64_t j) 
 BlockRule spatial_blocks(VideoShape shape, VideoRadius radius, TileSize tile, const char* function) {
   const int64_t tokens = checked_tokens(shape, function);
   const TileGrid grid = checked_grid(function, tokens, tokens, tile);
-  const auto tiles = std::make_shared<const KeyTiles>(shape, grid);
-  return {grid,
-          [=](int32_t r, uint8_t* row) {
-            tiles->mark(widened(box_around(shape, query_tokens(grid, r)), radius, shape), row);
-          },
-          [=](int32_t i, int32_t j) { return near(shape, radius, i, j); }};
+  BlockRule rule = box_rule(shape, grid, [=](const Box& queries) { return widened(queries, radius, shape); });
+  rule.sees = [=](int32_t i, int32_t j) { return near(shape, radius, i, j); };
+  return rule;
 }
 
 BlockRule axial_temporal_blocks(VideoShape shape, int64_t radius, bool causal, TileSize tile) {
@@ -207,21 +249,18 @@ BlockRule reference_frame_blocks(VideoShape shape, std::span<const int64_t> refe
   const int64_t tokens = checked_tokens(shape, kFunction);
   const TileGrid grid = checked_grid(kFunction, tokens, tokens, tile);
   const int64_t frame_tokens = shape.height * shape.width;
-  const auto tiles = std::make_shared<const KeyTiles>(shape, grid);
   auto is_reference = std::make_shared<std::vector<bool>>(shape.frames);
-  auto base = std::make_shared<std::vector<uint8_t>>(grid.key_blocks());
+  std::vector<uint8_t> base(grid.key_blocks());
   for (const int64_t frame : references) {
     check(frame >= 0 && frame < shape.frames, kFunction, "reference frames must be 0 to ", shape.frames - 1, "; got ",
           frame);
     (*is_reference)[frame] = true;
-    mark_tokens(grid, frame * frame_tokens, (frame + 1) * frame_tokens - 1, base->data());
+    mark_tokens(grid, frame * frame_tokens, (frame + 1) * frame_tokens - 1, base.data());
   }
-  return {grid,
-          [=](int32_t r, uint8_t* row) {
-            std::copy(base->begin(), base->end(), row);
-            tiles->mark(widened(box_around(shape, query_tokens(grid, r)), radius, shape), row);
-          },
-          [=](int32_t i, int32_t j) { return (*is_reference)[j / frame_tokens] || near(shape, radius, i, j); }};
+  BlockRule rule =
+      box_rule(shape, grid, [=](const Box& queries) { return widened(queries, radius, shape); }, std::move(base));
+  rule.sees = [=](int32_t i, int32_t j) { return (*is_reference)[j / frame_tokens] || near(shape, radius, i, j); };
+  return rule;
 }
 
 BlockRule neighbourhood_blocks(std::span<const int64_t> shape, std::span<const int64_t> window,
@@ -242,25 +281,23 @@ BlockRule neighbourhood_blocks(std::span<const int64_t> shape, std::span<const i
   }
   const TileGrid grid = checked_grid(kFunction, tokens, tokens, tile);
 
-  Neighbourhood rule;
-  rule.axes = 3;
+  Neighbourhood windows;
+  windows.axes = 3;
   for (size_t x = 0; x < axes; ++x) {
-    rule.axis[3 - axes + x] = {.size = static_cast<int32_t>(shape[x]),
-                               .window = static_cast<int32_t>(window[x]),
-                               .stride = static_cast<int32_t>(stride[x])};
+    windows.axis[3 - axes + x] = {.size = static_cast<int32_t>(shape[x]),
+                                  .window = static_cast<int32_t>(window[x]),
+                                  .stride = static_cast<int32_t>(stride[x])};
   }
-  const auto tiles = std::make_shared<const KeyTiles>(video, grid);
-  // Windows move with the query and neighbours overlap or touch, so a run of queries sees all between two windows.
-  const auto seen = [rule](int axis, const Interval& queries) {
-    const auto window_of = [&](int64_t c) { return axis_window(rule, rule.axis[axis], static_cast<int32_t>(c)); };
+  // Windows move with the query and those of neighbours overlap or touch, so a run of queries sees all between two.
+  const auto along = [windows](int axis, const Interval& queries) {
+    const auto window_of = [&](int64_t c) { return axis_window(windows, windows.axis[axis], static_cast<int32_t>(c)); };
     return Interval{window_of(queries.first).begin, window_of(queries.last).end - 1};
   };
-  return {grid,
-          [=](int32_t r, uint8_t* row) {
-            const Box q = box_around(video, query_tokens(grid, r));
-            tiles->mark({seen(0, q.frame), seen(1, q.row), seen(2, q.column)}, row);
-          },
-          [=](int32_t i, int32_t j) { return neighbours(rule, i, j); }};
+  BlockRule rule = box_rule(video, grid, [=](const Box& queries) {
+    return Box{along(0, queries.frame), along(1, queries.row), along(2, queries.column)};
+  });
+  rule.sees = [=](int32_t i, int32_t j) { return neighbours(windows, i, j); };
+  return rule;
 }
 
 }  // namespace mfa
