@@ -11,6 +11,7 @@
 #include "bindings.h"
 #include "mfa/attention.h"
 #include "mfa/diagnostics.h"
+#include "options.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -18,40 +19,6 @@ using namespace nb::literals;
 
 namespace mfa::python {
 namespace {
-
-using OptionalArray = std::optional<mx::array>;
-using Seed = std::variant<std::monostate, uint64_t, mx::array>;
-
-OptionalArray to_seed_array(const Seed& seed) {
-  if (const auto* array = std::get_if<mx::array>(&seed)) return *array;
-  if (const auto* number = std::get_if<uint64_t>(&seed)) {
-    return mx::array({static_cast<uint32_t>(*number), static_cast<uint32_t>(*number >> 32)}, mx::uint32);
-  }
-  return std::nullopt;
-}
-
-AttentionOptions make_options(std::optional<double> scale, bool causal, double softcap,
-                              const OptionalArray& alibi_slopes, double dropout_p, int window_left, int window_right,
-                              const OptionalArray& attn_bias, std::string_view backend, const OptionalArray& mask,
-                              const OptionalArray& sinks, const OptionalArray& kv_lengths, const Seed& dropout_seed,
-                              bool return_probs) {
-  AttentionOptions options;
-  if (scale) options.scale = static_cast<float>(*scale);
-  options.causal = causal;
-  options.window_left = window_left;
-  options.window_right = window_right;
-  options.softcap = static_cast<float>(softcap);
-  options.alibi_slopes = alibi_slopes;
-  options.bias = attn_bias;
-  options.mask = mask;
-  options.sinks = sinks;
-  options.kv_lengths = kv_lengths;
-  options.dropout_p = static_cast<float>(dropout_p);
-  options.dropout_seed = to_seed_array(dropout_seed);
-  options.return_probs = return_probs;
-  options.backend = parse_backend(backend);
-  return options;
-}
 
 nb::dict to_dict(const Explanation& e) {
   nb::list refusals;

@@ -23,8 +23,12 @@ NB_MODULE(_ext, m) {
   m.doc() = "Attention for MLX in C++; see mlx_mfa for the documented functions.";
   m.attr("__version__") = mfa::version();
   m.attr("built_for_mlx_version") = mfa::built_for_mlx_version();
+  mfa::python::bind_options(m);
   mfa::python::bind_attention(m);
   mfa::python::bind_diagnostics(m);
   mfa::python::bind_linear(m);
   mfa::python::bind_masks(m);
+  mfa::python::bind_packed(m);
+  mfa::python::bind_rope_tables(m);
+  mfa::python::bind_varlen(m);
 }

@@ -10,9 +10,10 @@ from ._build_info import MLX_VERSION as _MLX_VERSION
 from ._version import __version__
 
 # MLX's C++ interface changes between releases: with another one the extension fails to load with an undefined symbol.
-if _mx.__version__ != _MLX_VERSION:
+if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
     raise ImportError(
-        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx {_mx.__version__};"
+        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx "
+        f"{_mx.__version__};"  # type: ignore[attr-defined]
         f' run: pip install "mlx=={_MLX_VERSION}"'
     )
 
@@ -43,6 +44,9 @@ from .masks import (
     temporal_distance_bias_to_mask,
     tile_order,
 )
+from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
+from .rope_tables import make_rope_3d_tables
+from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
 enable_by_default()
 del enable_by_default
@@ -56,6 +60,11 @@ __all__ = [
     "enable",
     "explain",
     "flash_attention",
+    "flash_attention_kv_packed",
+    "flash_attention_qkv_packed",
+    "flash_attention_varlen",
+    "flash_attention_varlen_kv_packed",
+    "flash_attention_varlen_qkv_packed",
     "gather_mm",
     "gather_qmm",
     "get_device_info",
@@ -72,6 +81,7 @@ __all__ = [
     "make_dilated_temporal_mask",
     "make_gna_mask",
     "make_reference_frame_mask",
+    "make_rope_3d_tables",
     "make_segment_mask",
     "make_sink_window_mask",
     "make_sliding_window_mask",

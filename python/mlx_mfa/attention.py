@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from . import _ext
+from ._options import LOG2_E, Stream, lengths, window
+from ._options import seed as make_seed
 
 Backend = Literal["auto", "mfa", "sdpa", "composed"]
-Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
-
-_LOG2_E = math.log2(math.e)
-_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 
 
 def flash_attention(
@@ -93,10 +89,9 @@ def flash_attention(
         RuntimeError: If ``backend="mfa"`` cannot run the problem; the message says why.
         TypeError: If an argument is of another type than said here.
     """
-    left, right = (-1, -1) if window_size is None else _window(window_size)
-    if kv_lengths is not None and not isinstance(kv_lengths, mx.array):
-        kv_lengths = _lengths(kv_lengths)
-    seed = _seed(dropout_p, dropout_seed, stream) if dropout_p or dropout_seed is not None else None
+    left, right = (-1, -1) if window_size is None else window(window_size, "flash_attention")
+    kv_lengths = lengths(kv_lengths)
+    seed = make_seed(dropout_p, dropout_seed, stream, "flash_attention")
     if not (return_lse or return_attn_weights):
         return _ext.attention(
             q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, left, right, attn_bias, backend, mask, sinks,
@@ -108,7 +103,7 @@ def flash_attention(
     )  # fmt: skip
     if not return_lse:
         return out, weights
-    lse = mx.multiply(lse, _LOG2_E, stream=stream)
+    lse = mx.multiply(lse, LOG2_E, stream=stream)
     return (out, lse, weights) if return_attn_weights else (out, lse)
 
 
@@ -178,44 +173,11 @@ def explain(
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention`.
     """
-    left, right = (-1, -1) if window_size is None else _window(window_size)
-    if kv_lengths is not None and not isinstance(kv_lengths, mx.array):
-        kv_lengths = _lengths(kv_lengths)
+    left, right = (-1, -1) if window_size is None else window(window_size, "flash_attention")
+    kv_lengths = lengths(kv_lengths)
     # A drawn seed would move the random state, and its value decides nothing.
-    seed = 0 if dropout_seed is None else _seed(dropout_p, dropout_seed, stream)
+    seed = 0 if dropout_seed is None else make_seed(dropout_p, dropout_seed, stream, "flash_attention")
     return _ext.explain(
         q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, left, right, attn_bias, backend, mask, sinks,
         kv_lengths, seed, stream, return_attn_weights, return_lse,
     )  # fmt: skip
-
-
-def _window(window_size: Sequence[int]) -> tuple[int, int]:
-    """The two sizes as int32: larger ones mean the same as the largest."""
-    if isinstance(window_size, (tuple, list)) and len(window_size) == 2:
-        try:
-            left, right = (min(max(operator.index(n), _INT32_MIN), _INT32_MAX) for n in window_size)
-            return left, right
-        except TypeError:
-            pass
-    raise ValueError(f"[flash_attention] window_size must be a tuple of two integers; got {window_size!r}")
-
-
-def _lengths(kv_lengths: Sequence[int]) -> mx.array:
-    """Lengths given as a sequence; an array keeps its dtype for the library to check."""
-    values = list(kv_lengths)
-    return mx.array(values) if values else mx.zeros((0,), mx.int32)
-
-
-def _seed(dropout_p: float, seed: int | mx.array | None, stream: Stream) -> int | mx.array | None:
-    """The seed for the library: drawn from MLX's random state where dropout needs one and none is given."""
-    if seed is None:
-        if not 0 < dropout_p <= 1:  # none is needed, or the library refuses the probability
-            return None
-        # Eight uniform bytes: MLX's random integers have only the 24 bits of a float.
-        return mx.random.randint(0, 256, (8,), dtype=mx.uint8, stream=stream).view(mx.uint32, stream=stream)
-    if isinstance(seed, mx.array):
-        return seed
-    number = operator.index(seed)
-    if not 0 <= number < 2**64:
-        raise ValueError(f"[flash_attention] dropout_seed must be in [0, 2**64); got {number}")
-    return number

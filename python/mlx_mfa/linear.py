@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import _ext
-from .attention import Stream
+from ._options import Stream
 
 
 def matmul(x: mx.array, w: mx.array, *, stream: Stream = None) -> mx.array:

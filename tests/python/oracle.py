@@ -93,7 +93,8 @@ class Problem:
     """One attention computation; arrays hold values that are exact in their dtype.
 
     q ``[B, Hq, Nq, D]``, k ``[B, Hkv, Nk, D]``, v ``[B, Hkv, Nk, Dv]``; bias and mask broadcast to
-    ``[B, Hq, Nq, Nk]``; alibi and sinks ``[Hq]``; kv_lengths ``[B]``. ``q_offset`` replaces ``max(0, Nk_b - Nq)``.
+    ``[B, Hq, Nq, Nk]``; alibi and sinks ``[Hq]``; kv_lengths ``[B]``. ``q_offset`` (one, or ``[B]``) replaces
+    ``max(0, Nk_b - Nq)``.
     """
 
     q: np.ndarray
@@ -112,7 +113,7 @@ class Problem:
     dropout_p: float = 0.0
     dropout_seed: int = 0
     dropout_offset: int = 0
-    q_offset: int | None = None
+    q_offset: int | np.ndarray | None = None
 
     @property
     def shape(self):

@@ -1,0 +1,39 @@
+// varlen.cpp: mfa::attention_varlen for Python.
+#include "mfa/varlen.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/variant.h>
+
+#include "bindings.h"
+#include "options.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace mfa::python {
+
+void bind_varlen(nb::module_& m) {
+  m.def(
+      "attention_varlen",
+      [](const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& cu_seqlens_q,
+         const mx::array& cu_seqlens_k, const AttentionOptions& options, std::optional<int> max_seqlen_q,
+         std::optional<int> max_seqlen_k, bool return_lse, mx::StreamOrDevice stream) -> nb::object {
+        const PackedSequences sequences{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+        if (!return_lse) return nb::cast(attention_varlen(q, k, v, sequences, options, stream));
+        const auto result = attention_varlen_with_lse(q, k, v, sequences, options, stream);
+        return nb::make_tuple(result.out, result.lse);
+      },
+      "q"_a, "k"_a, "v"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "options"_a, "max_seqlen_q"_a = nb::none(),
+      "max_seqlen_k"_a = nb::none(), "return_lse"_a = false, "stream"_a = nb::none(), R"(
+Attention within each of several packed sequences. As :func:`mlx_mfa.flash_attention_varlen`.
+
+Returns:
+    array or tuple: ``out`` ``[1, Hq, packed queries, Dv]``; with ``return_lse`` ``(out, lse)``, natural logarithms.
+
+Raises:
+    ValueError, RuntimeError: As :func:`mlx_mfa.flash_attention_varlen`.
+)");
+}
+
+}  // namespace mfa::python

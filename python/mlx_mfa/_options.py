@@ -1,0 +1,78 @@
+"""The options that the entry points of attention share, from Python arguments to the library's struct."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from . import _ext
+
+Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
+
+LOG2_E = math.log2(math.e)
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
+
+
+def make_options(
+    function: str,
+    *,
+    window_size: Sequence[int] | None = None,
+    kv_lengths: mx.array | Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | mx.array | None = None,
+    stream: Stream = None,
+    **others: Any,
+) -> _ext.AttentionOptions:
+    """The options of a call of ``function``; ``others`` are passed on as they are."""
+    left, right = (-1, -1) if window_size is None else window(window_size, function)
+    return _ext.AttentionOptions(
+        window_left=left,
+        window_right=right,
+        kv_lengths=lengths(kv_lengths),
+        dropout_p=dropout_p,
+        dropout_seed=seed(dropout_p, dropout_seed, stream, function),
+        **others,
+    )
+
+
+def window(window_size: Sequence[int], function: str) -> tuple[int, int]:
+    """The two sizes as int32: larger ones mean the same as the largest."""
+    if isinstance(window_size, (tuple, list)) and len(window_size) == 2:
+        try:
+            left, right = (min(max(operator.index(n), _INT32_MIN), _INT32_MAX) for n in window_size)
+            return left, right
+        except TypeError:
+            pass
+    raise ValueError(f"[{function}] window_size must be a tuple of two integers; got {window_size!r}")
+
+
+def integers(values: mx.array | Sequence[int]) -> mx.array:
+    """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
+    if isinstance(values, mx.array):
+        return values
+    values = list(values)
+    return mx.array(values) if values else mx.zeros((0,), mx.int32)
+
+
+def lengths(values: mx.array | Sequence[int] | None) -> mx.array | None:
+    """The same of what may be left out."""
+    return None if values is None else integers(values)
+
+
+def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, function: str) -> int | mx.array | None:
+    """The seed for the library: drawn from MLX's random state where dropout needs one and none is given."""
+    if given is None:
+        if not 0 < dropout_p <= 1:  # none is needed, or the library refuses the probability
+            return None
+        # Eight uniform bytes: MLX's random integers have only the 24 bits of a float.
+        return mx.random.randint(0, 256, (8,), dtype=mx.uint8, stream=stream).view(mx.uint32, stream=stream)
+    if isinstance(given, mx.array):
+        return given
+    number = operator.index(given)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"[{function}] dropout_seed must be in [0, 2**64); got {number}")
+    return number

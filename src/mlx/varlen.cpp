@@ -1,0 +1,49 @@
+#include "mfa/varlen.h"
+
+#include "common/check.h"
+#include "mlx/route.h"
+
+namespace mfa {
+namespace {
+
+constexpr const char* kFunction = "flash_attention_varlen";
+
+int longest(std::optional<int> given, int rows, const char* name) {
+  check(!given || *given >= 0, kFunction, name, " must not be negative; got ", given.value_or(0));
+  return given.value_or(rows);
+}
+
+AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const PackedSequences& sequences,
+                    const AttentionOptions& options, mx::StreamOrDevice stream_or_device, bool wants_lse) {
+  const mx::Stream s = mx::to_stream(stream_or_device);
+  check(q.ndim() == 4 && k.ndim() == 4, kFunction, "q and k must have 4 dimensions [1, H, packed rows, D]; got shapes ",
+        q.shape(), " and ", k.shape());
+  auto starts_q = to_int32(sequences.cu_seqlens_q, 1, "cu_seqlens_q", kFunction, s);
+  auto starts_k = to_int32(sequences.cu_seqlens_k, 1, "cu_seqlens_k", kFunction, s);
+  check(starts_q.size() >= 1, kFunction, "cu_seqlens_q must have at least one element; got shape ", starts_q.shape());
+  check(starts_q.size() == starts_k.size(), kFunction, "cu_seqlens_q and cu_seqlens_k must have one shape; got ",
+        starts_q.shape(), " and ", starts_k.shape());
+
+  AttentionSources sources;
+  sources.function = kFunction;
+  sources.packed = PackedRows{starts_q, starts_k, longest(sequences.max_seqlen_q, q.shape(2), "max_seqlen_q"),
+                              longest(sequences.max_seqlen_k, k.shape(2), "max_seqlen_k")};
+  const WantedOutputs wanted{.lse = wants_lse};
+  auto outputs = launch(make_request(q, k, v, options, options.return_probs, s, sources), options.backend, wanted);
+  return {outputs[0], outputs[1], std::nullopt};
+}
+
+}  // namespace
+
+mx::array attention_varlen(const mx::array& q, const mx::array& k, const mx::array& v, const PackedSequences& sequences,
+                           const AttentionOptions& options, mx::StreamOrDevice s) {
+  return run(q, k, v, sequences, options, s, false).out;
+}
+
+AttentionResult attention_varlen_with_lse(const mx::array& q, const mx::array& k, const mx::array& v,
+                                          const PackedSequences& sequences, const AttentionOptions& options,
+                                          mx::StreamOrDevice s) {
+  return run(q, k, v, sequences, options, s, true);
+}
+
+}  // namespace mfa
