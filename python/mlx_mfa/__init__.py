@@ -21,7 +21,29 @@ from .attention import explain, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
-from .masks import BlockMask
+from .masks import (
+    BlockMask,
+    make_adaptive_window_mask,
+    make_axial_spatial_mask,
+    make_axial_temporal_mask,
+    make_causal_block_mask,
+    make_causal_segment_mask,
+    make_cross_stream_mask,
+    make_diagonal_mask,
+    make_dilated_temporal_mask,
+    make_gna_mask,
+    make_reference_frame_mask,
+    make_segment_mask,
+    make_sink_window_mask,
+    make_sliding_window_mask,
+    make_spatial_2d_mask,
+    make_spatial_3d_mask,
+    make_strided_mask,
+    make_temporal_distance_bias,
+    make_temporal_group_mask,
+    temporal_distance_bias_to_mask,
+    tile_order,
+)
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
 from .rope_tables import make_rope_3d_tables
@@ -56,11 +78,31 @@ __all__ = [
     "get_supported_configs",
     "hooks_status",
     "is_mfa_available",
+    "make_adaptive_window_mask",
+    "make_axial_spatial_mask",
+    "make_axial_temporal_mask",
+    "make_causal_block_mask",
+    "make_causal_segment_mask",
+    "make_cross_stream_mask",
+    "make_diagonal_mask",
+    "make_dilated_temporal_mask",
+    "make_gna_mask",
+    "make_reference_frame_mask",
     "make_rope_3d_tables",
+    "make_segment_mask",
     "make_shared_prefix_cache",
+    "make_sink_window_mask",
+    "make_sliding_window_mask",
+    "make_spatial_2d_mask",
+    "make_spatial_3d_mask",
+    "make_strided_mask",
+    "make_temporal_distance_bias",
+    "make_temporal_group_mask",
     "make_tree_mask",
     "matmul",
     "merge_attention_states",
     "quantized_matmul",
+    "temporal_distance_bias_to_mask",
+    "tile_order",
     "warmup_kernels",
 ]
