@@ -17,7 +17,7 @@ if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
         f' run: pip install "mlx=={_MLX_VERSION}"'
     )
 
-from .attention import explain, flash_attention, merge_attention_states
+from .attention import explain, explain_calls, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
@@ -40,6 +40,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "explain_calls",
     "flash_attention",
     "flash_attention_cascade",
     "flash_attention_kv_packed",
