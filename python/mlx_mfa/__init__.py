@@ -22,9 +22,11 @@ from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .masks import BlockMask
+from .neighbourhood import flash_attention_gna
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
 from .rope_tables import make_rope_3d_tables
+from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
 from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
 from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
@@ -43,8 +45,10 @@ __all__ = [
     "explain_calls",
     "flash_attention",
     "flash_attention_cascade",
+    "flash_attention_gna",
     "flash_attention_kv_packed",
     "flash_attention_qkv_packed",
+    "flash_attention_sparse",
     "flash_attention_speculative_verify",
     "flash_attention_splitfuse",
     "flash_attention_tree",
@@ -63,5 +67,7 @@ __all__ = [
     "matmul",
     "merge_attention_states",
     "quantized_matmul",
+    "sparse_attention_dispatch",
+    "sparse_attention_nax",
     "warmup_kernels",
 ]

@@ -101,11 +101,11 @@ Route choose(const Request& request, Backend backend, const WantedOutputs& wante
       throw std::runtime_error(
           concat("[", request.params.function, "] backend=\"mfa\" cannot run this problem: ", *reason));
     }
-    if (!request.params.plain()) {
+    if (!request.params.composable()) {
       throw std::runtime_error(concat("[", request.params.function, "] no kernel can run this problem: ", *reason));
     }
   }
-  if (!request.params.plain()) {
+  if (!request.params.composable()) {
     throw std::runtime_error(concat("[", request.params.function,
                                     "] backend must be \"auto\" or \"mfa\": MLX's operations cannot run this problem"));
   }

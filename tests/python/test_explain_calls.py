@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from problems import OWN_ROUTE, mfa, needs_kernels, random_arrays
+from problems import OWN_ROUTE, cpu_kernels_only, mfa, needs_kernels, random_arrays
 
 
 def qkv(B=2, Hq=4, Hkv=2, Nq=16, Nk=16, D=16):
@@ -36,6 +36,21 @@ def test_entry_points_are_explained(name, arguments, calls):
     explained = mfa.explain_calls(getattr(mfa, name), *arguments())
     assert [e["route"] for e in explained] == [OWN_ROUTE] * calls
     assert all(e["kernel"] for e in explained)
+
+
+@needs_kernels
+@cpu_kernels_only
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("flash_attention_sparse", lambda: (*qkv(), mx.ones((1, 1), mx.bool_))),
+        ("flash_attention_gna", lambda: (*qkv(), (4, 4), (3, 3), (1, 1))),
+    ],
+)
+def test_entry_points_of_tiles_and_grids_are_explained(name, arguments):
+    (explained,) = mfa.explain_calls(getattr(mfa, name), *arguments())
+    assert explained["function"] == name
+    assert explained["route"] == OWN_ROUTE
 
 
 def test_the_function_of_a_call_is_named():
