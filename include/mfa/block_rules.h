@@ -39,6 +39,8 @@ struct BlockRule {
   std::function<void(int32_t r, uint8_t* row)> mark;
   // Whether query token i sees key token j.
   std::function<bool(int32_t i, int32_t j)> sees;
+  // As `mark`, only the blocks that hold a visible pair of tokens. Null: `mark` marks no others.
+  std::function<void(int32_t r, uint8_t* row)> mark_exact = nullptr;
 };
 
 // The same rule with the tiles that hold a visible pair of tokens, and no others.
@@ -58,7 +60,7 @@ MFA_API BlockRule sliding_window_blocks(int64_t tokens, int64_t window, bool cau
 // As the window, and the first `sinks` keys for every query.
 MFA_API BlockRule sink_window_blocks(int64_t tokens, int64_t window, int64_t sinks, bool causal, TileSize tile);
 
-// |i / block - j / block| <= reach; block 0: the longer side of a tile... see diagonal_unit().
+// |i / block - j / block| <= reach, rounded down.
 MFA_API BlockRule diagonal_blocks(int64_t tokens, int64_t block, int64_t reach, TileSize tile);
 
 // |i - j| <= window / 2, or j is a multiple of `stride`. Tiles: centres within window / 2 and the longer side of a

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
+#include <string>
 #include <vector>
 
 #include "mfa/api.h"
@@ -57,5 +57,15 @@ class MFA_API BlockMask {
 // The masks of a rule as bool arrays: tiles [NQ, NK] and tokens [Nq, Nk]. At most 2^32 elements.
 MFA_API mlx::core::array tile_mask(const BlockRule& rule);
 MFA_API mlx::core::array token_mask(const BlockRule& rule);
+
+// ---- biases by the distance of frames -------------------------------------------------------------------------------
+// float32 [1, rates, N, N] with N = frames * frame_tokens: with d the distance of the frames of two tokens and r the
+// rate of the head, "linear" is -r d, "exponential" -r (e^d - 1), "log" -r ln(1 + d). At most 2 GiB.
+MFA_API mlx::core::array temporal_distance_bias(int64_t frames, int64_t frame_tokens, const std::vector<double>& rates,
+                                                const std::string& decay);
+
+// The tiles in which some pair of tokens has a bias of at least `threshold` for some head and batch entry. `bias` is
+// floating, [Nq, Nk] with up to two axes before.
+MFA_API BlockMask bias_blocks(const mlx::core::array& bias, float threshold, TileSize tile);
 
 }  // namespace mfa

@@ -9,6 +9,8 @@ void bind_attention(nanobind::module_& m);
 void bind_diagnostics(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_masks(nanobind::module_& m);
+void bind_packed(nanobind::module_& m);
+void bind_rope_tables(nanobind::module_& m);
 void bind_options(nanobind::module_& m);
 void bind_packed(nanobind::module_& m);
 void bind_prefix(nanobind::module_& m);

@@ -13,20 +13,28 @@ namespace {
 // Query blocks of a task: enough tiles that a task is some microseconds of work.
 int32_t rows_per_task(const TileGrid& grid) { return std::max(1, (1 << 16) / std::max(1, grid.key_blocks())); }
 
-// Appends the places of nonzero bytes. Rows are mostly zero, so they are walked in words.
-void append_set_bytes(const uint8_t* row, int32_t n, std::vector<int32_t>& ids) {
-  int32_t c = 0;
+// Writes the places of the bytes that are 1 and returns how many there are. Most words are all zero or all one.
+int32_t places_of_ones(const uint8_t* row, int32_t n, int32_t* places) {
+  int32_t c = 0, count = 0;
   for (; c + 8 <= n; c += 8) {
     uint64_t word;
     std::memcpy(&word, row + c, 8);
     if (word == 0) continue;
+    if (word == 0x0101010101010101u) {
+      for (int32_t i = 0; i < 8; ++i) places[count + i] = c + i;
+      count += 8;
+      continue;
+    }
     for (int32_t i = c; i < c + 8; ++i) {
-      if (row[i]) ids.push_back(i);
+      places[count] = i;
+      count += row[i];
     }
   }
   for (; c < n; ++c) {
-    if (row[c]) ids.push_back(c);
+    places[count] = c;
+    count += row[c];
   }
+  return count;
 }
 
 }  // namespace
@@ -60,12 +68,13 @@ BlockPattern BlockPattern::from_rows(TileGrid grid, int32_t batch, int32_t heads
     const int64_t l = task / chunks;
     const int32_t first = static_cast<int32_t>(task % chunks) * chunk, last = std::min(NQ, first + chunk);
     std::vector<uint8_t> row(NK);
+    std::vector<int32_t> places(NK + 1);  // one more: the place after the last is written before it is known
     for (int32_t r = first; r < last; ++r) {
       std::fill(row.begin(), row.end(), uint8_t{0});
       mark(static_cast<int32_t>(l / heads), static_cast<int32_t>(l % heads), r, row.data());
-      const size_t before = ids[task].size();
-      append_set_bytes(row.data(), NK, ids[task]);
-      p.offsets_[l * (NQ + int64_t{1}) + r + 1] = static_cast<int64_t>(ids[task].size() - before);
+      const int32_t count = places_of_ones(row.data(), NK, places.data());
+      ids[task].insert(ids[task].end(), places.begin(), places.begin() + count);
+      p.offsets_[l * (NQ + int64_t{1}) + r + 1] = count;
     }
   });
 

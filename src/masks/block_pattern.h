@@ -12,8 +12,8 @@ namespace mfa {
 
 class BlockPattern {
  public:
-  // Sets row[c] = 1 for the key blocks that query block `r` of (b, h) sees; the row is zero on entry. Called by many
-  // threads.
+  // Sets row[c] = 1, and nothing to another value, for the key blocks that query block `r` of (b, h) sees; the row is
+  // zero on entry. Called by many threads.
   using MarkRow = std::function<void(int32_t b, int32_t h, int32_t r, uint8_t* row)>;
 
   // `batch` and `heads` are 1 where all batch entries, or all heads, have the same tiles.

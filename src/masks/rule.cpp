@@ -21,24 +21,7 @@ void for_rows(int64_t rows, int64_t columns, const Row& row) {
 }  // namespace
 
 BlockRule exact(BlockRule rule) {
-  const TileGrid grid = rule.grid;
-  auto any = [grid, sees = rule.sees](int32_t r, int32_t c) {
-    const int64_t i0 = int64_t{r} * grid.block_q, j0 = int64_t{c} * grid.block_k;
-    const int64_t i1 = std::min<int64_t>(grid.Nq, i0 + grid.block_q),
-                  j1 = std::min<int64_t>(grid.Nk, j0 + grid.block_k);
-    for (int64_t i = i0; i < i1; ++i) {
-      for (int64_t j = j0; j < j1; ++j) {
-        if (sees(static_cast<int32_t>(i), static_cast<int32_t>(j))) return true;
-      }
-    }
-    return false;
-  };
-  rule.mark = [grid, any, mark = std::move(rule.mark)](int32_t r, uint8_t* row) {
-    mark(r, row);
-    for (int32_t c = 0; c < grid.key_blocks(); ++c) {
-      if (row[c]) row[c] = any(r, c);
-    }
-  };
+  if (rule.mark_exact) rule.mark = std::exchange(rule.mark_exact, nullptr);
   return rule;
 }
 

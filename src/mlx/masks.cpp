@@ -1,6 +1,6 @@
 #include "mfa/masks.h"
 
-#include <algorithm>
+#include <limits>
 #include <new>
 #include <utility>
 
@@ -13,9 +13,15 @@
 namespace mfa {
 namespace {
 
+// An array of the elements of `values`, which `owner` keeps alive; in place where MLX can use host memory.
 template <typename T>
-mx::array to_array(const std::vector<T>& values, mx::Dtype dtype) {
-  return mx::array(values.begin(), {static_cast<int>(values.size())}, dtype);
+mx::array to_array(const std::vector<T>& values, mx::Dtype dtype, const std::shared_ptr<const BlockPattern>& owner) {
+  const auto size = static_cast<int64_t>(values.size());
+  check(size <= std::numeric_limits<int32_t>::max(), "BlockMask", "expected at most 2^31 - 1 visible tiles; got ", size,
+        ": larger blocks are needed");
+  if (size == 0) return mx::array(values.begin(), {0}, dtype);
+  auto* data = const_cast<T*>(values.data());  // nothing writes to an array that has a second reference
+  return mx::array(static_cast<void*>(data), {static_cast<int>(size)}, dtype, [owner](void*) {});
 }
 
 // A new bool array, filled by write(bytes).
@@ -34,15 +40,15 @@ mx::array bool_array(const char* function, const mx::Shape& shape, const Write& 
 }  // namespace
 
 struct BlockMask::State {
-  BlockPattern pattern;
+  std::shared_ptr<const BlockPattern> pattern;
   mx::array offsets, key_ids, transposed_offsets, query_ids;
 };
 
 BlockMask::BlockMask(BlockPattern pattern) {
-  mx::array offsets = to_array(pattern.offsets(), mx::int64), key_ids = to_array(pattern.key_ids(), mx::int32);
-  mx::array columns = to_array(pattern.transposed_offsets(), mx::int64);
-  mx::array query_ids = to_array(pattern.query_ids(), mx::int32);
-  state_ = std::make_shared<const State>(State{std::move(pattern), offsets, key_ids, columns, query_ids});
+  const auto lists = std::make_shared<const BlockPattern>(std::move(pattern));
+  state_ = std::make_shared<const State>(
+      State{lists, to_array(lists->offsets(), mx::int64, lists), to_array(lists->key_ids(), mx::int32, lists),
+            to_array(lists->transposed_offsets(), mx::int64, lists), to_array(lists->query_ids(), mx::int32, lists)});
 }
 
 BlockMask BlockMask::from_rule(const BlockRule& rule) { return BlockMask(BlockPattern::from_rule(rule)); }
@@ -72,12 +78,12 @@ BlockMask BlockMask::from_dense(const mx::array& mask, int64_t Nq, int64_t Nk, T
   }));
 }
 
-const TileGrid& BlockMask::grid() const { return state_->pattern.grid(); }
-int BlockMask::batch() const { return state_->pattern.batch(); }
-int BlockMask::heads() const { return state_->pattern.heads(); }
-int64_t BlockMask::count() const { return state_->pattern.count(); }
-double BlockMask::density() const { return state_->pattern.density(); }
-const BlockPattern& BlockMask::pattern() const { return state_->pattern; }
+const TileGrid& BlockMask::grid() const { return state_->pattern->grid(); }
+int BlockMask::batch() const { return state_->pattern->batch(); }
+int BlockMask::heads() const { return state_->pattern->heads(); }
+int64_t BlockMask::count() const { return state_->pattern->count(); }
+double BlockMask::density() const { return state_->pattern->density(); }
+const BlockPattern& BlockMask::pattern() const { return *state_->pattern; }
 const mx::array& BlockMask::offsets() const { return state_->offsets; }
 const mx::array& BlockMask::key_ids() const { return state_->key_ids; }
 const mx::array& BlockMask::transposed_offsets() const { return state_->transposed_offsets; }

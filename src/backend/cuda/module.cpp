@@ -23,13 +23,24 @@ MFA_EMBED_DTYPES(backward_keys)
 MFA_EMBED_DTYPES(term_gradients)
 MFA_EMBED(hopper_forward)
 MFA_EMBED(hopper_backward)
+MFA_EMBED(hopper_backward_modified)
 
 namespace mfa::cuda {
 namespace {
 
 constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = 6, kMaxDevices = 16;
 
-enum Family { forward, decode, queries, keys, terms, hopper_forward, hopper_backward, kFamilies };
+enum Family {
+  forward,
+  decode,
+  queries,
+  keys,
+  terms,
+  hopper_forward,
+  hopper_backward,
+  hopper_backward_modified,
+  kFamilies
+};
 constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {mfa_fatbin_forward_tiled_f32, mfa_fatbin_forward_tiled_f16, mfa_fatbin_forward_tiled_bf16},
     {nullptr, mfa_fatbin_forward_decode_f16, mfa_fatbin_forward_decode_bf16},
@@ -37,7 +48,8 @@ constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {mfa_fatbin_backward_keys_f32, mfa_fatbin_backward_keys_f16, mfa_fatbin_backward_keys_bf16},
     {mfa_fatbin_term_gradients_f32, mfa_fatbin_term_gradients_f16, mfa_fatbin_term_gradients_bf16},
     {nullptr, mfa_fatbin_hopper_forward, mfa_fatbin_hopper_forward},
-    {nullptr, mfa_fatbin_hopper_backward, mfa_fatbin_hopper_backward}};
+    {nullptr, mfa_fatbin_hopper_backward, mfa_fatbin_hopper_backward},
+    {nullptr, mfa_fatbin_hopper_backward_modified, mfa_fatbin_hopper_backward_modified}};
 
 Family family_of(Kernel kernel) {
   switch (kernel) {
@@ -56,6 +68,10 @@ Family family_of(Kernel kernel) {
     case Kernel::hopper_dkv:
     case Kernel::hopper_dkv_shared:
       return hopper_backward;
+    case Kernel::hopper_dq_modified:
+    case Kernel::hopper_dkv_modified:
+    case Kernel::hopper_dkv_shared_modified:
+      return hopper_backward_modified;
     case Kernel::backward_rows:
     case Kernel::backward_queries:
       return queries;

@@ -53,7 +53,7 @@ bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const Devic
 
 bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
   constexpr int kMaxGrid = 65535;  // the rows' terms are a grid of heads and batch entries
-  return hopper_takes(p, call, device) && !is_modified(p, call) && p.Hq <= kMaxGrid && p.B <= kMaxGrid;
+  return hopper_takes(p, call, device) && p.Hq <= kMaxGrid && p.B <= kMaxGrid;
 }
 
 bool is_modified(const AttentionProblem& p, const CallTraits& call) {
@@ -93,9 +93,10 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
   plan.rows.grid[2] = static_cast<uint32_t>(p.B);
   plan.rows.threads = kPrepareThreads;
 
-  const hopper::TileChoice dq = tile_of(hopper::dq_tiles, p);
+  const bool modified = is_modified(p, call);
+  const hopper::TileChoice dq = modified ? tile_of(hopper::dq_modified_tiles, p) : tile_of(hopper::dq_tiles, p);
   const auto dq_layout = hopper::backward_layout(dq);
-  plan.queries = persistent(Kernel::hopper_dq, p, device,
+  plan.queries = persistent(modified ? Kernel::hopper_dq_modified : Kernel::hopper_dq, p, device,
                             hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, 64 * dq.consumers)),
                                              int64_t{p.Nk} * (p.D + p.Dv) * 2, unequal, true, 0),
                             dq_layout.threads, dq_layout.bytes);
@@ -103,9 +104,15 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
   plan.queries.key_box = dq.tile;
 
   const bool shared_keys = columns_of(p) > 128;
-  const hopper::TileChoice dkv = shared_keys ? tile_of(hopper::dkv_shared_tiles, p) : tile_of(hopper::dkv_tiles, p);
+  const hopper::TileChoice dkv =
+      modified ? shared_keys ? tile_of(hopper::dkv_shared_modified_tiles, p) : tile_of(hopper::dkv_modified_tiles, p)
+      : shared_keys ? tile_of(hopper::dkv_shared_tiles, p)
+                    : tile_of(hopper::dkv_tiles, p);
+  const Kernel keys_kernel = modified ? shared_keys ? Kernel::hopper_dkv_shared_modified : Kernel::hopper_dkv_modified
+                             : shared_keys ? Kernel::hopper_dkv_shared
+                                           : Kernel::hopper_dkv;
   const auto dkv_layout = hopper::backward_layout(dkv, shared_keys);
-  plan.keys = persistent(shared_keys ? Kernel::hopper_dkv_shared : Kernel::hopper_dkv, p, device,
+  plan.keys = persistent(keys_kernel, p, device,
                          hopper::schedule(p.B * p.Hkv, static_cast<int>(ceil_div(p.Nk, 64 * dkv.consumers)),
                                           int64_t{p.Nq} * (p.D + p.Dv) * 2, unequal, false, 0),
                          dkv_layout.threads, dkv_layout.bytes);

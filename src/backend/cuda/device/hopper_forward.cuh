@@ -325,8 +325,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       return_nonfinite<Tile>(p, work, row, lane, [&](int r, int key) {
         const bool inside = key >= pair.begin[r] && key < pair.end[r];
         if constexpr (modified || mask_only)
-          return inside && (!p.mask.data ||
-                            ScoreTile<BK>{p, b, h, 0, 0, lane, 0}.visible(work.row0() + row_in_tile + 8 * r, key));
+          return inside && (!p.mask.data || mask_shows(p, b, h, work.row0() + row_in_tile + 8 * r, key));
         return inside;
       });
     }

@@ -69,6 +69,20 @@ constexpr TileChoice dkv_shared_tiles[] = {
     {192, 1, 80, 2, false},
     {256, 1, 64, 2, false},
 };
+// The same three with every modifier of scores.
+constexpr TileChoice dq_modified_tiles[] = {
+    {64, 2, 64, 3, false},  {96, 2, 64, 3, false},  {128, 2, 64, 3, false},
+    {192, 2, 48, 3, false}, {256, 2, 32, 3, false},
+};
+constexpr TileChoice dkv_modified_tiles[] = {
+    {64, 2, 64, 2, false},
+    {96, 2, 64, 2, false},
+    {128, 2, 48, 2, false},
+};
+constexpr TileChoice dkv_shared_modified_tiles[] = {
+    {192, 1, 64, 2, false},
+    {256, 1, 48, 2, false},
+};
 
 constexpr int shared_bytes_of_block = 227 * 1024;  // the most that a block may have
 
