@@ -13,6 +13,7 @@ void bind_options(nanobind::module_& m);
 void bind_packed(nanobind::module_& m);
 void bind_prefix(nanobind::module_& m);
 void bind_rope_tables(nanobind::module_& m);
+void bind_sparse(nanobind::module_& m);
 void bind_speculative(nanobind::module_& m);
 void bind_varlen(nanobind::module_& m);
 

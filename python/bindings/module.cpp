@@ -31,6 +31,7 @@ NB_MODULE(_ext, m) {
   mfa::python::bind_packed(m);
   mfa::python::bind_prefix(m);
   mfa::python::bind_rope_tables(m);
+  mfa::python::bind_sparse(m);
   mfa::python::bind_speculative(m);
   mfa::python::bind_varlen(m);
 }

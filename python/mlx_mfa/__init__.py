@@ -17,7 +17,7 @@ if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
         f' run: pip install "mlx=={_MLX_VERSION}"'
     )
 
-from .attention import explain, flash_attention, merge_attention_states
+from .attention import explain, explain_calls, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
@@ -44,9 +44,11 @@ from .masks import (
     temporal_distance_bias_to_mask,
     tile_order,
 )
+from .neighbourhood import flash_attention_gna
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
 from .rope_tables import make_rope_3d_tables
+from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
 from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
 from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
@@ -62,10 +64,13 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "explain_calls",
     "flash_attention",
     "flash_attention_cascade",
+    "flash_attention_gna",
     "flash_attention_kv_packed",
     "flash_attention_qkv_packed",
+    "flash_attention_sparse",
     "flash_attention_speculative_verify",
     "flash_attention_splitfuse",
     "flash_attention_tree",
@@ -102,6 +107,8 @@ __all__ = [
     "matmul",
     "merge_attention_states",
     "quantized_matmul",
+    "sparse_attention_dispatch",
+    "sparse_attention_nax",
     "temporal_distance_bias_to_mask",
     "tile_order",
     "warmup_kernels",

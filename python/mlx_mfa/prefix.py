@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
@@ -97,7 +98,7 @@ def make_shared_prefix_cache(
         prefix_q, prefix_k, prefix_v, scale, causal, softcap, alibi_slopes, window_size=window_size, stream=stream,
         backend=backend, sinks=sinks,
     )  # fmt: skip
-    return out, prefix_k, prefix_v
+    return cast(mx.array, out), prefix_k, prefix_v
 
 
 def flash_attention_splitfuse(
@@ -149,10 +150,11 @@ def flash_attention_splitfuse(
             return None
         if k is None or v is None:
             raise ValueError(f"[flash_attention_splitfuse] q_{name} needs keys and values; got None")
-        return flash_attention(
+        out = flash_attention(
             q, k, v, scale, causal, softcap, alibi_slopes, window_size=window_size, stream=stream, backend=backend,
             sinks=sinks, kv_lengths=kv_lengths,
         )  # fmt: skip
+        return cast(mx.array, out)
 
     prefill = half("prefill", q_prefill, k_prefill, v_prefill, kv_lengths_prefill)
     return prefill, half("decode", q_decode, k_cache_decode, v_cache_decode, kv_lengths_decode)

@@ -46,6 +46,8 @@ struct AttentionParams {
   bool plain() const {
     return !packs_queries && !paged && !rotary && !has_blocks && neighbourhood.axes == 0 && !has_floor;
   }
+  // Whether MLX's operations can compute the call.
+  bool composable() const { return !packs_queries && !paged && !rotary && !has_floor; }
   bool operator==(const AttentionParams&) const = default;
 };
 
