@@ -82,6 +82,12 @@ std::optional<std::string> unsupported(const AttentionProblem& p, const CpuKerne
   if (cpu.lanes == 0) return "no CPU kernels for this processor were built";
   if (p.D < 1 || p.D > kMaxHeadDim || p.Dv < 1 || p.Dv > kMaxHeadDim)
     return concat("head dims D and Dv must be 1 to ", kMaxHeadDim, "; got ", p.D, " and ", p.Dv);
+  if (p.query_starts || p.key_starts) return "the CPU kernels do not take packed sequences";
+  if (p.pages.table) return "the CPU kernels do not take paged keys and values";
+  if (p.rope.cos) return "the CPU kernels do not take rotary embeddings";
+  if (p.blocks.offsets) return "the CPU kernels do not take block lists";
+  if (p.neighbourhood.axes > 0) return "the CPU kernels do not take a neighbourhood";
+  if (p.score_floor) return "the CPU kernels do not take a floor of the scores";
   return std::nullopt;
 }
 
