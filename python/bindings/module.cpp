@@ -27,5 +27,7 @@ NB_MODULE(_ext, m) {
   mfa::python::bind_attention(m);
   mfa::python::bind_diagnostics(m);
   mfa::python::bind_linear(m);
+  mfa::python::bind_packed(m);
+  mfa::python::bind_rope_tables(m);
   mfa::python::bind_varlen(m);
 }

@@ -20,6 +20,8 @@ from .attention import explain, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
+from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
+from .rope_tables import make_rope_3d_tables
 from .varlen import flash_attention_varlen
 
 enable_by_default()
@@ -33,6 +35,8 @@ __all__ = [
     "enable",
     "explain",
     "flash_attention",
+    "flash_attention_kv_packed",
+    "flash_attention_qkv_packed",
     "flash_attention_varlen",
     "gather_mm",
     "gather_qmm",
@@ -40,6 +44,7 @@ __all__ = [
     "get_supported_configs",
     "hooks_status",
     "is_mfa_available",
+    "make_rope_3d_tables",
     "matmul",
     "merge_attention_states",
     "quantized_matmul",

@@ -259,9 +259,12 @@ def _broadcast_shape(rng, full):
     return tuple(n if _chance(rng, 0.5) else 1 for n in full)
 
 
-def random_case(rng):
-    """A case with random sizes, dtype, modifiers and memory layouts."""
-    B, Hq, Hkv, Nq, Nk, D, Dv = _sizes(rng)
+def random_case(rng, sizes=_sizes, without=()):
+    """A case with random sizes, dtype, modifiers and memory layouts.
+
+    ``sizes`` draws ``(B, Hq, Hkv, Nq, Nk, D, Dv)``; the fields of Problem in ``without`` stay at their defaults.
+    """
+    B, Hq, Hkv, Nq, Nk, D, Dv = sizes(rng)
     dtype = str(rng.choice(DTYPES))
     full = (B, Hq, Nq, Nk)
     shapes = {"q": (B, Hq, Nq, D), "k": (B, Hkv, Nk, D), "v": (B, Hkv, Nk, Dv)}
@@ -300,6 +303,9 @@ def random_case(rng):
     if _chance(rng, 0.2):
         options["dropout_p"] = float(rng.choice((0.1, 0.5, 0.9)))
         options["dropout_seed"] = int(rng.integers(0, 2**63))
+
+    options = {n: o for n, o in options.items() if n.removesuffix("_seed").removesuffix("_p") not in without}
+    arrays = {n: a for n, a in arrays.items() if n not in without}
 
     values = {}
     for name, shape in shapes.items():
