@@ -19,8 +19,11 @@ if _mx.__version__ != _MLX_VERSION:
 from .attention import explain, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
+from .kv_cache import append_to_cache, flash_attention_kvcache, flash_attention_kvcache_rope_append
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
+from .paged import flash_attention_paged, flash_attention_paged_varlen
+from .rope import flash_attention_rope, flash_attention_rope_unified
 from .rope_tables import make_rope_3d_tables
 from .varlen import flash_attention_varlen
 
@@ -30,13 +33,20 @@ del enable_by_default
 __all__ = [
     "__version__",
     "addmm",
+    "append_to_cache",
     "diagnostics",
     "disable",
     "enable",
     "explain",
     "flash_attention",
     "flash_attention_kv_packed",
+    "flash_attention_kvcache",
+    "flash_attention_kvcache_rope_append",
+    "flash_attention_paged",
+    "flash_attention_paged_varlen",
     "flash_attention_qkv_packed",
+    "flash_attention_rope",
+    "flash_attention_rope_unified",
     "flash_attention_varlen",
     "gather_mm",
     "gather_qmm",
