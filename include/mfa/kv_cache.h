@@ -26,9 +26,10 @@ struct NewKeys {
   mlx::core::array k, v;
 };
 
-// As RotaryEmbedding, but where positions are not given: new keys follow those of the cache, queries are the last of
-// all keys, and keys of the cache that are still to be rotated count from 0. rotates_k says whether they are: by
-// default only in a cache without seq_lens that is not appended to. New keys are rotated before they are stored.
+// As RotaryEmbedding, but where positions are not given, new keys follow those of the cache and queries are the last of
+// all keys. rotates_k says whether the cache holds keys as they are given, all of which are then rotated at load from
+// position 0; by default only a cache without seq_lens that is not appended to does. Otherwise it holds rotated keys,
+// and new ones are rotated before they are stored.
 struct CacheRotation {
   mlx::core::array cos, sin;
   bool interleaved = true;

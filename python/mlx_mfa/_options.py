@@ -55,7 +55,7 @@ def lengths(values: mx.array | Sequence[int] | None) -> mx.array | None:
     """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
     if values is None or isinstance(values, mx.array):
         return values
-    values = list(values)
+    values = values.tolist() if hasattr(values, "tolist") else list(values)  # numpy's integers are not taken by MLX
     return mx.array(values) if values else mx.zeros((0,), mx.int32)
 
 

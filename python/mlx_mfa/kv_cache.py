@@ -76,8 +76,9 @@ def flash_attention_kvcache(
         cache_seqlens (int, array or sequence of int, optional): ``[B]`` or one for all: the position of the first query
             and of the first new key. Default: what the lengths say, new keys following those of the cache and queries
             being the last.
-        rotate_cached_keys (bool, optional): Whether the keys of the cache are still to be rotated, from position 0.
-            Default: only in a cache without ``seq_lens`` that is not appended to; stored keys are rotated.
+        rotate_cached_keys (bool, optional): Whether the cache holds keys as they are given, all of which are then
+            rotated at load, from position 0. Default: only a cache without ``seq_lens`` that is not appended to.
+            Otherwise it holds rotated keys, and new ones are rotated before they are stored.
         cache_batch_idx (array or sequence of int, optional): ``[B]``: batch entry b has row ``cache_batch_idx[b]`` of
             the cache (or of ``block_table``) and of ``seq_lens``. Not for a cache that grows.
         interleaved, rotary_dim: As :func:`flash_attention_rope`.

@@ -173,7 +173,7 @@ KvCacheResult attention_kvcache(const mx::array& q, const KvCache& cache, const 
   KvCacheResult result{q, std::nullopt, std::nullopt, std::nullopt};
   mx::array k = c.k, v = c.v;
   if (added) {
-    result.k = k = appended(c, c.k, added->k, rotation.has_value());
+    result.k = k = appended(c, c.k, added->k, c.rotary && !c.rotary->rotates_k);
     result.v = v = appended(c, c.v, added->v, false);
   }
   AttentionSources sources;
