@@ -192,22 +192,6 @@ TEST(Unsupported, HeadDimsFrom1To576AreSupported) {
   EXPECT_NE(unsupported(p, cpu)->find("600"), std::string::npos);
 }
 
-TEST(Unsupported, WhatTheKernelsDoNotComputeIsRefused) {
-  const CpuKernelTraits& cpu = all_traits()[0];
-  const int32_t starts[2] = {0, 1};
-  const int64_t offsets[2] = {0, 0};
-  const float table[1] = {1.f};
-  AttentionProblem packed = shape(1, 1, 1, 1, 1), paged = packed, rotated = packed, sparse = packed, grid = packed,
-                   floored = packed;
-  packed.query_starts = starts;
-  paged.pages.table = starts;
-  rotated.rope.cos = table;
-  sparse.blocks.offsets = offsets;
-  grid.neighbourhood.axes = 1;
-  floored.score_floor = table;
-  for (const AttentionProblem& p : {packed, paged, rotated, sparse, grid, floored}) EXPECT_TRUE(unsupported(p, cpu));
-}
-
 TEST(Unsupported, WithoutKernelsThereIsAReason) {
   ASSERT_TRUE(unsupported(shape(1, 1, 1, 1, 1), CpuKernelTraits{}).has_value());
   EXPECT_FALSE(unsupported(shape(1, 1, 1, 1, 1), CpuKernelTraits{})->empty());
