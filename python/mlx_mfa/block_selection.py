@@ -154,8 +154,8 @@ def make_vsa_mask(
     tiles = -(-k.shape[2] // max(1, block_size[1])) if k.ndim == 4 else 0
     # A share such as 1 - 0.9 is a little above 0.1 in binary: what exceeds a whole tile by rounding is no further tile.
     top_k = max(1, math.ceil((1 - sparsity) * tiles - 1e-9 * tiles))
-    sizes = [[int(n) for n in x] if x is not None else [] for x in (q_sizes, kv_sizes)]
-    return _result(_ext.pooled_top_blocks(q, k, top_k, False, *sizes, block_size, name), as_lists)
+    q_rows, kv_rows = ([int(n) for n in sizes or ()] for sizes in (q_sizes, kv_sizes))
+    return _result(_ext.pooled_top_blocks(q, k, top_k, False, q_rows, kv_rows, block_size, name), as_lists)
 
 
 def make_sla_mask(

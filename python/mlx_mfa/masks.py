@@ -52,7 +52,9 @@ def _mask(rule: _ext.BlockRule, exact: bool, as_lists: bool, as_tokens: bool) ->
     return rule.lists() if as_lists else rule.tiles()
 
 
-def _video(function: str, height: int, width: int, frames: int, patch: int, temporal_patch: int = 1) -> tuple[int, ...]:
+def _video(
+    function: str, height: int, width: int, frames: int, patch: int, temporal_patch: int = 1
+) -> tuple[int, int, int]:
     """(frames, height, width) in tokens."""
     if patch < 1 or temporal_patch < 1:
         raise ValueError(
@@ -661,9 +663,8 @@ def make_temporal_distance_bias(
     Raises:
         ValueError: If the decay is unknown, there are not as many rates as heads, or the bias is too large.
     """
-    if hasattr(decay_rate, "tolist"):
-        decay_rate = decay_rate.tolist()
-    rates = [float(r) for r in decay_rate] if isinstance(decay_rate, Sequence) else [float(decay_rate)] * num_heads
+    given: Any = decay_rate.tolist() if isinstance(decay_rate, mx.array) else decay_rate
+    rates = [float(r) for r in given] if isinstance(given, Sequence) else [float(given)] * num_heads
     if len(rates) != num_heads:
         raise ValueError(
             f"[make_temporal_distance_bias] decay_rate must be one number or {num_heads}, one for each head;"
