@@ -17,7 +17,7 @@ if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
         f' run: pip install "mlx=={_MLX_VERSION}"'
     )
 
-from .attention import explain, flash_attention, merge_attention_states
+from .attention import explain, explain_calls, flash_attention, merge_attention_states
 from .block_selection import (
     make_draft_mask,
     make_lcsa_mask,
@@ -30,6 +30,7 @@ from .block_selection import (
 )
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
+from .kv_cache import append_to_cache, flash_attention_kvcache, flash_attention_kvcache_rope_append
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .masks import (
     BlockMask,
@@ -54,8 +55,14 @@ from .masks import (
     temporal_distance_bias_to_mask,
     tile_order,
 )
+from .neighbourhood import flash_attention_gna
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
+from .paged import flash_attention_paged, flash_attention_paged_varlen
+from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
+from .rope import flash_attention_rope, flash_attention_rope_unified
 from .rope_tables import make_rope_3d_tables
+from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
+from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
 from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
 enable_by_default()
@@ -63,15 +70,30 @@ del enable_by_default
 
 __all__ = [
     "BlockMask",
+    "TreeMask",
     "__version__",
     "addmm",
+    "append_to_cache",
     "diagnostics",
     "disable",
     "enable",
     "explain",
+    "explain_calls",
     "flash_attention",
+    "flash_attention_cascade",
+    "flash_attention_gna",
     "flash_attention_kv_packed",
+    "flash_attention_kvcache",
+    "flash_attention_kvcache_rope_append",
+    "flash_attention_paged",
+    "flash_attention_paged_varlen",
     "flash_attention_qkv_packed",
+    "flash_attention_rope",
+    "flash_attention_rope_unified",
+    "flash_attention_sparse",
+    "flash_attention_speculative_verify",
+    "flash_attention_splitfuse",
+    "flash_attention_tree",
     "flash_attention_varlen",
     "flash_attention_varlen_kv_packed",
     "flash_attention_varlen_qkv_packed",
@@ -95,6 +117,7 @@ __all__ = [
     "make_reference_frame_mask",
     "make_rope_3d_tables",
     "make_segment_mask",
+    "make_shared_prefix_cache",
     "make_sink_window_mask",
     "make_sla_mask",
     "make_sliding_tile_mask",
@@ -106,11 +129,14 @@ __all__ = [
     "make_temporal_distance_bias",
     "make_temporal_group_mask",
     "make_topk_spatial_mask",
+    "make_tree_mask",
     "make_vsa_mask",
     "make_xattention_mask",
     "matmul",
     "merge_attention_states",
     "quantized_matmul",
+    "sparse_attention_dispatch",
+    "sparse_attention_nax",
     "temporal_distance_bias_to_mask",
     "tile_order",
     "warmup_kernels",

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attention/visibility.h"
 #include "common/check.h"
 
 namespace mfa {
@@ -11,6 +12,31 @@ namespace {
 constexpr int32_t kMinSplitBlocks = 2;
 
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
+
+bool multiplies_pairs(const AttentionProblem& p, const CpuKernelTraits& cpu) {
+  return cpu.native_bf16 && p.dtype == DType::bf16 && p.D % 2 == 0 && !p.score_floor;
+}
+
+// Heads of a group share tiles unless they see different block lists.
+void share_heads(const AttentionProblem& p, RowTiling& t) {
+  const int32_t group = p.Hq / p.Hkv;
+  t.heads = p.blocks.offsets && p.blocks.stride_h != 0 ? 1 : group;
+  t.parts = group / t.heads;
+}
+
+// Cuts tiles of at most `most_rows` so that their rows see the same keys: one block of the lists, or a box of the grid.
+bool cut_at_keys(const AttentionProblem& p, const CpuKernelTraits& cpu, int32_t most_rows, RowTiling& t) {
+  if (p.blocks.offsets) {
+    t.unit = int64_t{p.blocks.block_q} * t.heads;
+    const int64_t pieces = (t.unit + most_rows - 1) / most_rows;
+    t.tile = std::min(most_rows, ceil_div(ceil_div(t.unit, pieces), cpu.lanes) * cpu.lanes);
+    return true;
+  }
+  if (!covers_grid(p) || t.heads > most_rows) return false;
+  choose_box(p.neighbourhood, t.heads, most_rows, cpu.lanes, t.box);
+  t.tile = t.box[0] * t.box[1] * t.box[2] * t.heads;
+  return true;
+}
 
 }  // namespace
 
@@ -29,28 +55,32 @@ const char* name_of(ForwardKernel kernel) {
 ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, int threads, bool wants_probs) {
   ForwardPlan plan;
   if (p.B == 0 || p.Hq == 0 || p.Nq == 0) return plan;
-  const int64_t heads = int64_t{p.B} * p.Hkv;
   const int32_t blocks = ceil_div(p.Nk, kKeyBlock);
   plan.rows = int64_t{p.Hq / p.Hkv} * p.Nq;
-  plan.kernel = plan.rows <= cpu.max_decode_rows && !wants_probs ? ForwardKernel::decode : ForwardKernel::tiled;
-  plan.native_bf16 = cpu.native_bf16 && p.dtype == DType::bf16 && p.D % 2 == 0;
+  // Scores that are compared with a floor are those that the backward computes again, from widened values.
+  plan.native_bf16 = multiplies_pairs(p, cpu);
 
+  RowTiling& t = plan.tiling;
+  share_heads(p, t);
+  t.decode_rows = wants_probs ? 0 : cpu.max_decode_rows;
+  plan.kernel = is_decode(t, p.Nq) ? ForwardKernel::decode : ForwardKernel::tiled;
   if (plan.kernel == ForwardKernel::decode) {
-    plan.row_tile = plan.row_width = static_cast<int32_t>(plan.rows);
-    plan.row_tiles = 1;
+    plan.row_tile = plan.row_width = t.tile = static_cast<int32_t>(part_rows(t, p.Nq));
   } else {
     // Narrower tiles where full ones would leave threads idle; a row has the same bits in any tile.
     const int32_t group = cpu.lanes * cpu.tile_vectors;
-    int32_t tile = std::clamp(cpu.row_tile_floats / (p.D + p.Dv) / group * group, group, cpu.max_row_tile);
-    while (tile > group && heads * ceil_div(plan.rows, tile) < 4 * threads)
-      tile = (tile / 2 + group - 1) / group * group;
-    plan.row_tile = static_cast<int32_t>(std::min<int64_t>(tile, plan.rows));
-    plan.row_tiles = ceil_div(plan.rows, plan.row_tile);
+    t.tile = std::clamp(cpu.row_tile_floats / (p.D + p.Dv) / group * group, group, cpu.max_row_tile);
+    if (!cut_at_keys(p, cpu, t.tile, t)) {
+      while (t.tile > group && TileMap(p, t).count() < 4 * threads) t.tile = (t.tile / 2 + group - 1) / group * group;
+    }
+    t.tile = plan.row_tile = static_cast<int32_t>(std::min<int64_t>(t.tile, part_rows(t, p.Nq)));
     plan.row_width = (plan.row_tile + cpu.lanes - 1) / cpu.lanes * cpu.lanes;
   }
-  const int64_t row_tasks = heads * plan.row_tiles;
+  plan.row_tiles = tile_count(t, p.neighbourhood, p.Nq);
+  plan.tiles = TileMap(p, t);
+  const int64_t row_tasks = plan.tiles.count();
   int32_t splits = 1;
-  if (!wants_probs && threads > 1 && row_tasks < 4 * threads)
+  if (!wants_probs && threads > 1 && row_tasks > 0 && row_tasks < 4 * threads)
     splits = std::clamp<int32_t>(ceil_div(4 * threads, row_tasks), 1, std::max(1, blocks / kMinSplitBlocks));
   plan.split_blocks = std::max(1, ceil_div(blocks, splits));
   plan.key_splits = std::max(1, ceil_div(blocks, plan.split_blocks));
@@ -68,13 +98,47 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CpuKernelTraits& cpu
   const int64_t heads = int64_t{p.B} * p.Hkv;
   const int32_t blocks = ceil_div(p.Nk, kKeyBlock);
   plan.rows = int64_t{p.Hq / p.Hkv} * p.Nq;
-  plan.row_tile = cpu.backward_row_tile;
-  plan.row_tiles = ceil_div(plan.rows, plan.row_tile);
+  RowTiling& t = plan.tiling;
+  share_heads(p, t);
+  plan.rounds_rotated = multiplies_pairs(p, cpu);
+  t.tile = cpu.backward_row_tile;
+  cut_at_keys(p, cpu, t.tile, t);
+  plan.row_tile = t.tile;
+  plan.row_tiles = tile_count(t, p.neighbourhood, p.Nq);
+  plan.tiles = TileMap(p, t);
   const int32_t wanted = std::clamp<int32_t>(ceil_div(kTasks, heads), 1, kMaxPartitions);
   plan.partition_blocks = std::max(1, ceil_div(blocks, std::min(wanted, std::max(1, blocks))));
   plan.key_partitions = std::max(1, ceil_div(blocks, plan.partition_blocks));
   plan.tasks = heads * plan.key_partitions;
+  if (p.query_starts) {
+    plan.partial_starts.assign(static_cast<size_t>(p.B) + 1, 0);
+    for (int32_t b = 0; b < p.B; ++b)
+      plan.partial_starts[static_cast<size_t>(b) + 1] =
+          plan.partial_starts[static_cast<size_t>(b)] + plan.partial_rows_of(p, b) * p.Hkv * plan.key_partitions;
+  } else {
+    plan.partial_rows = plan.partial_rows_of(p, 0);
+  }
   return plan;
+}
+
+int64_t BackwardPlan::partial_rows_of(const AttentionProblem& p, int32_t b) const {
+  if (partial_rows > 0) return partial_rows;
+  const int32_t queries = query_count(p, b);
+  const int64_t count = tile_count(tiling, p.neighbourhood, queries);
+  if (count == 1) return ceil_div(std::min<int64_t>(row_tile, part_rows(tiling, queries)), 16) * int64_t{16};
+  return count * ((row_tile + 15) / 16 * 16);
+}
+
+int64_t BackwardPlan::partial_row(const AttentionProblem& p, int32_t b, int32_t kv_head, int32_t partition,
+                                  int64_t tile) const {
+  const int64_t rows = partial_rows_of(p, b);
+  const int64_t first =
+      partial_starts.empty() ? b * rows * p.Hkv * key_partitions : partial_starts[static_cast<size_t>(b)];
+  return first + (int64_t{kv_head} * key_partitions + partition) * rows + tile * ((row_tile + 15) / 16 * 16);
+}
+
+int64_t BackwardPlan::partial_row_count(const AttentionProblem& p) const {
+  return partial_starts.empty() ? partial_rows * p.B * p.Hkv * key_partitions : partial_starts.back();
 }
 
 std::optional<std::string> unsupported(const AttentionProblem& p, const CpuKernelTraits& cpu) {

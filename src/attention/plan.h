@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "attention/problem.h"
+#include "attention/tiling.h"
 
 namespace mfa {
 
@@ -36,24 +38,37 @@ const char* name_of(ForwardKernel kernel);
 struct ForwardPlan {
   ForwardKernel kernel = ForwardKernel::empty;
   bool native_bf16 = false;  // products of bfloat16 pairs
-  int64_t rows = 0;          // query rows of one KV head: G * Nq, row r = (query r / G, head r % G of the group)
-  int32_t row_tile = 0;      // rows per task
-  int32_t row_tiles = 0;     // tasks along the rows of one KV head
+  int64_t rows = 0;          // query rows of one KV head of the longest sequence: G * Nq
+  int32_t row_tile = 0;      // most rows of a task
+  int64_t row_tiles = 0;     // tasks along the rows of one KV head of the longest sequence
   int32_t row_width = 0;     // row_tile, padded to whole vectors
   int32_t key_splits = 1;    // tasks along the keys; > 1 stores a partial result a block, merged afterwards
   int32_t split_blocks = 0;  // key blocks per split
-  int64_t tasks = 0;         // B * Hkv * row_tiles * key_splits
+  int64_t tasks = 0;         // row tiles of all sequences and KV heads * key_splits
+  RowTiling tiling;
+  TileMap tiles;
 };
 ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, int threads, bool wants_probs);
 
 struct BackwardPlan {
-  bool native_bf16 = false;
+  bool rounds_rotated = false;  // rotated rows are rounded to bfloat16, as the forward has done
   int64_t rows = 0;
   int32_t row_tile = 0;
-  int32_t row_tiles = 0;
+  int64_t row_tiles = 0;
   int32_t key_partitions = 1;  // key ranges with their own dq partial, summed in order; a function of the shape only
   int32_t partition_blocks = 0;
   int64_t tasks = 0;  // B * Hkv * key_partitions
+  RowTiling tiling;
+  TileMap tiles;
+  // Rows of the dq partials of a KV head in one partition, padded tiles of `row_tile` rows (a single tile: of its own
+  // size), and packed those before each sequence: all of one (sequence, KV head) lie together, partition by partition.
+  int64_t partial_rows = 0;
+  std::vector<int64_t> partial_starts;
+
+  int64_t partial_rows_of(const AttentionProblem& p, int32_t b) const;
+  // The first row of the partials of `tile`; partial_row_count() is their number.
+  int64_t partial_row(const AttentionProblem& p, int32_t b, int32_t kv_head, int32_t partition, int64_t tile) const;
+  int64_t partial_row_count(const AttentionProblem& p) const;
 };
 BackwardPlan plan_backward(const AttentionProblem& p, const CpuKernelTraits& cpu);
 

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <vector>
 
+#include "attention/layout.h"
+#include "attention/visibility.h"
 #include "backend/cpu/isa.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/scratch.h"
@@ -24,7 +27,14 @@ void run(double work, int64_t tasks, TaskRef task) {
   }
 }
 
-double forward_work(const AttentionProblem& p) { return double(p.B) * p.Hq * p.Nq * p.Nk * (double(p.D) + p.Dv); }
+double forward_work(const AttentionProblem& p) {
+  double pairs = double(p.B) * p.Nq * p.Nk;
+  if (p.query_starts) {
+    pairs = 0;
+    for (int b = 0; b < p.B; ++b) pairs += double(query_count(p, b)) * key_count(p, b);
+  }
+  return pairs * p.Hq * (double(p.D) + p.Dv);
+}
 
 size_t checked_product(std::initializer_list<size_t> factors) {
   size_t product = 1;
@@ -39,8 +49,8 @@ void sink_gradient(const AttentionProblem& p, const AttentionGradientInputs& in,
   for (int h = 0; h < p.Hq; ++h) {
     double sum = 0;
     for (int b = 0; b < p.B; ++b) {
-      const int64_t first = (int64_t{b} * p.Hq + h) * p.Nq;
-      for (int64_t i = first; i < first + p.Nq; ++i)
+      const int64_t first = row_index(p, b, h, 0);
+      for (int64_t i = first; i < first + query_count(p, b); ++i)
         if (p.sinks[h] != -INFINITY) sum -= std::exp(double(p.sinks[h]) - in.lse[i] * to_natural) * delta[i];
     }
     dsinks[h] = static_cast<float>(sum);
@@ -49,17 +59,54 @@ void sink_gradient(const AttentionProblem& p, const AttentionGradientInputs& in,
 
 // Sums the rows' parts over batch, partition and query, in a fixed order.
 void slope_gradient(const AttentionProblem& p, const BackwardPlan& plan, const float* rows, float* dslopes) {
-  const int G = p.Hq / p.Hkv;
   for (int h = 0; h < p.Hq; ++h) {
     double sum = 0;
     for (int b = 0; b < p.B; ++b)
       for (int part = 0; part < plan.key_partitions; ++part) {
-        const float* from = rows + ((int64_t{b} * p.Hkv + h / G) * plan.key_partitions + part) * plan.rows;
-        for (int64_t i = 0; i < p.Nq; ++i) sum += from[i * G + h % G];
+        const float* from = rows + part * row_count(p) + row_index(p, b, h, 0);
+        for (int64_t i = 0; i < query_count(p, b); ++i) sum += from[i];
       }
     dslopes[h] = static_cast<float>(sum);
   }
 }
+
+// The gradients of pages, by batch entry before they are summed, and where each page is used.
+struct PageGradients {
+  std::vector<int64_t> key_offsets, page_starts;
+  std::vector<PageUse> uses;
+  AlignedBuffer dk, dv;
+
+  PageGradients(const AttentionProblem& p, const AttentionGradients& out) {
+    const int64_t size = p.pages.page_size;
+    key_offsets.assign(static_cast<size_t>(p.B) + 1, 0);
+    page_starts.assign(static_cast<size_t>(p.pages.pages) + 1, 0);
+    const auto for_each_use = [&](const auto& visit) {
+      for (int32_t b = 0; b < p.B; ++b)
+        for (int64_t slot = 0; slot * size < key_count(p, b); ++slot)
+          visit(static_cast<size_t>(p.pages.table[b * p.pages.table_stride + slot]), PageUse{b, slot});
+    };
+    for (int32_t b = 0; b < p.B; ++b)
+      key_offsets[static_cast<size_t>(b) + 1] = key_offsets[static_cast<size_t>(b)] + key_count(p, b);
+    for_each_use([&](size_t page, const PageUse&) { ++page_starts[page + 1]; });
+    for (size_t i = 1; i < page_starts.size(); ++i) page_starts[i] += page_starts[i - 1];
+    uses.resize(static_cast<size_t>(page_starts.back()));
+    std::vector<int64_t> next = page_starts;
+    for_each_use([&](size_t page, const PageUse& use) { uses[static_cast<size_t>(next[page]++)] = use; });
+    const auto buffer = [&](int32_t width) {
+      return AlignedBuffer(checked_product({static_cast<size_t>(key_offsets.back()), static_cast<size_t>(p.Hkv),
+                                            static_cast<size_t>(width), sizeof(float)}));
+    };
+    if (out.dk.data) dk = buffer(p.D);
+    if (out.dv.data) dv = buffer(p.Dv);
+  }
+  void give_to(BackwardJob& job) const {
+    job.dk_rows = dk.floats();
+    job.dv_rows = dv.floats();
+    job.key_offsets = key_offsets.data();
+    job.page_starts = page_starts.data();
+    job.page_uses = uses.data();
+  }
+};
 
 }  // namespace
 
@@ -73,7 +120,10 @@ void attention_forward(const AttentionProblem& p, const AttentionOutputs& out) {
   const KernelTable& kernels = require_kernels();
   const double work = forward_work(p);
   const int threads = work < kInlineWork ? 1 : thread_count();
-  ForwardJob job{&p, &out, plan_forward(p, kernels.traits, threads, out.probs != nullptr), {}};
+  ForwardJob job{.problem = &p,
+                 .out = &out,
+                 .plan = plan_forward(p, kernels.traits, threads, out.probs != nullptr),
+                 .partials = {}};
   if (job.plan.kernel == ForwardKernel::empty) return;
 
   AlignedBuffer partials;
@@ -81,27 +131,60 @@ void attention_forward(const AttentionProblem& p, const AttentionOutputs& out) {
   if (merges) {
     const int32_t blocks = (p.Nk + kKeyBlock - 1) / kKeyBlock;
     const size_t padded_dv = (static_cast<size_t>(p.Dv) + 15) / 16 * 16;
-    const size_t rows =
-        checked_product({static_cast<size_t>(p.B), static_cast<size_t>(p.Hkv), static_cast<size_t>(job.plan.row_tiles),
-                         static_cast<size_t>(blocks), static_cast<size_t>(job.plan.row_width)});
+    const size_t rows = checked_product({static_cast<size_t>(job.plan.tiles.count()), static_cast<size_t>(blocks),
+                                         static_cast<size_t>(job.plan.row_width)});
     const size_t padded_rows = (rows + 15) / 16 * 16;
     partials = AlignedBuffer(checked_product({padded_rows, padded_dv + 2, sizeof(float)}));
-    job.partials = {partials.floats(), partials.floats() + padded_rows, partials.floats() + 2 * padded_rows,
-                    job.plan.row_width, blocks};
+    job.partials = {partials.floats(),
+                    partials.floats() + padded_rows,
+                    partials.floats() + 2 * padded_rows,
+                    static_cast<int64_t>(padded_dv),
+                    job.plan.row_width,
+                    blocks};
   }
   const size_t scratch = kernels.forward_scratch_bytes(job);
   run(work, job.plan.tasks, [&](int64_t task, int) { kernels.forward_task(job, task, thread_scratch(scratch)); });
   if (merges)
-    run(work, int64_t{p.B} * p.Hkv * job.plan.row_tiles,
+    run(work, job.plan.tiles.count(),
         [&](int64_t tile, int) { kernels.merge_task(job, tile, thread_scratch(scratch)); });
+}
+
+void score_floors(const AttentionProblem& p, const int32_t* keep, float* floors) {
+  const KernelTable& kernels = require_kernels();
+  const double work = forward_work(p);
+  // The scores of a problem with floors, none of which hides a key yet.
+  AttentionProblem scored = p;
+  const std::vector<float> open(static_cast<size_t>(row_count(p)), -INFINITY);
+  scored.score_floor = open.data();
+  ForwardJob job{.problem = &scored,
+                 .out = nullptr,
+                 .plan = plan_forward(scored, kernels.traits, thread_count(), true),
+                 .partials = {},
+                 .floors = floors};
+  if (job.plan.kernel == ForwardKernel::empty) return;
+  // Narrow tiles: the buffers of their rows share the cache.
+  ForwardPlan& plan = job.plan;
+  if (!plan.tiling.in_boxes()) {
+    plan.tiling.tile = std::min(plan.tiling.tile, kernels.traits.lanes * kernels.traits.tile_vectors);
+    plan.row_tile = plan.tiling.tile;
+    plan.row_width = (plan.row_tile + kernels.traits.lanes - 1) / kernels.traits.lanes * kernels.traits.lanes;
+    plan.tiles = TileMap(scored, plan.tiling);
+    plan.tasks = plan.tiles.count();
+  }
+  std::vector<int32_t> kept;
+  for (int32_t b = 0; b < p.B; ++b) kept.push_back(std::max(1, std::min(keep[b], key_count(p, b))));
+  job.kept = kept.data();
+  job.most_kept = kept.empty() ? 0 : *std::max_element(kept.begin(), kept.end());
+  const size_t scratch = kernels.forward_scratch_bytes(job);
+  run(work, plan.tasks, [&](int64_t task, int) { kernels.forward_task(job, task, thread_scratch(scratch)); });
 }
 
 void attention_backward(const AttentionProblem& p, const AttentionGradientInputs& in, const AttentionGradients& out) {
   const KernelTable& kernels = require_kernels();
   const double work = 2.5 * forward_work(p);
-  BackwardJob job{&p, &in, &out, plan_backward(p, kernels.traits), nullptr, nullptr, nullptr, nullptr};
+  BackwardJob job{.problem = &p, .in = &in, .out = &out, .plan = plan_backward(p, kernels.traits)};
   const BackwardPlan& plan = job.plan;
-  const size_t rows = checked_product({static_cast<size_t>(p.B), static_cast<size_t>(p.Hq), static_cast<size_t>(p.Nq)});
+  const auto rows = static_cast<size_t>(row_count(p));
 
   const AlignedBuffer delta(checked_product({rows, sizeof(float)}));
   const int64_t chunk = 1024, row_count = static_cast<int64_t>(rows);
@@ -111,29 +194,33 @@ void attention_backward(const AttentionProblem& p, const AttentionGradientInputs
   job.delta = delta.floats();
   if (out.dsinks) sink_gradient(p, in, job.delta, out.dsinks);
 
-  const size_t tasks = static_cast<size_t>(plan.tasks);
+  const size_t partitions = static_cast<size_t>(plan.key_partitions);
   AlignedBuffer dq_partials, dslope_rows, ds_rows;
   if (out.dq.data) {
-    dq_partials =
-        AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.row_tiles), static_cast<size_t>(plan.row_tile),
-                                       static_cast<size_t>(p.D), sizeof(float)}));
+    dq_partials = AlignedBuffer(
+        checked_product({static_cast<size_t>(plan.partial_row_count(p)), static_cast<size_t>(p.D), sizeof(float)}));
     job.dq_partials = dq_partials.floats();
     // float32 keeps its outputs exactly enough; the softcap's derivative hides what the rows of dS sum to.
     if (p.dtype != DType::f32 && p.softcap == 0.f) {
-      ds_rows = AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.rows), sizeof(float)}));
+      ds_rows = AlignedBuffer(checked_product({partitions, rows, sizeof(float)}));
       job.ds_rows = ds_rows.floats();
     }
   }
   if (out.dalibi_slopes) {
-    dslope_rows = AlignedBuffer(checked_product({tasks, static_cast<size_t>(plan.rows), sizeof(float)}));
+    dslope_rows = AlignedBuffer(checked_product({partitions, rows, sizeof(float)}));
     job.dslope_rows = dslope_rows.floats();
+  }
+  std::optional<PageGradients> pages;
+  if (p.pages.table && (out.dk.data || out.dv.data)) {
+    pages.emplace(p, out);
+    pages->give_to(job);
   }
   const size_t scratch = kernels.backward_scratch_bytes(job);
   if (out.dq.data || out.dk.data || out.dv.data || out.dalibi_slopes)
     run(work, plan.tasks, [&](int64_t task, int) { kernels.backward_task(job, task, thread_scratch(scratch)); });
+  if (pages) run(work, int64_t{p.pages.pages} * p.Hkv, [&](int64_t task, int) { kernels.page_task(job, task); });
   if (out.dq.data)
-    run(work, int64_t{p.B} * p.Hkv * plan.row_tiles,
-        [&](int64_t tile, int) { kernels.dq_task(job, tile, thread_scratch(scratch)); });
+    run(work, plan.tiles.count(), [&](int64_t tile, int) { kernels.dq_task(job, tile, thread_scratch(scratch)); });
   if (out.dalibi_slopes) slope_gradient(p, plan, dslope_rows.floats(), out.dalibi_slopes);
   if (out.dbias)
     run(work, kernels.bias_tasks(p), [&](int64_t task, int) { kernels.bias_task(job, task, thread_scratch(scratch)); });

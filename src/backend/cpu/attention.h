@@ -25,6 +25,11 @@ void set_isa(const std::string& isa);
 // checked it) and supported. Throws std::bad_alloc if scratch cannot be had.
 void attention_forward(const AttentionProblem& p, const AttentionOutputs& out);
 
+// The floors that leave each row its `keep` largest scores, as AttentionProblem::score_floor has them: the keep-th
+// largest of the visible scores in units of ln 2, -inf for a row that sees fewer. Rows of batch entry b keep
+// max(1, min(keep[b], keys)). Floors of `p` itself are ignored. O(keep) scratch a row of a tile.
+void score_floors(const AttentionProblem& p, const int32_t* keep, float* floors);
+
 // Computes the wanted gradients, overwriting them.
 void attention_backward(const AttentionProblem& p, const AttentionGradientInputs& in, const AttentionGradients& out);
 

@@ -15,6 +15,7 @@ constexpr int kRowPad = 16;  // floats between rows: rows a power of two apart w
 
 struct BackwardScratch {
   RowTile tile;
+  TileBlock block;
   alignas(64) float lse[kBackwardRowTile];  // base-2; +inf for rows that see nothing, so that P = 0
   alignas(64) float delta[kBackwardRowTile];
   float *qt, *dot;  // [group][D][width] base-2 units, [group][Dv][width]
@@ -23,9 +24,10 @@ struct BackwardScratch {
       *dr;  // [kBackwardKeys][kBackwardRowTile]: P, dS, derivative of softcap
   float* bias;
   int32_t* mask;
-  float *k, *v;     // [kBackwardKeys][padded], widened
-  float* k_panels;  // panels of kBackwardKeys rows, D columns
-  float *dk, *dv;   // [kBackwardKeys][padded]
+  float *k, *v;                // [kBackwardKeys][padded], keys and values that are not read in place
+  float *listed_k, *listed_v;  // the same, those of a list of entries
+  float* k_panels;             // panels of kBackwardKeys rows, D columns
+  float *dk, *dv;              // [kBackwardKeys][padded]
   size_t bytes;
 
   BackwardScratch(const AttentionProblem& p, char* base) {
@@ -46,9 +48,13 @@ struct BackwardScratch {
     dp = take(block);
     dr = take(steps.softcap ? block : 0);
     bias = take(steps.bias ? static_cast<size_t>(kBackwardKeys) * kGroupRows : 0);
-    mask = reinterpret_cast<int32_t*>(take(steps.mask ? static_cast<size_t>(kBackwardKeys) * kGroupRows : 0));
-    k = take(p.dtype == DType::f32 ? 0 : kBackwardKeys * d);
-    v = take(p.dtype == DType::f32 ? 0 : kBackwardKeys * d_v);
+    const bool masked = steps.mask || steps.cuts;
+    mask = reinterpret_cast<int32_t*>(take(masked ? static_cast<size_t>(kBackwardKeys) * kGroupRows : 0));
+    const bool wide = p.dtype != DType::f32 || GathersRows(p);
+    k = take(wide || RotatesKeys(p) ? kBackwardKeys * d : 0);
+    v = take(wide ? kBackwardKeys * d_v : 0);
+    listed_k = take(steps.cuts ? kBackwardKeys * d : 0);
+    listed_v = take(steps.cuts ? kBackwardKeys * d_v : 0);
     k_panels = take(PanelFloats(kBackwardKeys, p.D));
     dk = take(kBackwardKeys * d);
     dv = take(kBackwardKeys * d_v);
@@ -66,6 +72,7 @@ class Backward {
         dv_padded_(RoundUp(p_.Dv, kLanes)),
         q_stride_(d_padded_ + kRowPad),
         d_o_stride_(dv_padded_ + kRowPad),
+        finder_(p_, false),
         x_(p_, static_cast<char*>(scratch)) {}
 
   size_t scratch_bytes() const { return x_.bytes; }
@@ -73,29 +80,33 @@ class Backward {
   void Run(int64_t task) {
     const BackwardPlan& plan = job_.plan;
     const int64_t heads = int64_t{p_.B} * p_.Hkv;
-    head_ = task % heads;
+    const int64_t head = task % heads;
+    SelectSequence(plan.tiles.sequence(static_cast<int32_t>(head / p_.Hkv)), static_cast<int>(head % p_.Hkv));
     partition_ = static_cast<int>(task / heads);
     const int64_t partition_keys = int64_t{plan.partition_blocks} * kKeyBlock;
-    const int64_t first = partition_ * partition_keys, last = Min<int64_t>(p_.Nk, first + partition_keys);
+    const int64_t first = Min<int64_t>(key_rows_, partition_ * partition_keys);
+    const int64_t last = Min<int64_t>(key_rows_, first + partition_keys);
     for (float* rows : {job_.dslope_rows, job_.ds_rows})
-      if (rows) __builtin_memset(TaskRows(rows), 0, static_cast<size_t>(plan.rows) * sizeof(float));
+      for (int h = 0; rows && h < p_.Hq / p_.Hkv; ++h)
+        __builtin_memset(RowTerms(rows, partition_) + row_index(p_, b_, kv_head_ * (p_.Hq / p_.Hkv) + h, 0), 0,
+                         static_cast<size_t>(query_count(p_, b_)) * sizeof(float));
+    // Where lists or neighbourhoods leave out most tiles, the partials start as zeros.
+    const bool clears = first >= last || steps_.cuts;
+    for (int64_t tile = 0; clears && tile < tiles_; ++tile) ClearPartial(tile);
     for (int64_t k0 = first; k0 < last; k0 += kBackwardKeys)
-      Keys(k0, static_cast<int>(Min<int64_t>(kBackwardKeys, last - k0)), k0 == first);
-    if (first >= last)
-      for (int tile = 0; tile < row_tiles(); ++tile) ClearPartial(tile);
+      Keys(k0, static_cast<int>(Min<int64_t>(kBackwardKeys, last - k0)), k0 == first && !clears);
   }
 
   // Sums the partials of one row tile and writes dq.
   void ReduceQueries(int64_t index) {
     const BackwardPlan& plan = job_.plan;
-    const int tiles = row_tiles();
-    head_ = index / tiles;
-    const int tile = static_cast<int>(index % tiles);
-    FillTile(tile);
+    const TileMap::Place place = plan.tiles.locate(index);
+    SelectSequence(place.b, place.kv_head);
+    if (!FillTile(place.tile)) return;
     float* sum = x_.qt;  // [group][D][width]
     const int64_t size = int64_t{width_} * p_.D;
     for (int part = 0; part < plan.key_partitions; ++part) {
-      const float* from = PartialTile(part, tile);
+      const float* from = PartialTile(part, place.tile);
       for (int64_t i = 0; i < size; i += kLanes) {
         const VF x = hn::Load(df, from + i);
         hn::Store(part == 0 ? x : hn::Add(hn::Load(df, sum + i), x), df, sum + i);
@@ -104,68 +115,152 @@ class Backward {
     if (job_.ds_rows) CorrectQueries(sum);
     alignas(64) float scale[kLanes];
     for (float& f : scale) f = p_.scale;
+    const RowTile& t = x_.tile;
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
       for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
         const int width = Min(kGroupRows, width_ - g0);
         for (int r = 0; r < width; r += kLanes) {
-          const int real = Min(kLanes, x_.tile.count - g0 - r);
+          const int real = Min(kLanes, t.count - g0 - r);
+          const float* from = sum + static_cast<ptrdiff_t>(g0) * p_.D + r;
+          if (RotatesQueries(p_)) {
+            float* turned[kLanes];
+            for (int i = 0; i < real; ++i) turned[i] = x_.q + i * q_stride_;
+            UnpackTransposed(from, width, p_.D, scale, turned, real);
+            for (int i = 0; i < real; ++i) {
+              Rotate(p_.rope, QueryPosition(p_, t.b, t.query[g0 + r + i]), true, turned[i]);
+              StoreRow(turned[i], p_.D, 1.f,
+                       QueryRow<T>(p_, job_.out->dq, t.b, t.head[g0 + r + i], t.query[g0 + r + i]));
+            }
+            continue;
+          }
           T* rows[kLanes];
           for (int i = 0; i < real; ++i)
-            rows[i] = RowPointer<T>(job_.out->dq, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i]);
-          UnpackTransposed(sum + static_cast<ptrdiff_t>(g0) * p_.D + r, width, p_.D, scale, rows, real);
+            rows[i] = QueryRow<T>(p_, job_.out->dq, t.b, t.head[g0 + r + i], t.query[g0 + r + i]);
+          UnpackTransposed(from, width, p_.D, scale, rows, real);
         }
       }
     });
   }
 
-  // dbias over one region of the bias: see bias_gradient-inl.h.
+  // dbias over one region of the bias: see bias_gradient-inl.h. `row` counts in the default order of RowTiling.
   template <class Visit>
   void VisitScores(int b, int head, int64_t row, int count, int64_t k0, int keys, const Visit& visit) {
-    head_ = int64_t{b} * p_.Hkv + head;
-    FillRowTile(p_, b, head, row, count, RoundUp(count, kLanes), x_.tile);
+    SelectSequence(b, head);
+    const int G = p_.Hq / p_.Hkv;
+    for (int r = 0; r < count; ++r) {
+      x_.tile.query[r] = static_cast<int32_t>((row + r) / G);
+      x_.tile.head[r] = head * G + static_cast<int32_t>((row + r) % G);
+    }
     width_ = RoundUp(count, kLanes);
-    const BlockKeys seen = KeysOfBlock(x_.tile, 0, width_, k0, keys);
-    if (seen.empty()) return;
+    CompleteRowTile(p_, b, head, count, width_, x_.tile);
+    finder_.Select(x_.tile);
+    finder_.Find(x_.tile, width_, k0, keys, x_.block);
+    if (x_.block.all.empty()) return;
+    first_row_ = p_.Hq * int64_t{p_.Nq};  // no tile follows
     LoadRows();
     LoadKeys(k0, keys);
-    for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0, k0, seen);
-    visit(x_.tile, seen, x_.dp);
+    SelectKeys();
+    for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0);
+    visit(x_.tile, x_.block, x_.dp);
   }
 
  private:
-  int row_tiles() const { return (job_.plan.rows + job_.plan.row_tile - 1) / job_.plan.row_tile; }
-
-  float* PartialTile(int partition, int tile) const {
-    const int64_t index = (head_ * job_.plan.key_partitions + partition) * row_tiles() + tile;
-    return job_.dq_partials + index * int64_t{p_.D} * job_.plan.row_tile;
+  void SelectSequence(int b, int kv_head) {
+    b_ = b;
+    kv_head_ = kv_head;
+    tiles_ = tile_count(job_.plan.tiling, p_.neighbourhood, query_count(p_, b));
+    keys_ = key_count(p_, b);
+    // Rows of dk and dv, beyond the keys zero; of pages the keys alone.
+    key_rows_ = p_.pages.table ? keys_ : p_.key_starts ? p_.key_starts[b + 1] - p_.key_starts[b] : p_.Nk;
   }
 
-  void ClearPartial(int tile) {
+  float* PartialTile(int partition, int64_t tile) const {
+    return job_.dq_partials + job_.plan.partial_row(p_, b_, kv_head_, partition, tile) * int64_t{p_.D};
+  }
+
+  void ClearPartial(int64_t tile) {
     if (!job_.out->dq.data) return;
-    const size_t size = static_cast<size_t>(p_.D) * static_cast<size_t>(job_.plan.row_tile);
-    __builtin_memset(PartialTile(partition_, tile), 0, size * sizeof(float));
+    const int64_t part = part_rows(job_.plan.tiling, query_count(p_, b_));
+    const int64_t rows = tiles_ == 1 ? RoundUp(static_cast<int>(Min<int64_t>(part, job_.plan.row_tile)), kLanes)
+                                     : RoundUp(job_.plan.row_tile, kLanes);
+    __builtin_memset(PartialTile(partition_, tile), 0, static_cast<size_t>(rows * p_.D) * sizeof(float));
   }
-  // This task's part of an array [B * Hkv, key_partitions, rows].
-  float* TaskRows(float* rows) const {
-    return rows + (head_ * job_.plan.key_partitions + partition_) * int64_t{job_.plan.rows};
-  }
+  // The part of one partition of an array [key_partitions, rows of lse].
+  float* RowTerms(float* rows, int partition) const { return rows + partition * row_count(p_); }
 
-  void FillTile(int tile) {
-    first_row_ = int64_t{tile} * job_.plan.row_tile;
-    const int count = static_cast<int>(Min<int64_t>(job_.plan.row_tile, job_.plan.rows - first_row_));
+  // Returns whether the tile has rows.
+  bool FillTile(int64_t tile) {
+    const int count = fill_rows(job_.plan.tiling, p_, b_, kv_head_, tile, x_.tile.query, x_.tile.head);
+    first_row_ = tile * job_.plan.row_tile;
     width_ = RoundUp(count, kLanes);
-    FillRowTile(p_, static_cast<int>(head_ / p_.Hkv), static_cast<int>(head_ % p_.Hkv), first_row_, count, width_,
-                x_.tile);
+    if (count > 0) CompleteRowTile(p_, b_, kv_head_, count, width_, x_.tile);
+    return count > 0;
   }
 
+  // The keys [k0, k0 + keys), all of which the sequence has.
   void LoadKeys(int64_t k0, int keys) {
-    const int b = static_cast<int>(head_ / p_.Hkv), h = static_cast<int>(head_ % p_.Hkv);
+    const ptrdiff_t d = d_padded_, d_v = dv_padded_;
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-      k_ = WidenBlock<T>(p_.k, b, h, k0, 0, keys, p_.D, x_.k, &k_stride_);
-      v_ = WidenBlock<T>(p_.v, b, h, k0, 0, keys, p_.Dv, x_.v, &v_stride_);
+      const StridedRows<T> rows{keys > 0 ? KeyRow<T>(p_, p_.k, b_, kv_head_, k0) : nullptr, p_.k.stride[2]};
+      const StridedRows<T> values{keys > 0 ? KeyRow<T>(p_, p_.v, b_, kv_head_, k0) : nullptr, p_.v.stride[2]};
+      if (GathersRows(p_) || RotatesKeys(p_)) {
+        const T* table[kBackwardKeys];
+        KeyList list;
+        for (int k = 0; k < keys; ++k) list.key[k] = static_cast<int32_t>(k0) + k;
+        KeyRows(p_, p_.k, b_, kv_head_, list, 0, keys, table);
+        GatherKeys(p_, b_, list, table, 0, keys, job_.plan.rounds_rotated, x_.k, d);
+        k_ = x_.k;
+        k_stride_ = d;
+        if (GathersRows(p_)) {
+          KeyRows(p_, p_.v, b_, kv_head_, list, 0, keys, table);
+          for (int k = 0; k < keys; ++k) WidenRow(table[k], p_.Dv, x_.v + k * d_v);
+          v_ = x_.v;
+          v_stride_ = d_v;
+          return;
+        }
+      } else {
+        k_ = WidenBlock<T>(rows, 0, keys, p_.D, x_.k, &k_stride_);
+      }
+      v_ = WidenBlock<T>(values, 0, keys, p_.Dv, x_.v, &v_stride_);
     });
-    if (job_.out->dq.data) PackPanels(k_, k_stride_, 0, keys, p_.D, kKeyPanel, x_.k_panels);
+    block_k_ = k_;
+    block_v_ = v_;
+    block_k_stride_ = k_stride_;
+    block_v_stride_ = v_stride_;
+    packed_block_ = false;
   }
+
+  // Makes k_, v_ and the panels those of the entries that the tile sees: of a run the block's own, of a list copies.
+  void SelectKeys() {
+    const TileBlock& block = x_.block;
+    const bool panels = job_.out->dq.data;
+    if (!block.listed) {
+      k_ = block_k_;
+      v_ = block_v_;
+      k_stride_ = block_k_stride_;
+      v_stride_ = block_v_stride_;
+      if (panels && !packed_block_) {
+        const int keys = static_cast<int>(Min<int64_t>(kBackwardKeys, keys_ - block.k0));
+        PackPanels<float>(StridedRows<float>{k_, k_stride_}, 0, keys, p_.D, kKeyPanel, x_.k_panels);
+        packed_block_ = true;
+      }
+      return;
+    }
+    for (int c = block.all.lo; c < block.all.hi; ++c) {
+      const int64_t k = block.list.key[c] - block.k0;
+      WidenRow(block_k_ + k * block_k_stride_, p_.D, x_.listed_k + c * ptrdiff_t{d_padded_});
+      WidenRow(block_v_ + k * block_v_stride_, p_.Dv, x_.listed_v + c * ptrdiff_t{dv_padded_});
+    }
+    k_ = x_.listed_k;
+    v_ = x_.listed_v;
+    k_stride_ = d_padded_;
+    v_stride_ = dv_padded_;
+    if (!panels) return;
+    PackPanels<float>(StridedRows<float>{k_, k_stride_}, block.all.lo, block.all.hi, p_.D, kKeyPanel, x_.k_panels);
+    packed_block_ = false;
+  }
+  // The number within the block of entry c.
+  int BlockKey(int c) const { return x_.block.listed ? static_cast<int>(x_.block.list.key[c] - x_.block.k0) : c; }
 
   // Packs the rows of the tile. Rows that see no key have no gradient: they are zero here, whatever they hold.
   void LoadRows() {
@@ -173,15 +268,15 @@ class Backward {
     for (int r = 0; r < width_; ++r) {
       float* q = x_.q + r * q_stride_;
       float* d_o = x_.d_o + r * d_o_stride_;
-      const int64_t index = (int64_t{t.b} * p_.Hq + t.head[r]) * p_.Nq + t.query[r];
+      const int64_t index = row_index(p_, t.b, t.head[r], t.query[r]);
       const float lse = job_.in->lse[index];
       const bool live = r < t.count && t.begin[r] < t.end[r] && lse != -kInf;
       x_.lse[r] = !live ? kInf : job_.in->lse_base2 ? lse : Base2Lse(lse);
       x_.delta[r] = live ? job_.delta[index] : 0.f;
       if (live) {
         WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-          WidenRow(RowPointer<T>(p_.q, t.b, t.head[r], t.query[r]), p_.D, q);
-          WidenRow(RowPointer<T>(job_.in->d_o, t.b, t.head[r], t.query[r]), p_.Dv, d_o);
+          LoadQuery<T>(p_, t.b, t.head[r], t.query[r], job_.plan.rounds_rotated, q);
+          WidenRow(QueryRow<T>(p_, job_.in->d_o, t.b, t.head[r], t.query[r]), p_.Dv, d_o);
         });
       } else {
         for (int i = 0; i < d_padded_; i += kLanes) hn::Store(hn::Zero(df), df, q + i);
@@ -202,65 +297,111 @@ class Backward {
     }
   }
 
-  // `first`: the partials of dQ hold nothing yet.
-  void Keys(int64_t k0, int keys, bool first) {
+  // `first`: the partials of dQ hold nothing yet. `rows` of dk and dv are written; not all have a key.
+  void Keys(int64_t k0, int rows, bool first) {
+    const int keys = static_cast<int>(Max<int64_t>(0, Min<int64_t>(rows, keys_ - k0)));
     LoadKeys(k0, keys);
-    for (int i = 0; i < keys * d_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dk + i);
-    for (int i = 0; i < keys * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dv + i);
-    int nonfinite = -1;
-    for (int tile = 0; tile < row_tiles(); ++tile) {
-      FillTile(tile);
-      const BlockKeys seen = KeysOfBlock(x_.tile, 0, width_, k0, keys);
-      if (seen.empty()) {
-        if (first) ClearPartial(tile);
-        continue;
-      }
-      LoadRows();
-      bool hides = !seen.full || steps_.mask || steps_.bias;
-      if (hides && nonfinite < 0) nonfinite = AnyNonFinite(k_, k_stride_, keys, p_.D);
-      if (hides && nonfinite <= 0) {
-        hides = AnyNonFinite(x_.q, q_stride_, width_, p_.D) || AnyNonFinite(x_.d_o, d_o_stride_, width_, p_.Dv);
-      }
-      for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0, k0, seen);
-      if (job_.dslope_rows) AccumulateSlopes(k0, seen);
-      if (job_.ds_rows) AccumulateRowSums(seen);
-      if (job_.out->dv.data) {
-        if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, k0, seen.lo, seen.hi, x_.s, kBackwardRowTile);
-        AccumulateKeys(x_.s, x_.d_o, d_o_stride_, p_.Dv, seen, hides, x_.dv);
-      }
-      if (steps_.softcap)
-        for (int k = seen.lo; k < seen.hi; ++k)
-          for (int r = 0; r < width_; r += kLanes) {
-            const ptrdiff_t at = k * kBackwardRowTile + r;
-            const VF ds = hn::Load(df, x_.dp + at);
-            // dS is exactly 0 where nothing is visible, and the derivative there may be NaN.
-            hn::Store(hn::IfThenElse(hn::Eq(ds, hn::Zero(df)), ds, hn::Mul(ds, hn::Load(df, x_.dr + at))), df,
-                      x_.dp + at);
-          }
-      if (job_.out->dk.data) AccumulateKeys(x_.dp, x_.q, q_stride_, p_.D, seen, hides, x_.dk);
-      if (job_.out->dq.data) AccumulateQueries(tile, k0, keys, hides, first);
+    for (int i = 0; i < rows * d_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dk + i);
+    for (int i = 0; i < rows * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dv + i);
+    nonfinite_ = -1;
+    if (p_.blocks.offsets && keys > 0) {
+      ForListedTiles(k0, keys, [&](int64_t tile) { Tile(tile, k0, keys, first); });
+    } else {
+      for (int64_t tile = 0; tile < tiles_; ++tile) Tile(tile, k0, keys, first);
     }
-    WriteKeys(k0, keys);
+    WriteKeys(k0, rows);
+  }
+
+  // Calls f for the row tiles, ascending, of the query blocks that the transposed lists have for these keys.
+  template <class F>
+  void ForListedTiles(int64_t k0, int keys, const F& f) {
+    const BlockListRef& l = p_.blocks;
+    const RowTiling& t = job_.plan.tiling;
+    const int64_t tiles = tiles_ / t.parts, pieces = (t.unit + t.tile - 1) / t.tile;
+    const int64_t first = k0 / l.block_k, last = Min<int64_t>(l.key_blocks, (k0 + keys - 1) / l.block_k + 1);
+    for (int part = 0; part < t.parts; ++part) {
+      const int64_t head = kv_head_ * (p_.Hq / p_.Hkv) + part * t.heads;
+      const int64_t* offsets =
+          l.transposed_offsets + (b_ * l.stride_b + head * l.stride_h) * (int64_t{l.key_blocks} + 1);
+      // Merges the columns' ascending lists: the least query block after the one before.
+      for (int64_t block = -1;;) {
+        int64_t next = INT64_MAX;
+        for (int64_t c = first; c < last; ++c) {
+          int64_t lo = offsets[c], hi = offsets[c + 1];
+          const int64_t end = hi;
+          while (lo < hi) {
+            const int64_t middle = lo + (hi - lo) / 2;
+            if (l.query_ids[middle] > block) {
+              hi = middle;
+            } else {
+              lo = middle + 1;
+            }
+          }
+          if (lo < end) next = Min<int64_t>(next, l.query_ids[lo]);
+        }
+        block = next;
+        if (block >= l.query_blocks || block * pieces >= tiles) break;
+        for (int64_t tile = block * pieces; tile < Min(tiles, (block + 1) * pieces); ++tile) f(part * tiles + tile);
+      }
+    }
+  }
+
+  void Tile(int64_t tile, int64_t k0, int keys, bool first) {
+    if (!FillTile(tile)) return;
+    finder_.Select(x_.tile);
+    finder_.Find(x_.tile, width_, k0, keys, x_.block);
+    const BlockKeys& seen = x_.block.all;
+    if (keys <= 0 || seen.empty()) {
+      if (first) ClearPartial(tile);
+      return;
+    }
+    LoadRows();
+    SelectKeys();
+    bool hides = !seen.full || steps_.hides() || steps_.cuts;
+    if (hides && nonfinite_ < 0) nonfinite_ = AnyNonFinite(block_k_, block_k_stride_, keys, p_.D);
+    if (hides && nonfinite_ <= 0) {
+      hides = AnyNonFinite(x_.q, q_stride_, width_, p_.D) || AnyNonFinite(x_.d_o, d_o_stride_, width_, p_.Dv);
+    }
+    for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0);
+    const int32_t* key_of = x_.block.list.key;
+    if (job_.dslope_rows) AccumulateSlopes(seen);
+    if (job_.ds_rows) AccumulateRowSums(seen);
+    if (job_.out->dv.data) {
+      if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, key_of, seen.lo, seen.hi, x_.s, kBackwardRowTile);
+      AccumulateKeys(x_.s, x_.d_o, d_o_stride_, p_.Dv, seen, hides, x_.dv);
+    }
+    if (steps_.softcap)
+      for (int k = seen.lo; k < seen.hi; ++k)
+        for (int r = 0; r < width_; r += kLanes) {
+          const ptrdiff_t at = k * kBackwardRowTile + r;
+          const VF ds = hn::Load(df, x_.dp + at);
+          // dS is exactly 0 where nothing is visible, and the derivative there may be NaN.
+          hn::Store(hn::IfThenElse(hn::Eq(ds, hn::Zero(df)), ds, hn::Mul(ds, hn::Load(df, x_.dr + at))), df,
+                    x_.dp + at);
+        }
+    if (job_.out->dk.data) AccumulateKeys(x_.dp, x_.q, q_stride_, p_.D, seen, hides, x_.dk);
+    if (job_.out->dq.data) AccumulateQueries(tile, hides, first);
   }
 
   // P into s and dS (before softcap's derivative) into dp, for the rows of a column group and the keys that the tile
   // sees; zero where not visible.
-  void Scores(int g0, int64_t k0, const BlockKeys& keys) {
+  void Scores(int g0) {
     const int vectors = Min(kGroupRows, width_ - g0) / kLanes;
     if (vectors == 1) {
-      GroupScores<1>(g0, k0, keys);
+      GroupScores<1>(g0);
     } else if (vectors == 2) {
-      GroupScores<2>(g0, k0, keys);
+      GroupScores<2>(g0);
     } else {
-      GroupScores<kTileVectors>(g0, k0, keys);
+      GroupScores<kTileVectors>(g0);
     }
   }
 
   template <int NR>
-  HWY_NOINLINE void GroupScores(int g0, int64_t k0, const BlockKeys& keys) {
+  HWY_NOINLINE void GroupScores(int g0) {
     constexpr int kWidth = NR * kLanes;
     float *S = x_.s + g0, *dP = x_.dp + g0;
-    const BlockKeys seen = KeysOfBlock(x_.tile, g0, kWidth, k0, keys.hi);
+    const BlockKeys &keys = x_.block.all, seen = x_.block.Of(x_.tile, g0, kWidth);
+    const int32_t* key_of = x_.block.list.key;
     const int lo = Min(Max(keys.lo, seen.lo), keys.hi), hi = Max(lo, seen.hi);
     for (int k = keys.lo; k < keys.hi; ++k) {
       if (k == lo) k = hi;
@@ -282,18 +423,19 @@ class Backward {
                            [&](int r, int c, VF s)
                                HWY_ATTR { hn::Store(s, df, dP + (k + r) * kBackwardRowTile + c * kLanes); });
     });
-    if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g0, kWidth, k0, lo, hi, dP, kBackwardRowTile);
+    if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g0, kWidth, key_of, lo, hi, dP, kBackwardRowTile);
 
-    const bool plain = seen.full && !steps_.any();
+    const bool masked = steps_.Masked(p_, x_.tile, g0, kWidth, x_.block, {lo, hi, true});
+    const bool plain = seen.full && !masked && !steps_.any();
     if (!plain) {
       for (int c = 0; c < NR; ++c) {
-        if (steps_.mask) PackMask(p_, x_.tile, g0 + c * kLanes, k0 + lo, hi - lo, x_.mask + c * kLanes, kWidth);
-        if (steps_.bias) PackBias(p_, x_.tile, g0 + c * kLanes, k0 + lo, hi - lo, x_.bias + c * kLanes, kWidth);
+        if (masked) PackMask(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.mask + c * kLanes, kWidth);
+        if (steps_.bias) PackBias(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.bias + c * kLanes, kWidth);
       }
       VF ignored[NR];
       for (int c = 0; c < NR; ++c) ignored[c] = hn::Zero(df);
-      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, k0, lo, hi, x_.bias, x_.mask, S, kBackwardRowTile, ignored,
-                          steps_.softcap ? x_.dr + g0 : nullptr);
+      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, key_of, lo, hi, x_.bias, masked ? x_.mask : nullptr, S,
+                          kBackwardRowTile, ignored, steps_.softcap ? x_.dr + g0 : nullptr);
     }
     VF lse[NR], delta[NR];
     MFA_UNROLL
@@ -319,15 +461,15 @@ class Backward {
   // Fetches the share of the next tile's rows, and of its dQ, that falls to tile [k, k + count) of the group's
   // products: a few lines at a time, as more would fill the queue of outstanding misses.
   HWY_INLINE void PrefetchRows(int g0, int k, int count, const BlockKeys& keys) const {
+    const int G = p_.Hq / p_.Hkv;
     const int64_t next = first_row_ + job_.plan.row_tile;
-    const int rows = static_cast<int>(Min<int64_t>(job_.plan.row_tile, job_.plan.rows - next));
-    if (rows <= 0) return;
+    const int rows = static_cast<int>(Min<int64_t>(job_.plan.row_tile, int64_t{query_count(p_, b_)} * G - next));
+    if (rows <= 0 || steps_.cuts) return;
     const int slots = (width_ + kGroupRows - 1) / kGroupRows * (keys.hi - keys.lo);
     const int slot = g0 / kGroupRows * (keys.hi - keys.lo) + k - keys.lo;
-    const int G = p_.Hq / p_.Hkv, size = p_.dtype == DType::f32 ? 4 : 2;
+    const int size = p_.dtype == DType::f32 ? 4 : 2;
     const auto row = [&](const TensorRef& x, int head, int64_t query, int bytes) HWY_ATTR {
-      const char* at = static_cast<const char*>(x.data) +
-                       (x_.tile.b * x.stride[0] + head * x.stride[1] + query * x.stride[2]) * size;
+      const char* at = static_cast<const char*>(x.data) + query_element(p_, x.stride, x_.tile.b, head, query) * size;
       for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     };
     for (int r = rows * slot / slots; r < rows * (slot + count) / slots; ++r) {
@@ -337,30 +479,31 @@ class Backward {
     }
     if (!job_.out->dq.data) return;
     const int lines = rows * p_.D / 16;
-    const char* dq =
-        reinterpret_cast<const char*>(PartialTile(partition_, static_cast<int>(next / job_.plan.row_tile)));
+    const char* dq = reinterpret_cast<const char*>(PartialTile(partition_, next / job_.plan.row_tile));
     for (int i = lines * slot / slots; i < lines * (slot + count) / slots; ++i) __builtin_prefetch(dq + i * 64, 1, 2);
   }
 
-  void AccumulateSlopes(int64_t k0, const BlockKeys& keys) {
+  void AccumulateSlopes(const BlockKeys& keys) {
     const RowTile& t = x_.tile;
-    float* rows = TaskRows(job_.dslope_rows) + first_row_;
+    float* rows = RowTerms(job_.dslope_rows, partition_);
     for (int r = 0; r < t.count; ++r) {
       float sum = 0.f;
       for (int k = keys.lo; k < keys.hi; ++k)
-        sum += x_.dp[k * kBackwardRowTile + r] * static_cast<float>(static_cast<int32_t>(k0) + k - t.pos[r]);
-      rows[r] += sum;
+        sum += x_.dp[k * kBackwardRowTile + r] * static_cast<float>(x_.block.list.key[k] - t.pos[r]);
+      rows[row_index(p_, t.b, t.head[r], t.query[r])] += sum;
     }
   }
 
   void AccumulateRowSums(const BlockKeys& keys) {
-    float* rows = TaskRows(job_.ds_rows) + first_row_;
+    const RowTile& t = x_.tile;
+    float* rows = RowTerms(job_.ds_rows, partition_);
     alignas(64) float sums[kLanes];
     for (int r = 0; r < width_; r += kLanes) {
       VF sum = hn::Zero(df);
       for (int k = keys.lo; k < keys.hi; ++k) sum = hn::Add(sum, hn::Load(df, x_.dp + k * kBackwardRowTile + r));
       hn::Store(sum, df, sums);
-      for (int i = 0; i < Min(kLanes, x_.tile.count - r); ++i) rows[r + i] += sums[i];
+      for (int i = 0; i < Min(kLanes, t.count - r); ++i)
+        rows[row_index(p_, t.b, t.head[r + i], t.query[r + i])] += sums[i];
     }
   }
 
@@ -368,19 +511,19 @@ class Backward {
   void CorrectQueries(float* sum) {
     const RowTile& t = x_.tile;
     for (int r = 0; r < t.count; ++r) {
-      const int64_t index = (int64_t{t.b} * p_.Hq + t.head[r]) * p_.Nq + t.query[r];
+      const int64_t index = row_index(p_, t.b, t.head[r], t.query[r]);
       const float lse = job_.in->lse[index];
       if (t.begin[r] >= t.end[r] || lse == -kInf) continue;
       float total = 0.f;
-      for (int part = 0; part < job_.plan.key_partitions; ++part)
-        total += job_.ds_rows[(head_ * job_.plan.key_partitions + part) * int64_t{job_.plan.rows} + first_row_ + r];
+      for (int part = 0; part < job_.plan.key_partitions; ++part) total += RowTerms(job_.ds_rows, part)[index];
       const float to_natural = job_.in->lse_base2 ? 0.6931471805599453f : 1.f;
       const float sink = p_.sinks ? ::expf(p_.sinks[t.head[r]] - lse * to_natural) : 0.f;
       const float expected = (job_.in->dlse ? job_.in->dlse[index] : 0.f) + job_.delta[index] * sink;
       const float excess = (total - expected) * (1.f - sink);
       float* mean = x_.q;
       bool any = false;
-      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR { any = MeanOfVisibleKeys<T>(p_, t, r, mean); });
+      WithType(p_.dtype,
+               [&]<class T>(T*) HWY_ATTR { any = MeanOfVisibleKeys<T>(p_, t, r, job_.plan.rounds_rotated, mean); });
       if (!any) continue;
       const int g0 = r / kGroupRows * kGroupRows, width = Min(kGroupRows, width_ - g0);
       float* column = sum + static_cast<ptrdiff_t>(g0) * p_.D + (r - g0);
@@ -400,7 +543,7 @@ class Backward {
             const float weight = A[k * kBackwardRowTile + r];
             if (weight != 0.f) sum = __builtin_fmaf(weight, rows[r * stride + d], sum);
           }
-          out[k * padded + d] += sum;
+          out[BlockKey(k) * padded + d] += sum;
         }
       return;
     }
@@ -416,19 +559,19 @@ class Backward {
     ForRowTiles<kChannelRows>(keys.lo, keys.hi, [&]<int MR>(int k) HWY_ATTR {
       MultiplyTile<MR, NR>(A + k * kBackwardRowTile, StepsAdjacent{kBackwardRowTile}, rows, stride, width_,
                            [&](int r, int c, VF acc) HWY_ATTR {
-                             float* at = out + (k + r) * padded + c * kLanes;
+                             float* at = out + BlockKey(k + r) * padded + c * kLanes;
                              hn::Store(hn::Add(hn::Load(df, at), acc), df, at);
                            });
     });
   }
 
   // dQ^T[d][r] += sum_k K[k][d] dS[k][r]
-  void AccumulateQueries(int tile, int64_t k0, int keys, bool skip_zero, bool first) {
+  void AccumulateQueries(int64_t tile, bool skip_zero, bool first) {
     float* out = PartialTile(partition_, tile);
     for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
       const int vectors = Min(kGroupRows, width_ - g0) / kLanes;
       float* to = out + static_cast<ptrdiff_t>(g0) * p_.D;
-      const BlockKeys seen = KeysOfBlock(x_.tile, g0, vectors * kLanes, k0, keys);
+      const BlockKeys seen = x_.block.Of(x_.tile, g0, vectors * kLanes);
       const bool hidden = seen.empty();
       if (first && (hidden || skip_zero))
         for (int i = 0; i < vectors * p_.D; ++i) hn::Store(hn::Zero(df), df, to + i * kLanes);
@@ -473,44 +616,93 @@ class Backward {
     });
   }
 
+  // x * factor, in the type of `row`.
+  template <class T>
+  static HWY_INLINE void StoreRow(const float* x, int width, float factor, T* row) {
+    const VF f = hn::Set(df, factor);
+    int d = 0;
+    for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Mul(hn::Load(df, x + d), f), row + d);
+    for (; d < width; ++d) StoreScalar(x[d] * factor, row + d);
+  }
+
   void WriteKeys(int64_t k0, int keys) {
-    const int b = static_cast<int>(head_ / p_.Hkv), h = static_cast<int>(head_ % p_.Hkv);
-    const auto write = [&](const MutableTensorRef& to, const float* from, int width, int padded, float factor) {
+    if (job_.out->dk.data && RotatesKeys(p_))
+      for (int k = 0; k < Min<int64_t>(keys, keys_ - k0); ++k)
+        Rotate(p_.rope, KeyPosition(p_, b_, k0 + k), true, x_.dk + k * d_padded_);
+    const auto write = [&](const MutableTensorRef& to, float* apart, const float* from, int width, int padded,
+                           float factor) {
       if (!to.data) return;
-      const VF f = hn::Set(df, factor);
+      if (apart) {  // summed over the sequences that share a page: see page_gradient_task
+        const int64_t first = job_.key_offsets[b_] * p_.Hkv + kv_head_ * key_rows_ + k0;
+        for (int k = 0; k < keys; ++k) StoreRow(from + k * padded, width, factor, apart + (first + k) * width);
+        return;
+      }
       WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-        for (int k = 0; k < keys; ++k) {
-          T* row = RowPointer<T>(to, b, h, k0 + k);
-          const float* x = from + k * padded;
-          int d = 0;
-          for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Mul(hn::Load(df, x + d), f), row + d);
-          for (; d < width; ++d) StoreScalar(x[d] * factor, row + d);
-        }
+        for (int k = 0; k < keys; ++k)
+          StoreRow(from + k * padded, width, factor, KeyRow<T>(p_, to, b_, kv_head_, k0 + k));
       });
     };
-    write(job_.out->dk, x_.dk, p_.D, d_padded_, p_.scale);
-    write(job_.out->dv, x_.dv, p_.Dv, dv_padded_, 1.f);
+    write(job_.out->dk, job_.dk_rows, x_.dk, p_.D, d_padded_, p_.scale);
+    write(job_.out->dv, job_.dv_rows, x_.dv, p_.Dv, dv_padded_, 1.f);
   }
 
   const BackwardJob& job_;
   const AttentionProblem& p_;
   const ScoreSteps steps_;
   const int d_padded_, dv_padded_, q_stride_, d_o_stride_;
+  BlockFinder finder_;
   BackwardScratch x_;
-  int64_t head_ = 0, first_row_ = 0;
+  int b_ = 0, kv_head_ = 0;
+  int64_t tiles_ = 0, keys_ = 0, key_rows_ = 0;  // of the sequence
+  int64_t first_row_ = 0;
   int partition_ = 0, width_ = 0;
-  const float *k_ = nullptr, *v_ = nullptr;
-  ptrdiff_t k_stride_ = 0, v_stride_ = 0;
+  int nonfinite_ = -1;  // whether the block's keys are; -1: not looked at
+  // Keys and values of the block, and of the entries of the tile.
+  const float *block_k_ = nullptr, *block_v_ = nullptr, *k_ = nullptr, *v_ = nullptr;
+  ptrdiff_t block_k_stride_ = 0, block_v_stride_ = 0, k_stride_ = 0, v_stride_ = 0;
+  bool packed_block_ = false;  // the panels are the block's
 };
 
-// delta = sum_d dO O - dlse for rows [begin, end) of [B, Hq, Nq].
+// The gradient of one page of one KV head, the sum over the sequences that have it, in their order.
+void PageGradientTask(const BackwardJob& job, int64_t task) {
+  const AttentionProblem& p = *job.problem;
+  const int32_t page = static_cast<int32_t>(task / p.Hkv), head = static_cast<int32_t>(task % p.Hkv);
+  const int64_t size = p.pages.page_size;
+  const auto sum = [&](const MutableTensorRef& to, const float* rows, int width) {
+    if (!to.data) return;
+    alignas(64) float total[640];
+    for (int64_t token = 0; token < size; ++token) {
+      for (int d = 0; d < width; ++d) total[d] = 0.f;
+      for (int64_t u = job.page_starts[page]; u < job.page_starts[page + 1]; ++u) {
+        const PageUse& use = job.page_uses[u];
+        const int64_t keys = key_count(p, use.b), j = use.slot * size + token;
+        if (j >= keys) continue;
+        const float* from = rows + (job.key_offsets[use.b] * p.Hkv + head * keys + j) * width;
+        for (int d = 0; d < width; ++d) total[d] += from[d];
+      }
+      WithType(p.dtype, [&]<class T>(T*) HWY_ATTR {
+        T* row = static_cast<T*>(to.data) + page * to.stride[0] + head * to.stride[1] + token * to.stride[2];
+        int d = 0;
+        for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Load(df, total + d), row + d);
+        for (; d < width; ++d) StoreScalar(total[d], row + d);
+      });
+    }
+  };
+  sum(job.out->dk, job.dk_rows, p.D);
+  sum(job.out->dv, job.dv_rows, p.Dv);
+}
+
+// delta = sum_d dO O - dlse for rows [begin, end) of lse.
 template <class T>
 void DeltaRows(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
   const AttentionProblem& p = *job.problem;
+  const int64_t length = p.query_starts ? p.packed_queries : p.Nq;  // rows of a head
   for (int64_t i = begin; i < end; ++i) {
-    const int b = static_cast<int>(i / p.Nq / p.Hq), h = static_cast<int>(i / p.Nq % p.Hq);
-    const int64_t n = i % p.Nq;
-    const T *o = RowPointer<T>(job.in->o, b, h, n), *d_o = RowPointer<T>(job.in->d_o, b, h, n);
+    const int64_t b = i / length / p.Hq, h = i / length % p.Hq, n = i % length;
+    const auto row = [&](const TensorRef& x) {
+      return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
+    };
+    const T *o = row(job.in->o), *d_o = row(job.in->d_o);
     VF sum = hn::Zero(df);
     int d = 0;
     for (; d + kLanes <= p.Dv; d += kLanes) sum = hn::MulAdd(LoadFloat(o + d), LoadFloat(d_o + d), sum);

@@ -55,20 +55,23 @@ void BiasGradientTask(const BackwardJob& job, int64_t task, void* scratch) {
       for (int64_t k = k_first; k < (region.keys == 1 ? k_first + 1 : k_last); ++k) *at(batch, h, q, k) = 0.f;
 
   Backward backward(job, scratch);
+  const auto rows_of = [&](int b) { return Min<int64_t>(q_last, query_count(p, b)) * G; };
   for (int b = all_batches ? 0 : static_cast<int>(batch); b < (all_batches ? p.B : batch + 1); ++b)
     for (int head = all_heads ? 0 : static_cast<int>(group); head < (all_heads ? p.Hkv : group + 1); ++head)
-      for (int64_t row = q_first * G; row < q_last * G; row += kBackwardRowTile)
-        for (int64_t k0 = k_first; k0 < k_last; k0 += kBackwardKeys) {
-          const int count = static_cast<int>(Min<int64_t>(kBackwardRowTile, q_last * G - row));
-          const int keys = static_cast<int>(Min<int64_t>(kBackwardKeys, k_last - k0));
+      for (int64_t row = q_first * G; row < rows_of(b); row += kBackwardRowTile)
+        for (int64_t k0 = k_first; k0 < Min<int64_t>(k_last, key_count(p, b)); k0 += kBackwardKeys) {
+          const int count = static_cast<int>(Min<int64_t>(kBackwardRowTile, rows_of(b) - row));
+          const int keys = static_cast<int>(Min<int64_t>(kBackwardKeys, Min<int64_t>(k_last, key_count(p, b)) - k0));
           backward.VisitScores(b, head, row, count, k0, keys,
-                               [&](const RowTile& t, const BlockKeys& seen, const float* dS) {
+                               [&](const RowTile& t, const TileBlock& block, const float* dS) {
+                                 const BlockKeys& seen = block.all;
                                  for (int r = 0; r < count; ++r) {
-                                   float* to = at(b, t.head[r], t.query[r], k0);
+                                   float* to = at(b, t.head[r], t.query[r], 0);
                                    if (region.keys == 1) {
                                      for (int k = seen.lo; k < seen.hi; ++k) *to += dS[k * kBackwardRowTile + r];
                                    } else {
-                                     for (int k = seen.lo; k < seen.hi; ++k) to[k] += dS[k * kBackwardRowTile + r];
+                                     for (int k = seen.lo; k < seen.hi; ++k)
+                                       to[block.list.key[k]] += dS[k * kBackwardRowTile + r];
                                    }
                                  }
                                });

@@ -12,11 +12,14 @@ static_assert(kLanes <= 16);
 
 struct DecodeScratch {
   RowTile tile;
+  TileBlock block;
+  KeyList next;  // entries of the block after it
   float m[kMaxDecodeRows], l[kMaxDecodeRows];
   float* q;        // [rows][padded D], scaled to base-2 units
   float* o;        // [rows][padded Dv]
   float* s;        // [rows][kScoreStride]
   float* block_o;  // [rows][padded Dv]
+  float* k;        // [2 * kLanes][padded D], rotated rows, and what they round to
   size_t bytes;
 
   DecodeScratch(const AttentionProblem& p, int rows, char* base) {
@@ -26,7 +29,8 @@ struct DecodeScratch {
     o = q + rows * d;
     s = o + rows * dv;
     block_o = s + static_cast<size_t>(rows) * kScoreStride;
-    bytes = rows * (d + 2 * dv + kScoreStride) * sizeof(float);
+    k = block_o + rows * dv;
+    bytes = (rows * (d + 2 * dv + kScoreStride) + (RotatesQueries(p) ? 2 * kLanes * d : 0)) * sizeof(float);
   }
 };
 
@@ -124,29 +128,30 @@ HWY_INLINE void DecodePairScores(const bfloat16* const* rows, const uint32_t* q,
 
 // The values of the next block, fetched evenly by the passes over the channels of this one: pass c of `passes` fetches
 // the rows k with k % passes in [c, c + share). None if width is 0.
+template <class Rows>
 struct NextBlock {
+  Rows rows;  // of the entry k of the next block
   int width = 0, passes = 1, pass = 0, share = 1;
-  template <class T>
-  HWY_INLINE void Fetch(const T* row, int k) const {
+  HWY_INLINE void Fetch(int k) const {
     if (width == 0) return;
     const int turn = k % passes;
-    if (turn >= pass && turn < pass + share) PrefetchRow(row, width);
+    if (turn >= pass && turn < pass + share) PrefetchRow(rows.At(k), width);
   }
 };
 
 // out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi); values past `width` are read as zero.
-template <int G, int NV, class T>
-HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, const float* P, float* out,
-                             ptrdiff_t out_stride, const NextBlock& next) {
+template <int G, int NV, class Rows, class Next>
+HWY_INLINE void DecodeValues(const Rows& v, int lo, int hi, const float* P, float* out, ptrdiff_t out_stride,
+                             const Next& next) {
   VF acc[G][NV];
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
     for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
   }
-  const T* row = v + lo * v_stride;
-  for (int k = lo; k < hi; ++k, row += v_stride) {
-    next.Fetch(row + kKeyBlock * v_stride, k);
+  for (int k = lo; k < hi; ++k) {
+    const auto* row = v.At(k);
+    next.Fetch(k);
     VF value[NV];
     MFA_UNROLL
     for (int c = 0; c < NV; ++c) value[c] = LoadFloat(row + c * kLanes);
@@ -166,9 +171,9 @@ HWY_INLINE void DecodeValues(const T* v, ptrdiff_t v_stride, int lo, int hi, con
 
 // The same for pairs of keys [lo, hi), both even; `P` holds a pair of probabilities for each pair of keys. A key
 // outside [first, last) is not read.
-template <int G, int NV>
-HWY_INLINE void DecodePairValues(const bfloat16* v, ptrdiff_t v_stride, int lo, int hi, int first, int last,
-                                 const uint32_t* P, float* out, ptrdiff_t out_stride, const NextBlock& next) {
+template <int G, int NV, class Rows, class Next>
+HWY_INLINE void DecodePairValues(const Rows& v, int lo, int hi, int first, int last, const uint32_t* P, float* out,
+                                 ptrdiff_t out_stride, const Next& next) {
   static constexpr bfloat16 kZeros[NV * kLanes] = {};
   VF acc[G][NV];
   MFA_UNROLL
@@ -177,10 +182,10 @@ HWY_INLINE void DecodePairValues(const bfloat16* v, ptrdiff_t v_stride, int lo, 
     for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
   }
   for (int k = lo; k < hi; k += 2) {
-    const bfloat16* even = k >= first ? v + k * v_stride : kZeros;
-    const bfloat16* odd = k + 1 < last ? v + (k + 1) * v_stride : kZeros;
-    next.Fetch(v + (k + kKeyBlock) * v_stride, k);
-    next.Fetch(v + (k + 1 + kKeyBlock) * v_stride, k + 1);
+    const bfloat16* even = k >= first ? v.At(k) : kZeros;
+    const bfloat16* odd = k + 1 < last ? v.At(k + 1) : kZeros;
+    next.Fetch(k);
+    next.Fetch(k + 1);
     VU value[NV];
     MFA_UNROLL
     for (int c = 0; c < NV; ++c) value[c] = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
@@ -206,29 +211,29 @@ class DecodeForward {
       : job_(job),
         p_(*job.problem),
         steps_(p_),
-        rows_(job.plan.rows),
         d_padded_(RoundUp(p_.D, kLanes)),
         dv_padded_(RoundUp(p_.Dv, kLanes)),
-        x_(p_, rows_, static_cast<char*>(scratch)) {}
+        finder_(p_, kPairs),
+        x_(p_, job.plan.tiling.decode_rows, static_cast<char*>(scratch)) {}
 
-  void Run(int64_t task) {
+  void Run(int64_t index, const TileMap::Place& place, int split) {
     const ForwardPlan& plan = job_.plan;
-    Begin(task / plan.key_splits);
-    const int split = static_cast<int>(task % plan.key_splits);
-    const int blocks = (p_.Nk + kKeyBlock - 1) / kKeyBlock;
+    Begin(index, place);
+    const int keys = key_count(p_, place.b), blocks = (keys + kKeyBlock - 1) / kKeyBlock;
     const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
-    for (int i = first; i < last; ++i) Block(i);
+    for (int i = first; i < last; ++i) Block(i, keys);
     if (plan.key_splits == 1) Finish();
   }
 
-  void Merge(int64_t head) {
-    Begin(head);
-    for (int i = 0; i < job_.partials.blocks; ++i) {
-      const int64_t at = (head_ * job_.partials.blocks + i) * job_.partials.row_width;
+  void Merge(int64_t index, const TileMap::Place& place) {
+    Begin(index, place);
+    const int blocks = (key_count(p_, place.b) + kKeyBlock - 1) / kKeyBlock;
+    for (int i = 0; i < blocks; ++i) {
+      const int64_t at = PartialIndex(i);
       if (job_.partials.l[at] == -1.f) continue;  // the mark of a block without visible keys
       for (int g = 0; g < rows_; ++g)
         MergeRow(g, job_.partials.m[at + g], job_.partials.l[at + g],
-                 job_.partials.o + (at + g) * static_cast<int64_t>(dv_padded_));
+                 job_.partials.o + (at + g) * job_.partials.o_stride);
     }
     Finish();
   }
@@ -236,77 +241,109 @@ class DecodeForward {
   size_t scratch_bytes() const { return x_.bytes; }
 
  private:
-  void Begin(int64_t head) {
-    head_ = head;
-    FillRowTile(p_, static_cast<int>(head / p_.Hkv), static_cast<int>(head % p_.Hkv), 0, rows_, rows_, x_.tile);
+  int64_t PartialIndex(int block) const {
+    return (tile_index_ * job_.partials.blocks + block) * job_.partials.row_width;
+  }
+
+  void Begin(int64_t index, const TileMap::Place& place) {
+    tile_index_ = index;
+    rows_ = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, x_.tile.query, x_.tile.head);
+    CompleteRowTile(p_, place.b, place.kv_head, rows_, rows_, x_.tile);
+    finder_.Select(x_.tile);
     for (int g = 0; g < rows_; ++g) {
       x_.m[g] = p_.sinks ? p_.sinks[x_.tile.head[g]] * kLog2e : -kInf;
       x_.l[g] = x_.m[g] == -kInf ? 0.f : 1.f;
       float* q = x_.q + g * d_padded_;
       if constexpr (kPairs) {
-        __builtin_memcpy(q, RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D * sizeof(T));
+        if (RotatesQueries(p_)) {
+          LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g], x_.tile.query[g], false, x_.k);
+          RoundRow(x_.k, p_.D, reinterpret_cast<T*>(q));
+        } else {
+          __builtin_memcpy(q, QueryRow<T>(p_, p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D * sizeof(T));
+        }
         continue;
       }
-      WidenRow(RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D, q);
+      LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g], x_.tile.query[g], false, q);
       const VF scale = hn::Set(df, p_.scale * kLog2e);
       for (int d = 0; d < d_padded_; d += kLanes) hn::Store(hn::Mul(hn::Load(df, q + d), scale), df, q + d);
     }
     for (int i = 0; i < rows_ * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.o + i);
   }
 
-  void Block(int index) {
+  // Rows of the block: a fixed step apart, or found one by one.
+  void Block(int index, int keys) {
     const int64_t k0 = int64_t{index} * kKeyBlock;
-    const int keys = static_cast<int>(Min<int64_t>(kKeyBlock, p_.Nk - k0));
-    const BlockKeys seen = KeysOfBlock(x_.tile, 0, rows_, k0, keys);
-    if (seen.empty()) return MarkUnseen(index);
-    const int lo = seen.lo, hi = seen.hi;
-    const T* k = RowPointer<T>(p_.k, x_.tile.b, x_.tile.kv_head, k0);
-    const T* v = RowPointer<T>(p_.v, x_.tile.b, x_.tile.kv_head, k0);
-    const bool prefetch = k0 + 2 * kKeyBlock <= p_.Nk;
+    const int count = static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0));
+    finder_.Find(x_.tile, rows_, k0, count, x_.block);
+    if (x_.block.all.empty()) return MarkUnseen(index);
+    const int b = x_.tile.b, h = x_.tile.kv_head;
+    if (!x_.block.listed && !GathersRows(p_)) {
+      const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, k0), p_.k.stride[2]};
+      const StridedRows<T> v{KeyRow<T>(p_, p_.v, b, h, k0), p_.v.stride[2]};
+      const int fetched = k0 + 2 * kKeyBlock <= keys ? kKeyBlock : 0;
+      return Attend(index, k, v, StridedRows<T>{k.At(fetched), k.step}, StridedRows<T>{v.At(fetched), v.step},
+                    fetched > 0);
+    }
+    const int lo = x_.block.all.lo, hi = x_.block.all.hi;
+    const T *k[kKeyBlock], *v[kKeyBlock];
+    KeyRows(p_, p_.k, b, h, x_.block.list, lo, hi, k);
+    KeyRows(p_, p_.v, b, h, x_.block.list, lo, hi, v);
+    const bool fetch = !x_.block.listed && k0 + 2 * kKeyBlock <= keys;
+    const T *next_k[kKeyBlock], *next_v[kKeyBlock];
+    if (fetch) {  // the same entries of the next block
+      KeyList& next = x_.next;
+      for (int c = lo; c < hi; ++c) next.key[c] = x_.block.list.key[c] + kKeyBlock;
+      KeyRows(p_, p_.k, b, h, next, lo, hi, next_k);
+      KeyRows(p_, p_.v, b, h, next, lo, hi, next_v);
+    }
+    Attend(index, RowTable<T>{k}, RowTable<T>{v}, RowTable<T>{next_k}, RowTable<T>{next_v}, fetch);
+  }
 
+  template <class Rows>
+  void Attend(int index, const Rows& k, const Rows& v, const Rows& next_k, const Rows& next_v, bool prefetch) {
+    const BlockKeys& seen = x_.block.all;
+    const int lo = seen.lo, hi = seen.hi;
     for (int k_lo = lo; k_lo < hi; k_lo += kLanes) {
-      const T* rows[kLanes];
-      for (int i = 0; i < kLanes; ++i) rows[i] = k + Min(k_lo + i, hi - 1) * p_.k.stride[2];
       if (prefetch)
-        for (int i = 0; i < kLanes; ++i) PrefetchRow(rows[i] + kKeyBlock * p_.k.stride[2], p_.D);
-      ForRowTiles<kTileRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
-        if constexpr (kPairs) {
-          const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q + g * d_padded_);
-          return DecodePairScores<G>(rows, q, d_padded_, p_.D / 2, hn::Set(df, p_.scale * kLog2e), scores_at(g, k_lo),
-                                     kScoreStride);
-        }
-        DecodeScores<G>(rows, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, k_lo), kScoreStride);
-      });
+        for (int i = 0; i < kLanes; ++i) PrefetchRow(next_k.At(Min(k_lo + i, hi - 1)), p_.D);
+      if (RotatesKeys(p_)) {
+        RotateKeys(k, k_lo, hi);
+      } else {
+        const T* rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) rows[i] = k.At(Min(k_lo + i, hi - 1));
+        Products(rows, k_lo);
+      }
     }
     float m[kMaxDecodeRows], l[kMaxDecodeRows];
-    const bool hidden = !seen.full || steps_.bias || steps_.mask;
+    const bool masked = steps_.Masked(p_, x_.tile, 0, rows_, x_.block, seen);
+    const bool hidden = !seen.full || masked || steps_.hides();
     for (int g = 0; g < rows_; ++g) {
-      if (!seen.full || steps_.any()) ApplySteps(g, k0, lo, hi);
+      if (!seen.full || masked || steps_.any()) ApplySteps(g, masked, lo, hi);
       m[g] = RowMax(scores_at(g, 0), lo, hi);
     }
-    const bool skip_hidden = hidden && AnyNonFinite(v + lo * p_.v.stride[2], p_.v.stride[2], hi - lo, p_.Dv);
+    const bool skip_hidden = hidden && NonFiniteValues(v, lo, hi);
     if (skip_hidden)
       for (int g = 0; g < rows_; ++g)
         for (int i = lo; i < hi; ++i) visible_[g][i] = scores_at(g, 0)[i] != -kInf;
     for (int g = 0; g < rows_; ++g) Exponentials(scores_at(g, 0), lo, hi, m[g]);
     SumRows(lo, hi, l);
     for (int g = 0; g < rows_; ++g) {
-      if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g, 1, k0, lo, hi, scores_at(g, 0), 1);
+      if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g, 1, x_.block.list.key, lo, hi, scores_at(g, 0), 1);
       if constexpr (kPairs) PackProbabilities(scores_at(g, 0), lo, hi);
     }
     if (HWY_UNLIKELY(skip_hidden)) {
       for (int g = 0; g < rows_; ++g) VisibleValues(v, g, lo, hi);
     } else {
-      ForRowTiles<kMaxDecodeRows>(
-          0, rows_, [&]<int G>(int g) HWY_ATTR { Values<G>(v, p_.v.stride[2], g, lo, hi, prefetch && g == 0); });
+      ForRowTiles<kMaxDecodeRows>(0, rows_,
+                                  [&]<int G>(int g) HWY_ATTR { Values<G>(v, next_v, g, lo, hi, prefetch && g == 0); });
     }
 
     if (job_.plan.key_splits > 1) {
-      const int64_t at = (head_ * job_.partials.blocks + index) * job_.partials.row_width;
+      const int64_t at = PartialIndex(index);
       for (int g = 0; g < rows_; ++g) {
         job_.partials.m[at + g] = m[g];
         job_.partials.l[at + g] = l[g];
-        float* o = job_.partials.o + (at + g) * static_cast<int64_t>(dv_padded_);
+        float* o = job_.partials.o + (at + g) * job_.partials.o_stride;
         for (int d = 0; d < dv_padded_; d += kLanes)
           hn::StoreU(hn::Load(df, x_.block_o + g * dv_padded_ + d), df, o + d);
       }
@@ -315,19 +352,64 @@ class DecodeForward {
     }
   }
 
+  // The scores of all rows for the keys rows[0] .. from entry `entry`.
+  template <class R>
+  HWY_INLINE void Products(const R* const* rows, int entry) {
+    ForRowTiles<kTileRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
+      if constexpr (kPairs && std::is_same_v<R, bfloat16>) {
+        const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q + g * d_padded_);
+        return DecodePairScores<G>(rows, q, d_padded_, p_.D / 2, hn::Set(df, p_.scale * kLog2e), scores_at(g, entry),
+                                   kScoreStride);
+      }
+      DecodeScores<G>(rows, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, entry), kScoreStride);
+    });
+  }
+
+  // Products() of keys that are rotated first.
+  template <class Rows>
+  void RotateKeys(const Rows& k, int entry, int hi) {
+    const KeyList& list = x_.block.list;
+    const auto rotate = [&](int i) HWY_ATTR {
+      float* row = x_.k + i * d_padded_;
+      const int c = Min(entry + i, hi - 1);
+      WidenRow(k.At(c), p_.D, row);
+      if (!(list.has_padding && list.padding[c])) RotateKey(p_, x_.tile.b, list.key[c], false, row);
+      return row;
+    };
+    if constexpr (kPairs) {
+      const T* rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        T* rounded = reinterpret_cast<T*>(x_.k + (kLanes + i) * d_padded_);
+        RoundRow(rotate(i), p_.D, rounded);
+        rows[i] = rounded;
+      }
+      return Products(rows, entry);
+    }
+    const float* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = rotate(i);
+    Products(rows, entry);
+  }
+
+  template <class Rows>
+  bool NonFiniteValues(const Rows& v, int lo, int hi) const {
+    for (int c = lo; c < hi; ++c)
+      if (AnyNonFinite(v.At(c), 0, 1, p_.Dv)) return true;
+    return false;
+  }
+
   float* scores_at(int g, int k) { return x_.s + g * kScoreStride + k; }
 
   // The steps of ApplyScoreSteps with lanes = keys: the same operations in the same order.
-  void ApplySteps(int g, int64_t k0, int lo, int hi) {
+  void ApplySteps(int g, bool masked, int lo, int hi) {
     const ScoreTerms terms(p_);
     const RowTile& t = x_.tile;
-    const VI lane = hn::Iota(di, 0);
+    const int32_t* key_of = x_.block.list.key;
     const VI begin = hn::Set(di, t.begin[g]), end = hn::Set(di, t.end[g]), pos = hn::Set(di, t.pos[g]);
     alignas(64) float bias[kLanes];
     alignas(64) int32_t mask[kLanes];
     for (int k = lo; k < hi; k += kLanes) {
       const int n = Min(kLanes, hi - k);
-      const VI key = hn::Add(lane, hn::Set(di, static_cast<int32_t>(k0 + k)));
+      const VI key = hn::LoadU(di, key_of + k);
       VF s = hn::LoadU(df, scores_at(g, k));
       if (steps_.softcap) s = hn::Mul(Tanh(hn::Mul(s, terms.inverse_softcap)), terms.softcap);
       if (steps_.alibi) s = hn::MulAdd(hn::Set(df, t.slope[g]), hn::ConvertTo(df, hn::Sub(key, pos)), s);
@@ -335,18 +417,18 @@ class DecodeForward {
       if (steps_.bias) {
         const int64_t at = t.b * p_.bias.stride[0] + t.head[g] * p_.bias.stride[1] + t.query[g] * p_.bias.stride[2];
         for (int i = 0; i < kLanes; ++i)
-          bias[i] =
-              i < n ? load_as_float(p_.bias.data, p_.bias.dtype, at + (k0 + k + i) * p_.bias.stride[3]) * kLog2e : 0.f;
+          bias[i] = i < n && !(x_.block.list.has_padding && x_.block.list.padding[k + i])
+                        ? load_as_float(p_.bias.data, p_.bias.dtype, at + key_of[k + i] * p_.bias.stride[3]) * kLog2e
+                        : 0.f;
         const VF term = hn::Load(df, bias);
         s = hn::Add(s, term);
         visible = hn::And(visible, hn::RebindMask(di, hn::Ne(term, hn::Set(df, -kInf))));
       }
-      if (steps_.mask) {
-        const uint8_t* row =
-            p_.mask.data + t.b * p_.mask.stride[0] + t.head[g] * p_.mask.stride[1] + t.query[g] * p_.mask.stride[2];
-        for (int i = 0; i < kLanes; ++i) mask[i] = i < n && row[(k0 + k + i) * p_.mask.stride[3]] ? -1 : 0;
+      if (masked) {
+        for (int i = 0; i < kLanes; ++i) mask[i] = i < n && Shows(g, k + i) ? -1 : 0;
         visible = hn::And(visible, hn::MaskFromVec(hn::Load(di, mask)));
       }
+      if (steps_.floor) visible = hn::AndNot(hn::RebindMask(di, hn::Lt(s, hn::Set(df, t.floor[g]))), visible);
       s = hn::IfThenElse(hn::RebindMask(df, visible), s, hn::Set(df, -kInf));
       if (n == kLanes) {
         hn::StoreU(s, df, scores_at(g, k));
@@ -356,6 +438,21 @@ class DecodeForward {
         for (int i = 0; i < n; ++i) scores_at(g, k)[i] = out[i];
       }
     }
+  }
+
+  // Whether lists, neighbourhood and boolean mask show entry c to row g.
+  bool Shows(int g, int c) const {
+    const RowTile& t = x_.tile;
+    const TileBlock& block = x_.block;
+    if (block.list.has_padding && block.list.padding[c]) return false;
+    const int32_t key = block.list.key[c];
+    for (int x = 0; x < p_.neighbourhood.axes; ++x) {
+      const int32_t u = block.position[x][c];
+      if (u < t.from[x][g] || u >= t.to[x][g]) return false;
+    }
+    if (p_.blocks.offsets && block.uneven && !lists_show(p_, t.b, t.head[g], t.query[g], key)) return false;
+    return !steps_.mask || p_.mask.data[t.b * p_.mask.stride[0] + t.head[g] * p_.mask.stride[1] +
+                                        t.query[g] * p_.mask.stride[2] + key * p_.mask.stride[3]] != 0;
   }
 
   static float RowMax(const float* S, int lo, int hi) {
@@ -400,41 +497,42 @@ class DecodeForward {
     }
   }
 
-  template <int G>
-  void PairValues(const T* v, ptrdiff_t stride, int g, int lo, int hi, bool prefetch) {
+  template <int G, class Rows>
+  void PairValues(const Rows& v, const Rows& next_v, int g, int lo, int hi, bool prefetch) {
     const int pair_lo = lo & ~1, pair_hi = RoundUp(hi, 2), whole = p_.Dv / kLanes;
     const uint32_t* P = reinterpret_cast<const uint32_t*>(scores_at(g, 0));
     float* out = x_.block_o + g * dv_padded_;
     ForRowTiles<kMaxDecodeRows / G>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-      DecodePairValues<G, NV>(v + c * kLanes, stride, pair_lo, pair_hi, lo, hi, P, out + c * kLanes, dv_padded_,
-                              NextBlock{prefetch ? p_.Dv : 0, whole, c, NV});
+      DecodePairValues<G, NV>(v.Columns(c * kLanes), pair_lo, pair_hi, lo, hi, P, out + c * kLanes, dv_padded_,
+                              NextBlock<Rows>{next_v, prefetch ? p_.Dv : 0, whole, c, NV});
     });
     const int rest = p_.Dv - whole * kLanes;
     if (rest == 0) return;
     bfloat16 tail[kKeyBlock * kLanes] = {};
-    for (int k = lo; k < hi; ++k)
-      __builtin_memcpy(tail + k * kLanes, v + k * stride + whole * kLanes, rest * sizeof(T));
-    DecodePairValues<G, 1>(tail, kLanes, pair_lo, pair_hi, lo, hi, P, out + whole * kLanes, dv_padded_, NextBlock{});
+    for (int k = lo; k < hi; ++k) __builtin_memcpy(tail + k * kLanes, v.At(k) + whole * kLanes, rest * sizeof(T));
+    const StridedRows<T> last{tail, kLanes};
+    DecodePairValues<G, 1>(last, pair_lo, pair_hi, lo, hi, P, out + whole * kLanes, dv_padded_,
+                           NextBlock<StridedRows<T>>{last});
   }
 
-  template <int G>
-  void Values(const T* v, ptrdiff_t stride, int g, int lo, int hi, bool prefetch) {
-    if constexpr (kPairs) return PairValues<G>(v, stride, g, lo, hi, prefetch);
+  template <int G, class Rows>
+  void Values(const Rows& v, const Rows& next_v, int g, int lo, int hi, bool prefetch) {
+    if constexpr (kPairs) return PairValues<G>(v, next_v, g, lo, hi, prefetch);
     constexpr int kAccumulators = kTileRows * kTileVectors;
     constexpr int kVectors = kAccumulators / G < 8 ? kAccumulators / G : 8;
     const int whole = p_.Dv / kLanes;
     const float* P = scores_at(g, 0);
     float* out = x_.block_o + g * dv_padded_;
     ForRowTiles<kVectors>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-      DecodeValues<G, NV>(v + c * kLanes, stride, lo, hi, P, out + c * kLanes, dv_padded_,
-                          NextBlock{prefetch ? p_.Dv : 0, whole, c, NV});
+      DecodeValues<G, NV>(v.Columns(c * kLanes), lo, hi, P, out + c * kLanes, dv_padded_,
+                          NextBlock<Rows>{next_v, prefetch ? p_.Dv : 0, whole, c, NV});
     });
     if (whole * kLanes == p_.Dv) return;
     for (int i = g; i < g + G; ++i) {
       hn::Store(hn::Zero(df), df, x_.block_o + i * dv_padded_ + whole * kLanes);
       for (int d = whole * kLanes; d < p_.Dv; ++d) {
         float sum = 0.f;
-        for (int k = lo; k < hi; ++k) sum = __builtin_fmaf(to_float(v[k * stride + d]), scores_at(i, 0)[k], sum);
+        for (int k = lo; k < hi; ++k) sum = __builtin_fmaf(to_float(v.At(k)[d]), scores_at(i, 0)[k], sum);
         x_.block_o[i * dv_padded_ + d] = sum;
       }
     }
@@ -442,17 +540,11 @@ class DecodeForward {
 
   // For blocks that hold non-finite values: those of keys that the row does not see are replaced by zero, which leaves
   // the order and the rounding of the others as they are.
-  void VisibleValues(const T* v, int g, int lo, int hi) {
-    const AlignedBuffer clean(static_cast<size_t>(kKeyBlock) * static_cast<size_t>(p_.Dv) * sizeof(T));
-    T* rows = static_cast<T*>(clean.data());
-    for (int k = lo; k < hi; ++k) {
-      if (visible_[g][k]) {
-        __builtin_memcpy(rows + k * p_.Dv, v + k * p_.v.stride[2], p_.Dv * sizeof(T));
-      } else {
-        __builtin_memset(rows + k * p_.Dv, 0, p_.Dv * sizeof(T));
-      }
-    }
-    Values<1>(rows, p_.Dv, g, lo, hi, false);
+  template <class Rows>
+  void VisibleValues(const Rows& v, int g, int lo, int hi) {
+    const T* rows[kKeyBlock];
+    for (int k = lo; k < hi; ++k) rows[k] = visible_[g][k] ? v.At(k) : ZeroRow<T>();
+    Values<1>(RowTable<T>{rows}, RowTable<T>{rows}, g, lo, hi, false);
   }
 
   void MergeRow(int g, float block_m, float block_l, const float* block_o) {
@@ -471,15 +563,14 @@ class DecodeForward {
   }
 
   void MarkUnseen(int block) {
-    if (job_.plan.key_splits > 1)
-      job_.partials.l[(head_ * job_.partials.blocks + block) * job_.partials.row_width] = -1.f;
+    if (job_.plan.key_splits > 1) job_.partials.l[PartialIndex(block)] = -1.f;
   }
 
   void Finish() {
     const RowTile& t = x_.tile;
     for (int g = 0; g < rows_; ++g) {
       const float inverse = x_.l[g] == 0.f ? 0.f : 1.f / x_.l[g];
-      T* out = RowPointer<T>(job_.out->o, t.b, t.head[g], t.query[g]);
+      T* out = QueryRow<T>(p_, job_.out->o, t.b, t.head[g], t.query[g]);
       const float* o = x_.o + g * dv_padded_;
       const VF f = hn::Set(df, inverse);
       int d = 0;
@@ -487,8 +578,7 @@ class DecodeForward {
       for (; d < p_.Dv; ++d) StoreScalar(o[d] * inverse + 0.f, out + d);
       if (job_.out->lse) {
         const float lse2 = x_.l[g] == 0.f ? -kInf : x_.m[g] + ::log2f(x_.l[g]);
-        job_.out->lse[(int64_t{t.b} * p_.Hq + t.head[g]) * p_.Nq + t.query[g]] =
-            job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
+        job_.out->lse[row_index(p_, t.b, t.head[g], t.query[g])] = job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
       }
     }
   }
@@ -496,9 +586,11 @@ class DecodeForward {
   const ForwardJob& job_;
   const AttentionProblem& p_;
   const ScoreSteps steps_;
-  const int rows_, d_padded_, dv_padded_;
+  const int d_padded_, dv_padded_;
+  BlockFinder finder_;
   DecodeScratch x_;
-  int64_t head_ = 0;
+  int64_t tile_index_ = 0;
+  int rows_ = 0;
   bool visible_[kMaxDecodeRows][kKeyBlock];
 };
 

@@ -30,6 +30,7 @@ HWY_INLINE void MergeState(float* m_at, float* l_at, VF block_m, VF block_l, VF&
 
 struct ForwardScratch {
   RowTile tile;
+  TileBlock block;
   RowState state;
   float* q;       // [group][D][width]
   float* o;       // [group][Dv][width]
@@ -37,11 +38,13 @@ struct ForwardScratch {
   float* bias;    // [kKeyBlock][width]
   int32_t* mask;  // [kKeyBlock][width]
   uint8_t* seen;  // [kKeyBlock][width], which scores are visible; only for non-finite values
-  float* k;       // [kKeyBlock][padded D], widened keys
+  float* k;       // [kKeyBlock][padded D], keys that are not read in place
   float* v;       // panels of [kKeyBlock] rows, Dv columns
+  float* select;  // buffers of ScoreSelector
   size_t bytes;
 
-  ForwardScratch(const AttentionProblem& p, char* base) {
+  ForwardScratch(const ForwardJob& job, char* base) {
+    const AttentionProblem& p = *job.problem;
     size_t at = 0;
     const auto take = [&](size_t count, size_t size) {
       char* out = base + at;
@@ -49,123 +52,73 @@ struct ForwardScratch {
       return out;
     };
     const size_t block_rows = static_cast<size_t>(kKeyBlock) * kGroupRows;
-    const bool wide = p.dtype != DType::f32;
+    const bool wide = p.dtype != DType::f32 || GathersRows(p) || RotatesKeys(p) || TileKeys::cuts(p);
     const ScoreSteps steps(p);
     q = reinterpret_cast<float*>(take(static_cast<size_t>(p.D) * kMaxRowTile, 4));
     o = reinterpret_cast<float*>(take(static_cast<size_t>(p.Dv) * kMaxRowTile, 4));
     s = reinterpret_cast<float*>(take(block_rows, 4));
     bias = reinterpret_cast<float*>(take(steps.bias ? block_rows : 0, 4));
-    mask = reinterpret_cast<int32_t*>(take(steps.mask ? block_rows : 0, 4));
+    mask = reinterpret_cast<int32_t*>(take(steps.mask || steps.cuts ? block_rows : 0, 4));
     seen = reinterpret_cast<uint8_t*>(take(block_rows, 1));
     k = reinterpret_cast<float*>(take(wide ? static_cast<size_t>(kKeyBlock) * RoundUp(p.D, kLanes) : 0, 4));
     v = reinterpret_cast<float*>(take(PanelFloats(kKeyBlock, p.Dv), 4));
+    select = reinterpret_cast<float*>(
+        take(job.floors ? ScoreSelector::Floats(job.most_kept, RoundUp(job.plan.row_width, kLanes)) : 0, 4));
     bytes = at;
   }
 };
 
-// Keys or values of a block as float rows: in place for float32, else widened into `scratch`.
-template <class T>
-HWY_INLINE const float* WidenBlock(const TensorRef& x, int b, int h, int64_t k0, int lo, int hi, int width,
-                                   float* scratch, ptrdiff_t* stride) {
-  if constexpr (sizeof(T) == 4) {
-    *stride = x.stride[2];
-    return RowPointer<float>(x, b, h, k0);
-  } else {
-    *stride = RoundUp(width, kLanes);
-    for (int k = lo; k < hi; ++k) WidenRow(RowPointer<T>(x, b, h, k0 + k), width, scratch + k * *stride);
-    return scratch;
-  }
-}
-
-// One block of keys as the tiles read it.
-struct KeyBlock {
-  int64_t k0;
-  int index;  // of the block
-  int keys;
-  const float* k;  // rows of D
-  ptrdiff_t k_stride;
-  const float* v;       // panels
-  const bfloat16* k16;  // the same for native bfloat16: rows in place and panels of pairs
-  ptrdiff_t k16_stride;
-  const bfloat16* v16;
-  // The next block in memory, fetched into the cache while this one is computed; null at the end.
-  const char *next_k, *next_v;
-  ptrdiff_t next_k_stride, next_v_stride;  // bytes
-  int k_bytes, v_bytes;                    // of a row
-};
-constexpr ptrdiff_t kValuePanel = PanelStride(kKeyBlock);
-template <class A>
-HWY_INLINE const A* PanelColumn(const A* panels, int key, int channel) {
-  return panels + channel / kTileRows * kValuePanel + key * kTileRows + channel % kTileRows * kPack<A>;
-}
-
-// MultiplyTile for a block that holds non-finite values: for each row (lane) the values of keys that it does not see
-// are replaced by zero, which leaves the order and the rounding of the others as they are.
-template <int MR, int NR, class A, class B, class Store>
-HWY_INLINE void MultiplyVisibleTile(const A* a, int lo, const B* b, int n, const uint8_t* seen, const Store& store) {
-  constexpr int kWidth = NR * kLanes;
-  alignas(64) A clean[kKeyBlock * MR];
-  alignas(64) float out[MR][kWidth], lanes[kLanes];
-  for (int r = 0; r < kWidth; ++r) {
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j < MR * kPack<A>; ++j) {
-        const int key = lo + i * kPack<A> + j % kPack<A>;
-        const A* from = RowsInPanels{kValuePanel}.At(a, j / kPack<A>) + i * kTileRows * kPack<A> + j % kPack<A>;
-        clean[i * MR * kPack<A> + j] = seen[key * kWidth + r] ? *from : A{};
-      }
-    MultiplyTile<MR, 1>(clean, RowsAdjacent{MR * kPack<A>}, b + r / kLanes * kLanes, kWidth, n,
-                        [&](int i, int, VF acc) HWY_ATTR {
-                          hn::Store(acc, df, lanes);
-                          out[i][r] = lanes[r % kLanes];
-                        });
-  }
-  for (int i = 0; i < MR; ++i)
-    for (int c = 0; c < NR; ++c) store(i, c, hn::Load(df, out[i] + c * kLanes));
-}
-
 class TiledForward {
  public:
   TiledForward(const ForwardJob& job, void* scratch)
-      : job_(job), p_(*job.problem), steps_(p_), x_(p_, static_cast<char*>(scratch)) {}
+      : job_(job),
+        p_(*job.problem),
+        steps_(p_),
+        finder_(p_, kNativeBf16 && job.plan.native_bf16),
+        x_(job, static_cast<char*>(scratch)) {}
 
   size_t scratch_bytes() const { return x_.bytes; }
 
-  void Run(int64_t task) {
+  // Part `split` of the keys for tile number `index`.
+  void Run(int64_t index, const TileMap::Place& place, int split) {
     const ForwardPlan& plan = job_.plan;
-    // Tiles in descending order: under a causal mask the last rows see the most keys, so they start first.
-    const int split = static_cast<int>(task % plan.key_splits);
-    const int64_t head_tile = task / plan.key_splits;
-    SelectRows(head_tile / plan.row_tiles, plan.row_tiles - 1 - static_cast<int>(head_tile % plan.row_tiles));
+    if (!SelectRows(index, place)) return;
     PackQueries();
-    const int blocks = (p_.Nk + kKeyBlock - 1) / kKeyBlock;
+    finder_.Select(x_.tile);
+    if (job_.floors) selector_.Begin(x_.select, job_.kept[place.b], tile_width_);
+    const int keys = key_count(p_, place.b), blocks = (keys + kKeyBlock - 1) / kKeyBlock;
     const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
-    for (int i = first; i < last; ++i) Block(i);
-    if (plan.key_splits == 1) Finish();
+    for (int i = first; i < last; ++i) Block(i, keys);
+    if (job_.floors) {
+      for (int r = 0; r < x_.tile.count; ++r) job_.floors[LseIndex(r)] = selector_.Floor(r);
+    } else if (plan.key_splits == 1) {
+      Finish();
+    }
   }
 
   // Merges the partial results of a row tile in the order of the blocks and writes the outputs.
-  void Merge(int64_t tile) {
-    SelectRows(tile / job_.plan.row_tiles, static_cast<int>(tile % job_.plan.row_tiles));
+  void Merge(int64_t index, const TileMap::Place& place) {
+    if (!SelectRows(index, place)) return;
     MergePartials();
     Finish();
   }
 
  private:
-  void SelectRows(int64_t head, int tile) {
-    const int64_t first = int64_t{tile} * job_.plan.row_tile;
-    const int count = static_cast<int>(Min<int64_t>(job_.plan.row_tile, job_.plan.rows - first));
-    head_ = head;
-    row_tile_ = tile;
+  // Returns whether the tile has rows.
+  bool SelectRows(int64_t index, const TileMap::Place& place) {
+    tile_index_ = index;
+    const int count = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, x_.tile.query, x_.tile.head);
+    if (count == 0) return false;
     tile_width_ = RoundUp(count, kLanes);
-    FillRowTile(p_, static_cast<int>(head / p_.Hkv), static_cast<int>(head % p_.Hkv), first, count, tile_width_,
-                x_.tile);
+    CompleteRowTile(p_, place.b, place.kv_head, count, tile_width_, x_.tile);
     for (int r = 0; r < tile_width_; ++r) {  // a sink is a key without a value, merged before the first block
       x_.state.m[r] = p_.sinks ? p_.sinks[x_.tile.head[r]] * kLog2e : -kInf;
       x_.state.l[r] = x_.state.m[r] == -kInf ? 0.f : 1.f;
     }
     const VF zero = hn::Zero(df);
     for (int i = 0; i < tile_width_ * p_.Dv; i += kLanes) hn::Store(zero, df, x_.o + i);
-    if (job_.out->probs) HideAllProbabilities();
+    if (job_.out && job_.out->probs) HideAllProbabilities();
+    return true;
   }
 
   void PackQueries() {
@@ -176,10 +129,21 @@ class TiledForward {
       for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
         const int width = Min(kGroupRows, tile_width_ - g0);
         for (int r = 0; r < width; r += kLanes) {
+          float* to = x_.q + static_cast<ptrdiff_t>(g0) * p_.D + r;
+          if (RotatesQueries(p_)) {
+            const float* rotated[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+              float* row = x_.s + i * RoundUp(p_.D, kLanes);
+              LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i], false, row);
+              rotated[i] = row;
+            }
+            PackTransposed(rotated, p_.D, p_.scale * kLog2e, to, width);
+            continue;
+          }
           const T* rows[kLanes];
           for (int i = 0; i < kLanes; ++i)
-            rows[i] = RowPointer<T>(p_.q, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i]);
-          PackTransposed(rows, p_.D, p_.scale * kLog2e, x_.q + static_cast<ptrdiff_t>(g0) * p_.D + r, width);
+            rows[i] = QueryRow<T>(p_, p_.q, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i]);
+          PackTransposed(rows, p_.D, p_.scale * kLog2e, to, width);
         }
       }
     });
@@ -191,74 +155,136 @@ class TiledForward {
       const int width = Min(kGroupRows, tile_width_ - g0);
       uint32_t* to = reinterpret_cast<uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2);
       for (int r = 0; r < width; ++r) {
-        const bfloat16* row = RowPointer<bfloat16>(p_.q, x_.tile.b, x_.tile.head[g0 + r], x_.tile.query[g0 + r]);
+        const bfloat16* row = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[g0 + r], x_.tile.query[g0 + r]);
+        if (RotatesQueries(p_)) {
+          bfloat16* rounded = reinterpret_cast<bfloat16*>(x_.s + RoundUp(p_.D, kLanes));
+          LoadQuery<bfloat16>(p_, x_.tile.b, x_.tile.head[g0 + r], x_.tile.query[g0 + r], false, x_.s);
+          RoundRow(x_.s, p_.D, rounded);
+          row = rounded;
+        }
         for (int i = 0; i < p_.D / 2; ++i) to[i * width + r] = PairAt(row + 2 * i);
       }
     }
   }
 
-  void Block(int index) {
+  void Block(int index, int keys) {
     KeyBlock block{};
     block.index = index;
-    block.k0 = int64_t{index} * kKeyBlock;
-    block.keys = static_cast<int>(Min<int64_t>(kKeyBlock, p_.Nk - block.k0));
-    const BlockKeys all = KeysOfBlock(x_.tile, 0, tile_width_, block.k0, block.keys);
-    if (!all.empty()) {
+    const int64_t k0 = int64_t{index} * kKeyBlock;
+    finder_.Find(x_.tile, tile_width_, k0, static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0)), x_.block);
+    if (!x_.block.all.empty()) {
       WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+        LoadBlock<T>(block);
+        if (x_.block.listed || GathersRows(p_) || k0 + 2 * kKeyBlock > keys) return;
         const int b = x_.tile.b, h = x_.tile.kv_head;
-        LoadBlock<T>(b, h, all, block);
-        if (block.k0 + 2 * kKeyBlock > p_.Nk) return;
-        block.next_k = reinterpret_cast<const char*>(RowPointer<T>(p_.k, b, h, block.k0 + kKeyBlock));
-        block.next_v = reinterpret_cast<const char*>(RowPointer<T>(p_.v, b, h, block.k0 + kKeyBlock));
+        block.next_k = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.k, b, h, k0 + kKeyBlock));
+        block.next_v = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.v, b, h, k0 + kKeyBlock));
         block.next_k_stride = p_.k.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
         block.next_v_stride = p_.v.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
         block.k_bytes = p_.D * static_cast<int>(sizeof(T));
         block.v_bytes = p_.Dv * static_cast<int>(sizeof(T));
       });
     }
-    Attend(block, all);
+    Attend(block);
   }
 
   template <class T>
-  void LoadBlock(int b, int h, const BlockKeys& all, KeyBlock& block) {
-    const T* v = RowPointer<T>(p_.v, b, h, block.k0);
+  void LoadBlock(KeyBlock& block) {
+    const TileBlock& at = x_.block;
+    const int b = x_.tile.b, h = x_.tile.kv_head;
+    if (at.listed || GathersRows(p_)) {
+      const T* rows[kKeyBlock];
+      KeyRows(p_, p_.v, b, h, at.list, at.all.lo, at.all.hi, rows);
+      LoadValues<T>(RowTable<T>{rows}, block);
+      KeyRows(p_, p_.k, b, h, at.list, at.all.lo, at.all.hi, rows);
+      return LoadGathered(rows, block);
+    }
+    LoadValues<T>(StridedRows<T>{KeyRow<T>(p_, p_.v, b, h, at.k0), p_.v.stride[2]}, block);
+    const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, at.k0), p_.k.stride[2]};
+    if (RotatesKeys(p_)) {
+      const T* rows[kKeyBlock];
+      for (int c = at.all.lo; c < at.all.hi; ++c) rows[c] = k.At(c);
+      return LoadGathered(rows, block);
+    }
+    if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
+      if (job_.plan.native_bf16) {
+        block.k16 = k.first;
+        block.k16_stride = k.step;
+        return;
+      }
+    }
+    block.k = WidenBlock<T>(k, at.all.lo, at.all.hi, p_.D, x_.k, &block.k_stride);
+  }
+
+  template <class T, class Rows>
+  void LoadValues(const Rows& rows, KeyBlock& block) {
+    const int lo = x_.block.all.lo, hi = x_.block.all.hi;
+    if (job_.floors) {  // only the scores count: values are not read, and none is NaN
+      block.v = x_.v;
+      return;
+    }
     if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
       if (job_.plan.native_bf16) {
         bfloat16* panels = reinterpret_cast<bfloat16*>(x_.v);
-        PackPairPanels(v, p_.v.stride[2], all.lo & ~1, RoundUp(all.hi, 2), all.lo, all.hi, p_.Dv, kValuePanel, panels);
-        block.k16 = RowPointer<T>(p_.k, b, h, block.k0);
-        block.k16_stride = p_.k.stride[2];
+        PackPairPanels(rows, lo & ~1, RoundUp(hi, 2), lo, hi, p_.Dv, kValuePanel, panels);
         block.v16 = panels;
         return;
       }
     }
-    block.k = WidenBlock<T>(p_.k, b, h, block.k0, all.lo, all.hi, p_.D, x_.k, &block.k_stride);
-    PackPanels(v, p_.v.stride[2], all.lo, all.hi, p_.Dv, kValuePanel, x_.v);
+    PackPanels<T>(rows, lo, hi, p_.Dv, kValuePanel, x_.v);
     block.v = x_.v;
   }
 
+  template <class T>
+  void LoadGathered(const T* const* rows, KeyBlock& block) {
+    const TileBlock& at = x_.block;
+    const int b = x_.tile.b;
+    const ptrdiff_t stride = RoundUp(p_.D, kLanes);
+    if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
+      if (job_.plan.native_bf16) {
+        bfloat16* out = reinterpret_cast<bfloat16*>(x_.k);
+        for (int c = at.all.lo; c < at.all.hi; ++c) {
+          if (RotatesKeys(p_)) {
+            WidenRow(rows[c], p_.D, x_.s);
+            if (!(at.list.has_padding && at.list.padding[c])) RotateKey(p_, b, at.list.key[c], false, x_.s);
+            RoundRow(x_.s, p_.D, out + c * stride);
+          } else {
+            __builtin_memcpy(out + c * stride, rows[c], static_cast<size_t>(p_.D) * sizeof(T));
+          }
+        }
+        block.k16 = out;
+        block.k16_stride = stride;
+        return;
+      }
+    }
+    GatherKeys(p_, b, at.list, rows, at.all.lo, at.all.hi, false, x_.k, stride);
+    block.k = x_.k;
+    block.k_stride = stride;
+  }
+
   // Attends every column group to a loaded block.
-  void Attend(const KeyBlock& block, const BlockKeys& all) {
+  void Attend(const KeyBlock& block) {
     int nonfinite = -1;  // not looked at yet
     for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
       const int vectors = Min(kGroupRows, tile_width_ - g0) / kLanes;
-      const BlockKeys keys = KeysOfBlock(x_.tile, g0, vectors * kLanes, block.k0, block.keys);
+      const BlockKeys keys = x_.block.all.empty() ? x_.block.all : x_.block.Of(x_.tile, g0, vectors * kLanes);
       if (keys.empty()) {
         MarkUnseen(block.index, g0);
         continue;
       }
       // An odd bound of a pair lets the product touch a key that the group does not see.
       const bool odd = block.v16 && (keys.lo % 2 || keys.hi % 2);
-      const bool hides = !keys.full || steps_.mask || steps_.bias || odd;
-      if (hides && nonfinite < 0) nonfinite = NonFiniteValues(block, all);
+      const bool masked = steps_.Masked(p_, x_.tile, g0, vectors * kLanes, x_.block, keys);
+      const bool hides = !keys.full || masked || steps_.hides() || odd;
+      if (hides && nonfinite < 0 && !job_.floors) nonfinite = NonFiniteValues(block, x_.block.all);
       const bool skip_hidden = hides && nonfinite > 0;
       if constexpr (kNativeBf16) {
         if (block.v16) {
-          GroupOf<true>(vectors, block, g0, keys, skip_hidden);
+          GroupOf<true>(vectors, block, g0, keys, masked, skip_hidden);
           continue;
         }
       }
-      GroupOf<false>(vectors, block, g0, keys, skip_hidden);
+      GroupOf<false>(vectors, block, g0, keys, masked, skip_hidden);
     }
   }
 
@@ -271,23 +297,25 @@ class TiledForward {
   }
 
   template <bool kPairs>
-  HWY_INLINE void GroupOf(int vectors, const KeyBlock& block, int g0, const BlockKeys& keys, bool skip_hidden) {
+  HWY_INLINE void GroupOf(int vectors, const KeyBlock& block, int g0, const BlockKeys& keys, bool masked,
+                          bool skip_hidden) {
     if (vectors == 1) {
-      Group<1, kPairs>(block, g0, keys, skip_hidden);
+      Group<1, kPairs>(block, g0, keys, masked, skip_hidden);
     } else if (vectors == 2) {
-      Group<2, kPairs>(block, g0, keys, skip_hidden);
+      Group<2, kPairs>(block, g0, keys, masked, skip_hidden);
     } else {
-      Group<kTileVectors, kPairs>(block, g0, keys, skip_hidden);
+      Group<kTileVectors, kPairs>(block, g0, keys, masked, skip_hidden);
     }
   }
 
   // Merges the partial results of the selected rows in the order of the blocks.
   void MergePartials() {
-    for (int i = 0; i < job_.partials.blocks; ++i) {
+    const int blocks = (key_count(p_, x_.tile.b) + kKeyBlock - 1) / kKeyBlock;
+    for (int i = 0; i < blocks; ++i) {
       const int64_t at = PartialIndex(i);
       const float* m = job_.partials.m + at * job_.partials.row_width;
       const float* l = job_.partials.l + at * job_.partials.row_width;
-      const float* o = job_.partials.o + at * job_.partials.row_width * p_.Dv;
+      const float* o = job_.partials.o + at * job_.partials.row_width * job_.partials.o_stride;
       for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
         const int width = Min(kGroupRows, tile_width_ - g0);
         if (m[g0] == kInf && l[g0] == -1.f) continue;  // the mark of a block that the group does not see
@@ -314,7 +342,7 @@ class TiledForward {
           const int real = Min(kLanes, t.count - g0 - r);
           T* rows[kLanes];
           for (int i = 0; i < real; ++i)
-            rows[i] = RowPointer<T>(job_.out->o, t.b, t.head[g0 + r + i], t.query[g0 + r + i]);
+            rows[i] = QueryRow<T>(p_, job_.out->o, t.b, t.head[g0 + r + i], t.query[g0 + r + i]);
           UnpackTransposed(x_.o + static_cast<ptrdiff_t>(g0) * p_.Dv + r, width, p_.Dv, inverse + g0 + r, rows, real);
         }
       }
@@ -335,7 +363,7 @@ class TiledForward {
   }
 
   template <int NR, bool kPairs>
-  HWY_NOINLINE void Group(const KeyBlock& block, int g0, const BlockKeys& keys, bool skip_hidden) {
+  HWY_NOINLINE void Group(const KeyBlock& block, int g0, const BlockKeys& keys, bool masked, bool skip_hidden) {
     constexpr int kWidth = NR * kLanes;
     float* S = x_.s;
     const int lo = keys.lo, hi = keys.hi;
@@ -345,18 +373,19 @@ class TiledForward {
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
 
-    if (steps_.mask) {
+    const int32_t* mask = masked ? x_.mask : nullptr;
+    if (masked) {
       bool any = false;
       for (int c = 0; c < NR; ++c)
-        any |= PackMask(p_, x_.tile, g0 + c * kLanes, block.k0 + lo, hi - lo, x_.mask + c * kLanes, kWidth);
+        any |= PackMask(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.mask + c * kLanes, kWidth);
       if (!any) return MarkUnseen(block.index, g0);
     }
     if (steps_.bias)
       for (int c = 0; c < NR; ++c)
-        PackBias(p_, x_.tile, g0 + c * kLanes, block.k0 + lo, hi - lo, x_.bias + c * kLanes, kWidth);
+        PackBias(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.bias + c * kLanes, kWidth);
 
     // S = K Q^T
-    const bool plain = keys.full && !steps_.any();
+    const bool plain = keys.full && !masked && !steps_.any();
     const VF scale = hn::Set(df, p_.scale * kLog2e);
     const auto store_scores = [&](int k, int c, VF s) HWY_ATTR {
       if constexpr (kPairs) s = hn::Mul(s, scale);
@@ -378,9 +407,11 @@ class TiledForward {
     if (!plain) {
       MFA_UNROLL
       for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
-      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, block.k0, lo, hi, x_.bias, x_.mask, S, kWidth, block_m, nullptr);
+      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, x_.block.list.key, lo, hi, x_.bias, mask, S, kWidth, block_m,
+                          nullptr);
     }
-    if (job_.out->probs) StoreScores(block, g0, lo, hi, kWidth);
+    if (HWY_UNLIKELY(job_.floors != nullptr)) return selector_.Add<NR>(S, g0, lo, hi);
+    if (job_.out->probs) StoreScores(g0, lo, hi, kWidth);
     if constexpr (kPairs) {  // the other halves of odd bounds see nothing
       for (int c = 0; c < NR; ++c) {
         if (pair_lo < lo) hn::Store(hn::Set(df, -kInf), df, S + pair_lo * kWidth + c * kLanes);
@@ -422,7 +453,7 @@ class TiledForward {
       Exponentials<NR, true>(S, lo, hi, safe, block_l);
     }
     if (drops) {
-      ApplyDropout(p_, x_.tile, g0, kWidth, block.k0, lo, hi, S, kWidth);
+      ApplyDropout(p_, x_.tile, g0, kWidth, x_.block.list.key, lo, hi, S, kWidth);
       if constexpr (kPairs) {
         for (int k = pair_lo; k < pair_hi; k += 2)
           for (int c = 0; c < NR; ++c) {
@@ -444,7 +475,7 @@ class TiledForward {
         a[c] = hn::Zero(df);
         b[c] = hn::Set(df, 1.f);
       }
-      o = job_.partials.o + at * p_.Dv + static_cast<ptrdiff_t>(g0) * p_.Dv;
+      o = job_.partials.o + at * job_.partials.o_stride + static_cast<ptrdiff_t>(g0) * p_.Dv;
     } else {
       for (int c = 0; c < NR; ++c)
         MergeState(x_.state.m + g0 + c * kLanes, x_.state.l + g0 + c * kLanes, block_m[c], block_l[c], a[c], b[c]);
@@ -503,11 +534,9 @@ class TiledForward {
     }
   }
 
-  int64_t PartialIndex(int block) const {
-    return (head_ * job_.plan.row_tiles + row_tile_) * job_.partials.blocks + block;
-  }
+  int64_t PartialIndex(int block) const { return tile_index_ * job_.partials.blocks + block; }
 
-  int64_t LseIndex(int r) const { return (int64_t{x_.tile.b} * p_.Hq + x_.tile.head[r]) * p_.Nq + x_.tile.query[r]; }
+  int64_t LseIndex(int r) const { return row_index(p_, x_.tile.b, x_.tile.head[r], x_.tile.query[r]); }
   float* ProbabilityRow(int r) const { return job_.out->probs + LseIndex(r) * p_.Nk; }
 
   void HideAllProbabilities() {
@@ -516,10 +545,12 @@ class TiledForward {
       for (int k = 0; k < p_.Nk; ++k) row[k] = -kInf;
     }
   }
-  void StoreScores(const KeyBlock& block, int g0, int lo, int hi, int width) {
+  void StoreScores(int g0, int lo, int hi, int width) {
+    const KeyList& list = x_.block.list;
     for (int r = 0; r < width && g0 + r < x_.tile.count; ++r) {
-      float* row = ProbabilityRow(g0 + r) + block.k0;
-      for (int k = lo; k < hi; ++k) row[k] = x_.s[k * width + r];
+      float* row = ProbabilityRow(g0 + r);
+      for (int k = lo; k < hi; ++k)
+        if (!list.has_padding || !list.padding[k]) row[list.key[k]] = x_.s[k * width + r];
     }
   }
   void NormaliseProbabilities(int r, float lse2) {
@@ -533,9 +564,10 @@ class TiledForward {
   const ForwardJob& job_;
   const AttentionProblem& p_;
   const ScoreSteps steps_;
+  BlockFinder finder_;
   ForwardScratch x_;
-  int64_t head_ = 0;
-  int row_tile_ = 0;
+  ScoreSelector selector_;
+  int64_t tile_index_ = 0;
   int tile_width_ = 0;
 };
 

@@ -9,7 +9,10 @@
 #include "backend/cpu/simd-inl.h"
 #include "backend/cpu/dot-inl.h"
 #include "backend/cpu/tile-inl.h"
+#include "backend/cpu/rows-inl.h"
 #include "backend/cpu/scores-inl.h"
+#include "backend/cpu/key_block-inl.h"
+#include "backend/cpu/score_floor-inl.h"
 #include "backend/cpu/forward_tiled-inl.h"
 #include "backend/cpu/forward_decode-inl.h"
 #include "backend/cpu/key_mean-inl.h"
@@ -24,10 +27,10 @@ namespace mfa::cpu {
 namespace MFA_ISA {
 namespace {
 
-// Calls f with the kernel object of the plan.
+// Calls f with the kernel object for tile number `tile`, or for decode rows if `decodes`.
 template <class F>
-HWY_INLINE void WithForward(const ForwardJob& job, void* scratch, const F& f) {
-  if (job.plan.kernel == ForwardKernel::tiled) {
+HWY_INLINE void WithForward(const ForwardJob& job, bool decodes, void* scratch, const F& f) {
+  if (!decodes) {
     TiledForward kernel(job, scratch);
     return f(kernel);
   }
@@ -42,17 +45,27 @@ HWY_INLINE void WithForward(const ForwardJob& job, void* scratch, const F& f) {
     f(kernel);
   });
 }
+bool Decodes(const ForwardJob& job, const TileMap::Place& place) {
+  return is_decode(job.plan.tiling, query_count(*job.problem, place.b));
+}
 
 size_t ForwardScratchBytes(const ForwardJob& job) {
   size_t bytes = 0;
-  WithForward(job, nullptr, [&](auto& kernel) { bytes = kernel.scratch_bytes(); });
+  for (const bool decodes : {false, true}) {
+    if (decodes ? job.plan.tiling.decode_rows == 0 : job.plan.kernel == ForwardKernel::decode) continue;
+    WithForward(job, decodes, nullptr, [&](auto& kernel) { bytes = Max(bytes, kernel.scratch_bytes()); });
+  }
   return bytes;
 }
 void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
-  WithForward(job, scratch, [&](auto& kernel) { kernel.Run(task); });
+  const int64_t index = task / job.plan.key_splits;
+  const TileMap::Place place = job.plan.tiles.locate(index);
+  WithForward(job, Decodes(job, place), scratch,
+              [&](auto& kernel) { kernel.Run(index, place, static_cast<int>(task % job.plan.key_splits)); });
 }
-void MergeTask(const ForwardJob& job, int64_t tile, void* scratch) {
-  WithForward(job, scratch, [&](auto& kernel) { kernel.Merge(tile); });
+void MergeTask(const ForwardJob& job, int64_t index, void* scratch) {
+  const TileMap::Place place = job.plan.tiles.locate(index);
+  WithForward(job, Decodes(job, place), scratch, [&](auto& kernel) { kernel.Merge(index, place); });
 }
 
 size_t BackwardScratchBytes(const BackwardJob& job) { return Backward(job, nullptr).scratch_bytes(); }
@@ -82,6 +95,7 @@ constexpr KernelTable kTable = {
     .delta_rows = DeltaTask,
     .backward_task = BackwardTask,
     .dq_task = QueryGradientTask,
+    .page_task = PageGradientTask,
     .bias_tasks = BiasTasks,
     .bias_task = BiasGradientTask,
     .peak_flops = PeakFlops,

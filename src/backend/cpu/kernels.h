@@ -11,12 +11,13 @@
 
 namespace mfa::cpu {
 
-// Results of single key blocks, kept when the keys of a row are split over tasks. For each (b * Hkv + hkv, row tile,
-// key block): `m`, `l` [row_width] and `o` [Dv * row_width], in the layout of the kernel that wrote them.
+// Results of single key blocks, kept when the keys of a row are split over tasks. For each (row tile, key block): `m`,
+// `l` [row_width] and `o` [o_stride * row_width], in the layout of the kernel that wrote them.
 struct BlockPartials {
   float* m = nullptr;
   float* l = nullptr;
   float* o = nullptr;
+  int64_t o_stride = 0;   // Dv padded to whole vectors
   int32_t row_width = 0;  // rows of a tile, padded to whole vectors
   int32_t blocks = 0;     // key blocks of the problem
 };
@@ -26,6 +27,17 @@ struct ForwardJob {
   const AttentionOutputs* out;
   ForwardPlan plan;
   BlockPartials partials;  // used when plan.key_splits > 1
+  // Only the floors of a top-k selection are wanted, [rows of lse]: of each row of batch entry b the kept[b]-th largest
+  // score. `out` is null then, and the kernel the tiled one.
+  float* floors = nullptr;
+  const int32_t* kept = nullptr;
+  int32_t most_kept = 0;
+};
+
+// A page of one batch entry: the slot of its table that names it.
+struct PageUse {
+  int32_t b = 0;
+  int64_t slot = 0;
 };
 
 struct BackwardJob {
@@ -33,10 +45,16 @@ struct BackwardJob {
   const AttentionGradientInputs* in;
   const AttentionGradients* out;
   BackwardPlan plan;
-  const float* delta;  // [B, Hq, Nq]: sum_d dO O - dlse
-  float* dq_partials;  // [B * Hkv, key_partitions, row_tiles, D, row_tile], transposed tiles, float32
-  float* dslope_rows;  // [B * Hkv, key_partitions, rows]: sum_j dS (j - pos), or null
-  float* ds_rows;      // the same of sum_j dS, or null: dq is not corrected
+  const float* delta = nullptr;  // as lse: sum_d dO O - dlse
+  float* dq_partials = nullptr;  // transposed tiles [D, rows], float32, where plan.partial_row() says
+  float* dslope_rows = nullptr;  // [key_partitions, rows of lse]: sum_j dS (j - pos), or null
+  float* ds_rows = nullptr;      // the same of sum_j dS, or null: dq is not corrected
+  // Of pages: float32 gradients of each batch entry's own keys, [Hkv, keys, D] from row key_offsets[b] * Hkv on, and
+  // the uses of each page of the pool, in the order of the batch.
+  float *dk_rows = nullptr, *dv_rows = nullptr;
+  const int64_t* key_offsets = nullptr;
+  const int64_t* page_starts = nullptr;  // [pages + 1]
+  const PageUse* page_uses = nullptr;
 };
 
 struct MatmulJob {
@@ -57,14 +75,15 @@ struct KernelTable {
   size_t (*forward_scratch_bytes)(const ForwardJob&);
   void (*forward_task)(const ForwardJob&, int64_t task, void* scratch);
   void (*merge_task)(const ForwardJob&, int64_t tile,
-                     void* scratch);  // tile in [0, B * Hkv * row_tiles)
+                     void* scratch);  // tile in [0, plan.tiles.count())
   size_t (*backward_scratch_bytes)(const BackwardJob&);
   void (*delta_rows)(const BackwardJob&, int64_t begin, int64_t end,
-                     float* delta);  // rows of [B, Hq, Nq]
+                     float* delta);  // rows of lse
   void (*backward_task)(const BackwardJob&, int64_t task, void* scratch);
   void (*dq_task)(const BackwardJob&, int64_t tile,
-                  void* scratch);                  // sums the partials of a row tile into dq
-  int64_t (*bias_tasks)(const AttentionProblem&);  // regions of dbias
+                  void* scratch);                       // sums the partials of a row tile into dq
+  void (*page_task)(const BackwardJob&, int64_t task);  // dk and dv of page task / Hkv, head task % Hkv
+  int64_t (*bias_tasks)(const AttentionProblem&);       // regions of dbias
   void (*bias_task)(const BackwardJob&, int64_t task,
                     void* scratch);  // fills one; scratch as backward_task
   double (*peak_flops)(bool native_bf16,

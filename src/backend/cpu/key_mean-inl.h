@@ -11,9 +11,10 @@ namespace {
 // false if it sees none of the keys looked at. Only visible keys are read.
 constexpr int kMeanKeys = 8;
 template <class T>
-HWY_INLINE bool MeanOfVisibleKeys(const AttentionProblem& p, const RowTile& t, int r, float* out) {
+HWY_INLINE bool MeanOfVisibleKeys(const AttentionProblem& p, const RowTile& t, int r, bool rounds, float* out) {
   const int64_t begin = t.begin[r], count = Max<int64_t>(0, int64_t{t.end[r]} - begin);
   const T* rows[kMeanKeys];
+  int64_t keys[kMeanKeys];
   int n = 0;
   for (int64_t i = 0; i < Min<int64_t>(count, kMeanKeys); ++i) {
     const int64_t key = begin + count * i / Min<int64_t>(count, kMeanKeys);
@@ -24,10 +25,22 @@ HWY_INLINE bool MeanOfVisibleKeys(const AttentionProblem& p, const RowTile& t, i
                                      t.b * p.bias.stride[0] + t.head[r] * p.bias.stride[1] +
                                          t.query[r] * p.bias.stride[2] + key * p.bias.stride[3]) == -kInf)
       continue;
-    rows[n++] = RowPointer<T>(p.k, t.b, t.kv_head, key);
+    if (TileKeys::cuts(p) && !row_sees(p, t.b, t.head[r], t.query[r], static_cast<int32_t>(key))) continue;
+    keys[n] = key;
+    rows[n++] = KeyRow<T>(p, p.k, t.b, t.kv_head, key);
   }
   if (n == 0) return false;
   const float factor = 1.f / static_cast<float>(n);
+  if (RotatesKeys(p)) {
+    alignas(64) float row[640];
+    for (int d = 0; d < p.D; ++d) out[d] = 0.f;
+    for (int i = 0; i < n; ++i) {
+      WidenRow(rows[i], p.D, row);
+      RotateKey(p, t.b, keys[i], rounds, row);
+      for (int d = 0; d < p.D; ++d) out[d] += row[d] * factor;
+    }
+    return true;
+  }
   int d = 0;
   for (; d + kLanes <= p.D; d += kLanes) {
     VF sum = hn::Zero(df);

@@ -1,62 +1,15 @@
-// scores-inl.h: rows of a tile and what happens to their scores between the two products: softcap, ALiBi, bias,
-// visibility, dropout. Scores are in base-2 units (natural units times log2 e), transposed: S[key][row].
-#include "attention/visibility.h"
+// scores-inl.h: what happens to the scores of a tile between the two products: softcap, ALiBi, bias, visibility,
+// dropout. Scores are in base-2 units (natural units times log2 e), transposed: S[entry][row], where entry c of a block
+// is key list.key[c].
 #include "common/philox.h"
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kMaxRowTile = 384;      // query rows of a task: what they share of keys and values is loaded once
-constexpr int kBackwardRowTile = 96;  // of a step of the backward, which keeps more for each row
-constexpr int kGroupRows = kLanes * kTileVectors;  // rows of a full column group
-static_assert(kMaxRowTile % kGroupRows == 0 && kBackwardRowTile % kGroupRows == 0);
-
-// Rows of one (batch entry, KV head): row r is query r / G of head r % G of the group, so that the heads of a group
-// share the keys they load and rows next to each other see nearly the same keys.
-struct RowTile {
-  int b = 0, kv_head = 0;
-  int count = 0;  // real rows; lanes past them repeat the last row
-  alignas(64) int32_t query[kMaxRowTile];
-  alignas(64) int32_t head[kMaxRowTile];
-  alignas(64) int32_t pos[kMaxRowTile];
-  alignas(64) int32_t begin[kMaxRowTile];
-  alignas(64) int32_t end[kMaxRowTile];
-  alignas(64) float slope[kMaxRowTile];  // ALiBi, base-2 units
-};
-
-// Fills rows [first, first + count) of (b, kv_head), padded to `width`.
-HWY_INLINE void FillRowTile(const AttentionProblem& p, int b, int kv_head, int64_t first, int count, int width,
-                            RowTile& t) {
-  const int G = p.Hq / p.Hkv;
-  const int32_t offset = position_offset(p, b);
-  t.b = b;
-  t.kv_head = kv_head;
-  t.count = count;
-  for (int r = 0; r < width; ++r) {
-    const int64_t row = first + Min(r, count - 1);
-    const int32_t i = static_cast<int32_t>(row / G), h = kv_head * G + static_cast<int32_t>(row % G);
-    const KeyRange keys = visible_keys(p, b, i);
-    t.query[r] = i;
-    t.head[r] = h;
-    t.pos[r] = i + offset;
-    t.begin[r] = keys.begin;
-    t.end[r] = keys.end;
-    t.slope[r] = p.alibi_slopes ? p.alibi_slopes[h] * kLog2e : 0.f;
-  }
-}
-
-template <class T>
-HWY_INLINE const T* RowPointer(const TensorRef& x, int b, int h, int64_t n) {
-  return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
-}
-template <class T>
-HWY_INLINE T* RowPointer(const MutableTensorRef& x, int b, int h, int64_t n) {
-  return static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
-}
-
-// The keys [lo, hi) of a block that some row of lanes [r0, r0 + width) sees, and whether all rows see all of them.
+// The entries [lo, hi) of a block that some row of lanes [r0, r0 + width) sees, and whether their intervals have them
+// all. Entry c of a run of keys is key k0 + c; otherwise the block is a list and entries are numbered from 0.
 struct BlockKeys {
-  int lo = 0, hi = 0;  // relative to the block
+  int lo = 0, hi = 0;
   bool full = true;
   bool empty() const { return hi <= lo; }
 };
@@ -76,65 +29,223 @@ HWY_INLINE BlockKeys KeysOfBlock(const RowTile& t, int r0, int width, int64_t k0
   return out;
 }
 
+// The keys of one block for the rows of a tile.
+struct TileBlock {
+  int64_t k0 = 0;
+  BlockKeys all;        // entries that some row of the tile sees
+  bool listed = false;  // entries are a list, not a run of keys
+  bool uneven = false;  // rows may see different entries within their intervals
+  KeyList list;         // list.key[c] for c in [all.lo, all.hi), and beyond to whole pairs of a run
+  alignas(64) int32_t position[3][kKeyBlock];  // of the entries, along the axes of the neighbourhood
+
+  // The entries that lanes [r0, r0 + width) see.
+  HWY_INLINE BlockKeys Of(const RowTile& t, int r0, int width) const {
+    if (!listed) {
+      BlockKeys keys = KeysOfBlock(t, r0, width, k0, all.hi);
+      keys.lo = Max(keys.lo, all.lo);
+      return keys;
+    }
+    int64_t first = INT64_MAX, last = 0, all_from = 0, all_to = INT64_MAX;
+    for (int r = r0; r < r0 + width; ++r) {
+      all_from = Max<int64_t>(all_from, t.begin[r]);
+      all_to = Min<int64_t>(all_to, t.end[r]);
+      if (t.begin[r] >= t.end[r]) continue;
+      first = Min<int64_t>(first, t.begin[r]);
+      last = Max<int64_t>(last, t.end[r]);
+    }
+    BlockKeys out = all;
+    while (out.lo < out.hi && list.key[out.lo] < first) ++out.lo;
+    while (out.lo < out.hi && list.key[out.hi - 1] >= last) --out.hi;
+    out.full = out.empty() || (all_from <= list.key[out.lo] && list.key[out.hi - 1] < all_to);
+    return out;
+  }
+};
+
+// Which keys of the blocks the rows of a tile see.
+class BlockFinder {
+ public:
+  explicit BlockFinder(const AttentionProblem& p, bool pairs)
+      : p_(p), pairs_(pairs), cuts_(TileKeys::cuts(p)), cut_keys_(p) {}
+
+  void Select(const RowTile& t) {
+    if (cuts_) cut_keys_.select(t.b, t.query, t.head, t.count);
+  }
+
+  // The keys of the block at k0, of `keys` that the sequence has, for `width` lanes of the tile.
+  void Find(const RowTile& t, int width, int64_t k0, int keys, TileBlock& out) const {
+    out.k0 = k0;
+    out.all = KeysOfBlock(t, 0, width, k0, keys);
+    out.listed = out.uneven = out.list.has_padding = false;
+    if (out.all.empty()) return;
+    if (!cuts_) return NumberKeys(out);
+    cut_keys_.list(k0 + out.all.lo, k0 + out.all.hi, pairs_, out.list);
+    const int count = out.list.count;
+    if (count == 0) {
+      out.all.hi = out.all.lo;
+      return;
+    }
+    out.listed = !out.list.contiguous;
+    if (out.listed) {
+      out.all = {0, count, out.all.full};
+    } else {
+      out.all.lo = static_cast<int>(out.list.key[0] - k0);
+      out.all.hi = out.all.lo + count;
+      NumberKeys(out);
+    }
+    out.uneven = cut_keys_.lists_differ() || out.list.has_padding;
+    if (p_.neighbourhood.axes > 0) PlaceKeys(out);
+  }
+
+ private:
+  static HWY_INLINE void NumberKeys(TileBlock& out) {
+    const VI lane = hn::Iota(di, 0);
+    for (int c = 0; c < kKeyBlock; c += kLanes)
+      hn::Store(hn::Add(lane, hn::Set(di, static_cast<int32_t>(out.k0) + c)), di, out.list.key + c);
+  }
+
+  void PlaceKeys(TileBlock& out) const {
+    int32_t* const u[3] = {out.position[0] + out.all.lo, out.position[1] + out.all.lo, out.position[2] + out.all.lo};
+    key_positions(p_.neighbourhood, out.list.key + out.all.lo, out.all.hi - out.all.lo, u);
+  }
+
+  const AttentionProblem& p_;
+  const bool pairs_, cuts_;
+  TileKeys cut_keys_;
+};
+
+// Whether all of lanes [r0, r0 + width) see all of `keys`, beyond their intervals.
+HWY_INLINE bool NeighboursAll(const AttentionProblem& p, const RowTile& t, int r0, int width, const TileBlock& block,
+                              const BlockKeys& keys) {
+  for (int x = 0; x < p.neighbourhood.axes; ++x) {
+    int32_t least = INT32_MAX, most = -1, from = 0, to = INT32_MAX;
+    for (int c = keys.lo; c < keys.hi; ++c) {
+      least = Min(least, block.position[x][c]);
+      most = Max(most, block.position[x][c]);
+    }
+    for (int r = r0; r < r0 + width; ++r) {
+      from = Max(from, t.from[x][r]);
+      to = Min(to, t.to[x][r]);
+    }
+    if (least < from || most >= to) return false;
+  }
+  return true;
+}
+
 // Which steps the scores of a problem need beyond the product and the intervals.
 struct ScoreSteps {
-  bool softcap, alibi, bias, mask;
+  bool softcap, alibi, bias, mask, floor;
+  bool cuts;  // keys may be hidden by lists or a neighbourhood
   explicit ScoreSteps(const AttentionProblem& p)
-      : softcap(p.softcap > 0.f), alibi(p.alibi_slopes), bias(p.bias.data), mask(p.mask.data) {}
-  bool any() const { return softcap || alibi || bias || mask; }
+      : softcap(p.softcap > 0.f),
+        alibi(p.alibi_slopes),
+        bias(p.bias.data),
+        mask(p.mask.data),
+        floor(p.score_floor),
+        cuts(TileKeys::cuts(p)) {}
+  bool any() const { return softcap || alibi || bias || mask || floor; }
+  bool hides() const { return bias || mask || floor; }
+  // Whether entries must be looked at one by one for lanes [r0, r0 + width).
+  HWY_INLINE bool Masked(const AttentionProblem& p, const RowTile& t, int r0, int width, const TileBlock& block,
+                         const BlockKeys& keys) const {
+    return mask || (cuts && (block.uneven || !NeighboursAll(p, t, r0, width, block, keys)));
+  }
 };
 
 template <class T>
-HWY_INLINE void PackBiasRows(const AttentionProblem& p, const RowTile& t, int r0, int64_t key, int n, float* out,
-                             ptrdiff_t ld) {
+HWY_INLINE void PackBiasRows(const AttentionProblem& p, const RowTile& t, int r0, const TileBlock& block, int lo, int n,
+                             float* out, ptrdiff_t ld) {
   const T* rows[kLanes];
+  const int32_t* key = block.list.key + lo;
+  const int64_t step = p.bias.stride[3];
   bool same = true;
   for (int r = 0; r < kLanes; ++r) {
     rows[r] = static_cast<const T*>(p.bias.data) + t.b * p.bias.stride[0] + t.head[r0 + r] * p.bias.stride[1] +
-              t.query[r0 + r] * p.bias.stride[2] + key * p.bias.stride[3];
+              t.query[r0 + r] * p.bias.stride[2];
     same = same && rows[r] == rows[0];
   }
-  const int64_t step = p.bias.stride[3];
-  if (same) {
-    for (int k = 0; k < n; ++k) hn::Store(hn::Set(df, to_float(rows[0][k * step]) * kLog2e), df, out + k * ld);
+  if (block.listed) {
+    for (int k = 0; k < n; ++k) {
+      const bool padding = block.list.has_padding && block.list.padding[lo + k];
+      for (int r = 0; r < kLanes; ++r) out[k * ld + r] = padding ? 0.f : to_float(rows[r][key[k] * step]) * kLog2e;
+    }
+  } else if (same) {
+    for (int k = 0; k < n; ++k) hn::Store(hn::Set(df, to_float(rows[0][key[k] * step]) * kLog2e), df, out + k * ld);
   } else if (step == 1) {
+    for (const T*& row : rows) row += key[0];
     PackTransposed(rows, n, kLog2e, out, ld);
   } else {
     for (int k = 0; k < n; ++k)
-      for (int r = 0; r < kLanes; ++r) out[k * ld + r] = to_float(rows[r][k * step]) * kLog2e;
+      for (int r = 0; r < kLanes; ++r) out[k * ld + r] = to_float(rows[r][key[k] * step]) * kLog2e;
   }
 }
 
-// bias[k][lane] in base-2 units for keys [key, key + n), kLanes rows from r0.
-HWY_INLINE void PackBias(const AttentionProblem& p, const RowTile& t, int r0, int64_t key, int n, float* out,
-                         ptrdiff_t ld) {
-  if (p.bias.dtype == DType::f32) return PackBiasRows<float>(p, t, r0, key, n, out, ld);
-  if (p.bias.dtype == DType::f16) return PackBiasRows<float16>(p, t, r0, key, n, out, ld);
-  PackBiasRows<bfloat16>(p, t, r0, key, n, out, ld);
+// bias[k][lane] in base-2 units for the entries [lo, lo + n), kLanes rows from r0.
+HWY_INLINE void PackBias(const AttentionProblem& p, const RowTile& t, int r0, const TileBlock& block, int lo, int n,
+                         float* out, ptrdiff_t ld) {
+  if (p.bias.dtype == DType::f32) return PackBiasRows<float>(p, t, r0, block, lo, n, out, ld);
+  if (p.bias.dtype == DType::f16) return PackBiasRows<float16>(p, t, r0, block, lo, n, out, ld);
+  PackBiasRows<bfloat16>(p, t, r0, block, lo, n, out, ld);
 }
 
-// out[k][lane] = all ones where the boolean mask shows the key, else 0. Returns whether any is visible.
-HWY_INLINE bool PackMask(const AttentionProblem& p, const RowTile& t, int r0, int64_t key, int n, int32_t* out,
-                         ptrdiff_t ld) {
+// out[k][lane] = all ones where lists, neighbourhood and boolean mask show the entry lo + k, else 0.
+HWY_INLINE void PackCuts(const AttentionProblem& p, const RowTile& t, int r0, const TileBlock& block, int lo, int n,
+                         int32_t* out, ptrdiff_t ld) {
+  const int axes = p.neighbourhood.axes;
+  for (int k = 0; k < n; ++k) {
+    auto visible = hn::Eq(hn::Zero(di), hn::Set(di, block.list.has_padding && block.list.padding[lo + k] ? 1 : 0));
+    for (int x = 0; x < axes; ++x) {
+      const VI u = hn::Set(di, block.position[x][lo + k]);
+      visible =
+          hn::And(visible, hn::AndNot(hn::Lt(u, hn::Load(di, t.from[x] + r0)), hn::Lt(u, hn::Load(di, t.to[x] + r0))));
+    }
+    hn::Store(hn::VecFromMask(di, visible), di, out + k * ld);
+  }
+}
+HWY_NOINLINE void PackDifferingLists(const AttentionProblem& p, const RowTile& t, int r0, const TileBlock& block,
+                                     int lo, int n, int32_t* out, ptrdiff_t ld) {
+  for (int k = 0; k < n; ++k)
+    for (int r = 0; r < kLanes; ++r) {
+      int32_t& visible = out[k * ld + r];
+      if (visible && !lists_show(p, t.b, t.head[r0 + r], t.query[r0 + r], block.list.key[lo + k])) visible = 0;
+    }
+}
+
+// The same for every reason to hide an entry. Returns whether any is visible.
+HWY_INLINE bool PackMask(const AttentionProblem& p, const RowTile& t, int r0, const TileBlock& block, int lo, int n,
+                         int32_t* out, ptrdiff_t ld) {
+  const bool cuts = TileKeys::cuts(p);
+  const int32_t* key = block.list.key + lo;
+  bool any = false;
+  if (cuts) {
+    PackCuts(p, t, r0, block, lo, n, out, ld);
+    if (p.blocks.offsets && block.uneven) PackDifferingLists(p, t, r0, block, lo, n, out, ld);
+    if (!p.mask.data) return true;
+  }
   const uint8_t* rows[kLanes];
   bool same = true;
   for (int r = 0; r < kLanes; ++r) {
-    rows[r] = p.mask.data + t.b * p.mask.stride[0] + t.head[r0 + r] * p.mask.stride[1] +
-              t.query[r0 + r] * p.mask.stride[2] + key * p.mask.stride[3];
+    rows[r] =
+        p.mask.data + t.b * p.mask.stride[0] + t.head[r0 + r] * p.mask.stride[1] + t.query[r0 + r] * p.mask.stride[2];
     same = same && rows[r] == rows[0];
   }
   const int64_t step = p.mask.stride[3];
-  bool any = false;
-  if (same) {
+  if (cuts) {
+    for (int k = 0; k < n; ++k)
+      for (int r = 0; r < kLanes; ++r) {
+        int32_t& visible = out[k * ld + r];
+        if (visible && rows[r][key[k] * step] == 0) visible = 0;
+        any |= visible != 0;
+      }
+  } else if (same) {
     for (int k = 0; k < n; ++k) {
-      const bool visible = rows[0][k * step] != 0;
+      const bool visible = rows[0][key[k] * step] != 0;
       any |= visible;
       hn::Store(hn::Set(di, visible ? -1 : 0), di, out + k * ld);
     }
   } else {
     for (int k = 0; k < n; ++k)
       for (int r = 0; r < kLanes; ++r) {
-        const bool visible = rows[r][k * step] != 0;
+        const bool visible = rows[r][key[k] * step] != 0;
         any |= visible;
         out[k * ld + r] = visible ? -1 : 0;
       }
@@ -149,22 +260,23 @@ struct ScoreTerms {
       : softcap(hn::Set(df, p.softcap * kLog2e)), inverse_softcap(hn::Set(df, 1.f / (p.softcap * kLog2e))) {}
 };
 
-// Applies the steps to S[k * ld + c * kLanes ...] for keys [lo, hi) of the block at k0 and NR vectors of rows from r0,
-// hides what is not visible, and raises `row_max`. `bias` and `mask` are panels whose key 0 is `lo`, with leading
-// dimension NR * kLanes. With `derivative`, stores there d(capped score) / d(score) for the backward (leading dimension
-// ld).
+// Applies the steps to S[k * ld + c * kLanes ...] for entries [lo, hi) of a block, whose keys are key[k], and NR
+// vectors of rows from r0, hides what is not visible, and raises `row_max`. `bias` and `mask` (null: none) are panels
+// whose entry 0 is `lo`, with leading dimension NR * kLanes. With `derivative`, stores there d(capped score) / d(score)
+// for the backward (leading dimension ld).
 template <int NR>
 HWY_INLINE void ApplyScoreSteps(const AttentionProblem& p, const ScoreSteps& steps, const RowTile& t, int r0,
-                                int64_t k0, int lo, int hi, const float* bias, const int32_t* mask, float* S,
+                                const int32_t* key_of, int lo, int hi, const float* bias, const int32_t* mask, float* S,
                                 ptrdiff_t ld, VF (&row_max)[NR], float* derivative) {
   const ScoreTerms terms(p);
   for (int c = 0; c < NR; ++c) {
     const int r = r0 + c * kLanes;
     const VI begin = hn::Load(di, t.begin + r), end = hn::Load(di, t.end + r), pos = hn::Load(di, t.pos + r);
     const VF slope = hn::Load(df, t.slope + r);
+    const VF floor = steps.floor ? hn::Load(df, t.floor + r) : hn::Set(df, -kInf);
     VF max = row_max[c];
     for (int k = lo; k < hi; ++k) {
-      const VI key = hn::Set(di, static_cast<int32_t>(k0 + k));
+      const VI key = hn::Set(di, key_of[k]);
       float* at = S + k * ld + c * kLanes;
       VF s = hn::Load(df, at);
       if (steps.softcap) {
@@ -179,8 +291,8 @@ HWY_INLINE void ApplyScoreSteps(const AttentionProblem& p, const ScoreSteps& ste
         s = hn::Add(s, term);
         visible = hn::And(visible, hn::RebindMask(di, hn::Ne(term, hn::Set(df, -kInf))));
       }
-      if (steps.mask)
-        visible = hn::And(visible, hn::MaskFromVec(hn::Load(di, mask + (k - lo) * NR * kLanes + c * kLanes)));
+      if (mask) visible = hn::And(visible, hn::MaskFromVec(hn::Load(di, mask + (k - lo) * NR * kLanes + c * kLanes)));
+      if (steps.floor) visible = hn::AndNot(hn::RebindMask(di, hn::Lt(s, floor)), visible);
       s = hn::IfThenElse(hn::RebindMask(df, visible), s, hn::Set(df, -kInf));
       hn::Store(s, df, at);
       max = hn::Max(s, max);
@@ -190,16 +302,17 @@ HWY_INLINE void ApplyScoreSteps(const AttentionProblem& p, const ScoreSteps& ste
 }
 
 // Multiplies P[k * ld + r] by the dropout factor of its (row, key): 0 or 1 / (1 - p).
-HWY_INLINE void ApplyDropout(const AttentionProblem& p, const RowTile& t, int r0, int rows, int64_t k0, int lo, int hi,
-                             float* P, ptrdiff_t ld) {
+HWY_INLINE void ApplyDropout(const AttentionProblem& p, const RowTile& t, int r0, int rows, const int32_t* key_of,
+                             int lo, int hi, float* P, ptrdiff_t ld) {
   const uint64_t threshold = dropout_threshold(p.dropout_p);
   const float keep = p.dropout_p < 1.f ? 1.f / (1.f - p.dropout_p) : 0.f;
   for (int r = 0; r < rows; ++r) {
     const uint32_t row_head = static_cast<uint32_t>(t.b) * static_cast<uint32_t>(p.Hq) + t.head[r0 + r];
     PhiloxWords words{};
     for (int k = lo; k < hi; ++k) {
-      const uint32_t key = static_cast<uint32_t>(k0 + k);
-      if (k == lo || key % 4 == 0) words = dropout_words(p.dropout_seed, row_head, t.query[r0 + r], key);
+      const uint32_t key = static_cast<uint32_t>(key_of[k]);
+      if (k == lo || key / 4 != static_cast<uint32_t>(key_of[k - 1]) / 4)
+        words = dropout_words(p.dropout_seed, row_head, t.query[r0 + r], key);
       float& value = P[k * ld + r];
       value = words[key % 4] >= threshold ? value * keep : 0.f;
     }

@@ -87,16 +87,15 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
   }
 }
 
-// A panel of columns: out[(c / kTileRows) * panel_stride + r * kTileRows + c % kTileRows] = rows[r][c], so that a tile
-// that broadcasts kTileRows adjacent columns of each row reads memory in order (rows a power of two apart would share a
-// few cache sets). Columns up to the next multiple of kTileRows are zero.
+// A panel of columns: out[(c / kTileRows) * panel_stride + r * kTileRows + c % kTileRows] = row r, column c, so that a
+// tile that broadcasts kTileRows adjacent columns of each row reads memory in order (rows a power of two apart would
+// share a few cache sets). Columns up to the next multiple of kTileRows are zero.
 constexpr ptrdiff_t PanelStride(int rows) { return static_cast<ptrdiff_t>(rows) * kTileRows + 16; }
 constexpr size_t PanelFloats(int rows, int columns) {
   return static_cast<size_t>(PanelStride(rows)) * static_cast<size_t>((columns + kTileRows - 1) / kTileRows);
 }
-template <class T>
-HWY_INLINE void PackPanels(const T* in, ptrdiff_t stride, int lo, int hi, int columns, ptrdiff_t panel_stride,
-                           float* out) {
+template <class T, class Rows>
+HWY_INLINE void PackPanels(const Rows& rows, int lo, int hi, int columns, ptrdiff_t panel_stride, float* out) {
   const hn::CappedTag<float, kTileRows> d;
   constexpr int kPanels = 64 / static_cast<int>(sizeof(T)) / kTileRows;  // of a cache line of input
   int c = 0;
@@ -106,32 +105,33 @@ HWY_INLINE void PackPanels(const T* in, ptrdiff_t stride, int lo, int hi, int co
       for (int r = lo; r < hi; ++r) {
         MFA_UNROLL
         for (int i = 0; i < kPanels; ++i)
-          hn::StoreU(LoadFloat(d, in + r * stride + c + i * kTileRows), d, out + i * panel_stride + r * kTileRows);
+          hn::StoreU(LoadFloat(d, rows.At(r) + c + i * kTileRows), d, out + i * panel_stride + r * kTileRows);
       }
     }
   }
   for (; c < columns; c += kTileRows, out += panel_stride) {
     if (hn::MaxLanes(d) == kTileRows && c + kTileRows <= columns) {
       MFA_UNROLL_4
-      for (int r = lo; r < hi; ++r) hn::StoreU(LoadFloat(d, in + r * stride + c), d, out + r * kTileRows);
+      for (int r = lo; r < hi; ++r) hn::StoreU(LoadFloat(d, rows.At(r) + c), d, out + r * kTileRows);
     } else {
       for (int r = lo; r < hi; ++r)
         for (int i = 0; i < kTileRows; ++i)
-          out[r * kTileRows + i] = c + i < columns ? to_float(in[r * stride + c + i]) : 0.f;
+          out[r * kTileRows + i] = c + i < columns ? to_float(rows.At(r)[c + i]) : 0.f;
     }
   }
 }
 // The same of bfloat16 rows taken in pairs (2t, 2t + 1) for t in [lo / 2, hi / 2), lo and hi even: out[...][(t *
 // kTileRows + c % kTileRows) * 2 + i] = rows[2t + i][c]. Rows outside [first, last) count as zero.
-HWY_INLINE void PackPairPanels(const bfloat16* in, ptrdiff_t stride, int lo, int hi, int first, int last, int columns,
+template <class Rows>
+HWY_INLINE void PackPairPanels(const Rows& rows, int lo, int hi, int first, int last, int columns,
                                ptrdiff_t panel_stride, bfloat16* out) {
   const hn::CappedTag<uint32_t, kTileRows> d;
   static constexpr bfloat16 kZeros[kTileRows] = {};
   for (int c = 0; c < columns; c += kTileRows, out += panel_stride) {
     const bool whole = hn::MaxLanes(d) == kTileRows && c + kTileRows <= columns;
     for (int r = lo; r < hi; r += 2) {
-      const bfloat16* even = r >= first ? in + r * stride + c : nullptr;
-      const bfloat16* odd = r + 1 < last ? in + (r + 1) * stride + c : nullptr;
+      const bfloat16* even = r >= first ? rows.At(r) + c : nullptr;
+      const bfloat16* odd = r + 1 < last ? rows.At(r + 1) + c : nullptr;
       bfloat16* to = out + r * kTileRows;
       if (whole) {
         hn::StoreU(LoadPairs(d, even ? even : kZeros, odd ? odd : kZeros), d, reinterpret_cast<uint32_t*>(to));

@@ -6,6 +6,7 @@
 #include <limits>
 #include <sstream>
 
+#include "attention/layout.h"
 #include "attention/visibility.h"
 
 namespace mfa::testing {
@@ -48,10 +49,39 @@ std::string axes_name(const TermSpec& term) {
 }  // namespace
 
 bool is_visible(const AttentionProblem& p, int32_t b, int32_t h, int32_t i, int32_t j) {
-  const KeyRange range = visible_keys(p, b, i);
-  if (j < range.begin || j >= range.end) return false;
+  if (!sees(p, b, h, i, j)) return false;
   const int64_t* s = p.mask.stride;
   return !p.mask.data || p.mask.data[b * s[0] + h * s[1] + i * s[2] + j * s[3]] != 0;
+}
+
+std::array<int64_t, 4> query_shape(const AttentionProblem& p, int32_t width) {
+  return {p.query_starts ? 1 : p.B, p.Hq, p.query_starts ? p.packed_queries : p.Nq, width};
+}
+std::array<int64_t, 4> key_shape(const AttentionProblem& p, int32_t width) {
+  if (p.pages.table) return {p.pages.pages, p.Hkv, p.pages.page_size, width};
+  return {p.key_starts ? 1 : p.B, p.Hkv, p.key_starts ? p.packed_keys : p.Nk, width};
+}
+int64_t key_row(const AttentionProblem& p, int32_t b, int32_t kv_head, int32_t j) {
+  const int64_t length = key_shape(p, 1)[2];
+  return key_element(p, {p.Hkv * length, length, 1}, b, kv_head, j);
+}
+
+BlockLists::BlockLists(const std::vector<bool>& visible, int32_t lists, int32_t query_blocks, int32_t key_blocks) {
+  const auto at = [&](int64_t l, int64_t r, int64_t c) { return visible[(l * query_blocks + r) * key_blocks + c]; };
+  for (int32_t l = 0; l < lists; ++l) {
+    for (int32_t r = 0; r < query_blocks; ++r) {
+      offsets.push_back(static_cast<int64_t>(key_ids.size()));
+      for (int32_t c = 0; c < key_blocks; ++c)
+        if (at(l, r, c)) key_ids.push_back(c);
+    }
+    offsets.push_back(static_cast<int64_t>(key_ids.size()));
+    for (int32_t c = 0; c < key_blocks; ++c) {
+      transposed_offsets.push_back(static_cast<int64_t>(query_ids.size()));
+      for (int32_t r = 0; r < query_blocks; ++r)
+        if (at(l, r, c)) query_ids.push_back(r);
+    }
+    transposed_offsets.push_back(static_cast<int64_t>(query_ids.size()));
+  }
 }
 
 std::string describe(const CaseSpec& spec) {
@@ -72,6 +102,20 @@ std::string describe(const CaseSpec& spec) {
   if (spec.mask.axes != kAbsent) out << " mask(" << axes_name(spec.mask) << ", " << spec.mask_visible << " visible)";
   if (spec.dropout_p > 0.f) out << " dropout " << spec.dropout_p;
   if (spec.dlse) out << " dlse";
+  if (spec.packed_queries) out << " packed queries";
+  if (spec.packed_keys) out << " packed keys";
+  if (spec.page_size) out << " pages of " << spec.page_size;
+  if (spec.rotary_dim)
+    out << " rope " << spec.rotary_dim << (spec.interleaved ? " interleaved" : " halves")
+        << (spec.rotates_k ? "" : " q only");
+  if (spec.block_q)
+    out << " blocks " << spec.block_q << "x" << spec.block_k << (spec.blocks_by_batch ? " by batch" : "")
+        << (spec.blocks_by_head ? " by head" : "") << " " << spec.blocks_visible;
+  const Neighbourhood& n = spec.neighbourhood;
+  for (int32_t x = 0; x < n.axes; ++x)
+    out << (x ? "," : " neighbourhood ") << n.axis[x].size << "/" << n.axis[x].window << "s" << n.axis[x].stride << "d"
+        << n.axis[x].dilation << (n.axis[x].causal ? "c" : "");
+  if (n.axes) out << (n.shifts ? " shifts" : "") << (n.leans_left ? " left" : "");
   out << " layouts " << name_of(spec.q_layout) << " " << name_of(spec.k_layout) << " " << name_of(spec.v_layout) << " "
       << name_of(spec.o_layout);
   return out.str();
@@ -135,6 +179,53 @@ CaseSpec random_spec(Random& random, int64_t max_work) {
   return spec;
 }
 
+void add_family(Random& random, CaseSpec& spec) {
+  if (random.chance(0.25)) {
+    Neighbourhood& n = spec.neighbourhood;
+    n.axes = static_cast<int32_t>(random.integer(1, 3));
+    int32_t tokens = 1;
+    for (int32_t x = 0; x < n.axes; ++x) {
+      NeighbourhoodAxis& a = n.axis[x];
+      a.size = static_cast<int32_t>(n.axes == 1 ? random.integer(1, 300) : random.integer(1, n.axes == 2 ? 20 : 8));
+      a.dilation = random.chance(0.7) ? 1 : static_cast<int32_t>(random.integer(1, std::max(1, a.size / 2)));
+      a.window = static_cast<int32_t>(random.integer(1, std::max(1, a.size / a.dilation)));
+      a.stride = random.chance(0.6) ? 1 : static_cast<int32_t>(random.integer(1, a.window));
+      a.causal = random.chance(0.2);
+      tokens *= a.size;
+    }
+    n.shifts = random.chance(0.5);
+    n.leans_left = random.chance(0.5);
+    spec.Nq = spec.Nk = tokens;
+    if (random.chance(0.1)) spec.Nq = std::max(1, tokens / 2);
+    while (int64_t{spec.Hkv} > 1 && int64_t{spec.B} * spec.Hq * tokens * tokens * (spec.D + spec.Dv) > 1 << 25) {
+      spec.Hq /= spec.Hkv;
+      spec.Hkv = 1;
+    }
+  }
+  if (random.chance(0.5)) {
+    spec.B = random.pick({1, 2, 3, 5});
+    spec.packed_queries = random.chance(0.8);
+    spec.packed_keys = random.chance(spec.packed_queries ? 0.8 : 0.5);
+  }
+  if (random.chance(0.4)) {
+    spec.packed_keys = false;
+    spec.page_size = random.pick({1, 3, 16, 16, 32, 64, 100, 256, 300});
+  }
+  if (spec.packed_queries && spec.q_layout == Layout::broadcast_batch) spec.q_layout = Layout::dense;
+  if (spec.D >= 2 && random.chance(0.35)) {
+    spec.rotary_dim = random.chance(0.5) ? spec.D / 2 * 2 : 2 * static_cast<int32_t>(random.integer(1, spec.D / 2));
+    spec.interleaved = random.chance(0.5);
+    spec.rotates_k = random.chance(0.7);
+  }
+  if (random.chance(0.35)) {
+    spec.block_q = random.pick({16, 17, 32, 64, 100, 128});
+    spec.block_k = random.pick({16, 17, 32, 64, 77, 128});
+    spec.blocks_by_batch = random.chance(0.4);
+    spec.blocks_by_head = random.chance(0.5);
+    spec.blocks_visible = random.pick({0.05, 0.3, 0.7});
+  }
+}
+
 AttentionCase::AttentionCase(const CaseSpec& spec, uint64_t seed) : spec(spec) {
   Random random(seed);
   AttentionProblem& p = problem;
@@ -154,10 +245,17 @@ AttentionCase::AttentionCase(const CaseSpec& spec, uint64_t seed) : spec(spec) {
   p.dropout_p = spec.dropout_p;
   p.dropout_seed = random.bits();
 
-  q = Tensor(p.dtype, {p.B, p.Hq, p.Nq, p.D}, spec.q_layout);
-  k = Tensor(p.dtype, {p.B, p.Hkv, p.Nk, p.D}, spec.k_layout);
-  v = Tensor(p.dtype, {p.B, p.Hkv, p.Nk, p.Dv}, spec.v_layout);
-  d_o = Tensor(p.dtype, {p.B, p.Hq, p.Nq, p.Dv}, spec.q_layout);
+  if (spec.kv_lengths) {
+    for (int32_t b = 0; b < p.B; ++b)
+      kv_lengths.push_back(
+          static_cast<int32_t>(random.chance(0.2) ? random.pick({-1, 0, p.Nk, p.Nk + 3}) : random.integer(0, p.Nk)));
+    p.kv_lengths = kv_lengths.data();
+  }
+  set_layout(random);
+  q = Tensor(p.dtype, query_shape(p, p.D), spec.q_layout);
+  k = Tensor(p.dtype, key_shape(p, p.D), spec.k_layout);
+  v = Tensor(p.dtype, key_shape(p, p.Dv), spec.v_layout);
+  d_o = Tensor(p.dtype, query_shape(p, p.Dv), spec.q_layout);
   for (Tensor* tensor : {&q, &k, &v, &d_o}) tensor->fill_normal(random);
   p.q = q.ref();
   p.k = k.ref();
@@ -171,14 +269,8 @@ AttentionCase::AttentionCase(const CaseSpec& spec, uint64_t seed) : spec(spec) {
     for (int32_t h = 0; h < p.Hq; ++h) sinks.push_back(random.chance(0.1) ? -kInfinity : 2 * random.normal());
     p.sinks = sinks.data();
   }
-  if (spec.kv_lengths) {
-    for (int32_t b = 0; b < p.B; ++b)
-      kv_lengths.push_back(
-          static_cast<int32_t>(random.chance(0.2) ? random.pick({-1, 0, p.Nk, p.Nk + 3}) : random.integer(0, p.Nk)));
-    p.kv_lengths = kv_lengths.data();
-  }
   if (spec.dlse) {
-    dlse.resize(int64_t{p.B} * p.Hq * p.Nq);
+    dlse.resize(row_count(p));
     for (float& x : dlse) x = random.normal();
   }
   const std::array<int64_t, 4> shape = {p.B, p.Hq, p.Nq, p.Nk};
@@ -205,7 +297,7 @@ AttentionCase::AttentionCase(const CaseSpec& spec, uint64_t seed) : spec(spec) {
       std::vector<bool> used(layout.size);
       for (int32_t b = 0; b < p.B; ++b)
         for (int32_t h = 0; h < p.Hq; ++h)
-          for (int32_t i = 0; i < p.Nq; ++i)
+          for (int32_t i = 0; i < query_count(p, b); ++i)
             for (int32_t j = 0; j < p.Nk; ++j) {
               if (is_visible(p, b, h, i, j)) {
                 used[layout.origin + b * layout.stride[0] + h * layout.stride[1] + i * layout.stride[2] +
@@ -217,18 +309,114 @@ AttentionCase::AttentionCase(const CaseSpec& spec, uint64_t seed) : spec(spec) {
       }
     }
   }
-  if (spec.poison) {
-    const int32_t group = p.Hq / p.Hkv;
+  if (spec.poison) poison_keys();
+}
+
+// Sequences, pages, tables and lists, in that order of random numbers: a plain case draws none.
+void AttentionCase::set_layout(Random& random) {
+  AttentionProblem& p = problem;
+  int32_t grid = 1;
+  for (int32_t x = 0; x < spec.neighbourhood.axes; ++x) grid *= spec.neighbourhood.axis[x].size;
+  const bool whole = spec.packed_queries && spec.neighbourhood.axes > 0 && random.chance(0.6);
+  const auto starts = [&](int32_t longest) {
+    std::vector<int32_t> result = {0};
+    for (int32_t b = 0; b < p.B; ++b) {
+      const int64_t length = whole                ? random.pick({grid, grid, 0})
+                             : random.chance(0.2) ? random.pick({0, longest})
+                                                  : random.integer(0, longest);
+      result.push_back(result.back() + static_cast<int32_t>(std::min<int64_t>(length, longest)));
+    }
+    return result;
+  };
+  if (spec.packed_queries) {
+    query_starts = starts(p.Nq);
+    p.query_starts = query_starts.data();
+    p.packed_queries = query_starts.back();
+  }
+  if (spec.packed_keys) {
+    key_starts = starts(p.Nk);
+    p.key_starts = key_starts.data();
+    p.packed_keys = key_starts.back();
+  }
+  if (spec.page_size) {
+    const int32_t slots = (p.Nk + spec.page_size - 1) / spec.page_size;
+    p.pages.page_size = spec.page_size;
+    p.pages.pages = p.B * slots + 3;
+    p.pages.table_stride = slots + 2;
+    std::vector<int32_t> free;
+    for (int32_t i = 0; i < p.pages.pages; ++i) free.push_back(i);
+    for (size_t i = free.size(); i > 1; --i) std::swap(free[i - 1], free[random.integer(0, int64_t(i) - 1)]);
+    page_table.assign(int64_t{p.B} * (slots + 2), random.pick({-1, 1 << 30}));
     for (int32_t b = 0; b < p.B; ++b)
-      for (int32_t kv_head = 0; kv_head < p.Hkv; ++kv_head)
-        for (int32_t j = 0; j < p.Nk; ++j) {
-          bool seen = false;
-          for (int32_t r = 0; r < group * p.Nq && !seen; ++r)
-            seen = is_visible(p, b, kv_head * group + r % group, r / group, j);
-          if (seen) continue;
-          if (!k.is_broadcast()) k.fill_row(b, kv_head, j, kNaN);
-          if (!v.is_broadcast()) v.fill_row(b, kv_head, j, j & 1 ? kNaN : kInfinity);
-        }
+      for (int32_t slot = 0; slot * spec.page_size < key_count(p, b); ++slot) {
+        int32_t& page = page_table[b * p.pages.table_stride + slot];
+        page = free.back();
+        free.pop_back();
+        if (b > 0 && slot * spec.page_size < key_count(p, b - 1) && random.chance(0.4))
+          page = page_table[(b - 1) * p.pages.table_stride + slot];
+      }
+    p.pages.table = page_table.data();
+  }
+  if (spec.rotary_dim) {
+    RopeRef& rope = p.rope;
+    rope.rotary_dim = spec.rotary_dim;
+    rope.interleaved = spec.interleaved;
+    rope.rotates_k = spec.rotates_k;
+    rope.positions = std::max(p.Nq, p.Nk) + 20;
+    for (int64_t i = 0; i < int64_t{rope.positions} * (spec.rotary_dim / 2); ++i) {
+      const double angle = 6.3 * random.uniform();
+      cosines.push_back(static_cast<float>(std::cos(angle)));
+      sines.push_back(static_cast<float>(std::sin(angle)));
+    }
+    rope.cos = cosines.data();
+    rope.sin = sines.data();
+    const bool offsets = random.chance(0.6);
+    for (int32_t b = 0; offsets && b < p.B; ++b) {
+      q_positions.push_back(static_cast<int32_t>(random.integer(0, 20)));
+      k_positions.push_back(static_cast<int32_t>(random.integer(0, 20)));
+    }
+    if (offsets) rope.q_positions = q_positions.data();
+    if (offsets && random.chance(0.7)) rope.k_positions = k_positions.data();
+  }
+  if (spec.block_q) {
+    BlockListRef& l = p.blocks;
+    l.block_q = spec.block_q;
+    l.block_k = spec.block_k;
+    l.query_blocks = (p.Nq + l.block_q - 1) / l.block_q;
+    l.key_blocks = (p.Nk + l.block_k - 1) / l.block_k;
+    const int32_t heads = spec.blocks_by_head ? p.Hq : 1, batches = spec.blocks_by_batch ? p.B : 1;
+    l.stride_h = spec.blocks_by_head ? 1 : 0;
+    l.stride_b = spec.blocks_by_batch ? heads : 0;
+    std::vector<bool> visible(int64_t{batches} * heads * l.query_blocks * l.key_blocks);
+    for (size_t i = 0; i < visible.size(); ++i) visible[i] = random.chance(spec.blocks_visible);
+    lists = BlockLists(visible, batches * heads, l.query_blocks, l.key_blocks);
+    lists.key_ids.push_back(-1);  // so that there is an address
+    lists.query_ids.push_back(-1);
+    l.offsets = lists.offsets.data();
+    l.key_ids = lists.key_ids.data();
+    l.transposed_offsets = lists.transposed_offsets.data();
+    l.query_ids = lists.query_ids.data();
+  }
+  p.neighbourhood = spec.neighbourhood;
+}
+
+void AttentionCase::poison_keys() {
+  const AttentionProblem& p = problem;
+  const int32_t group = p.Hq / p.Hkv;
+  const std::array<int64_t, 4> shape = key_shape(p, 1);
+  std::vector<bool> seen(shape[0] * shape[1] * shape[2]);
+  for (int32_t b = 0; b < p.B; ++b)
+    for (int32_t kv_head = 0; kv_head < p.Hkv; ++kv_head)
+      for (int32_t j = 0; j < key_count(p, b); ++j) {
+        const int64_t row = key_row(p, b, kv_head, j);
+        for (int32_t r = 0; r < group * query_count(p, b) && !seen[row]; ++r)
+          seen[row] = is_visible(p, b, kv_head * group + r % group, r / group, j);
+      }
+  for (int64_t row = 0; row < static_cast<int64_t>(seen.size()); ++row) {
+    if (seen[row]) continue;
+    const int64_t n = row % shape[2], h = row / shape[2] % shape[1], b = row / shape[2] / shape[1];
+    if (!k.is_broadcast()) k.fill_row(b, h, n, kNaN);
+    if (!v.is_broadcast()) v.fill_row(b, h, n, n & 1 ? kNaN : kInfinity);
   }
 }
 

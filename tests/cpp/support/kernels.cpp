@@ -7,6 +7,8 @@
 #include <cstring>
 #include <limits>
 
+#include "attention/layout.h"
+
 namespace mfa::testing {
 namespace {
 
@@ -72,8 +74,8 @@ void check_error(const char* what, const std::vector<float>& got, const std::vec
 
 ForwardResults run_forward(const AttentionProblem& p, bool wants_probs, Layout o_layout) {
   ForwardResults results;
-  results.o = Tensor(p.dtype, {p.B, p.Hq, p.Nq, p.Dv}, o_layout);
-  const int64_t rows = int64_t{p.B} * p.Hq * p.Nq;
+  results.o = Tensor(p.dtype, query_shape(p, p.Dv), o_layout);
+  const int64_t rows = row_count(p);
   results.lse.assign(rows, kNaN);
   if (wants_probs) results.probs.assign(rows * p.Nk, kNaN);
   cpu::attention_forward(p,
@@ -84,9 +86,9 @@ ForwardResults run_forward(const AttentionProblem& p, bool wants_probs, Layout o
 BackwardResults run_backward(const AttentionProblem& p, const ForwardResults& forward, const TensorRef& d_o,
                              const float* dlse, Layout layout) {
   BackwardResults results;
-  results.dq = Tensor(p.dtype, {p.B, p.Hq, p.Nq, p.D}, layout);
-  results.dk = Tensor(p.dtype, {p.B, p.Hkv, p.Nk, p.D}, layout);
-  results.dv = Tensor(p.dtype, {p.B, p.Hkv, p.Nk, p.Dv}, layout);
+  results.dq = Tensor(p.dtype, query_shape(p, p.D), layout);
+  results.dk = Tensor(p.dtype, key_shape(p, p.D), layout);
+  results.dv = Tensor(p.dtype, key_shape(p, p.Dv), layout);
   AttentionGradients out;
   out.dq = results.dq.mutable_ref();
   out.dk = results.dk.mutable_ref();

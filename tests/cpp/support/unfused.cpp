@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "attention/layout.h"
+#include "attention/visibility.h"
 #include "common/philox.h"
 #include "support/attention_case.h"
 
@@ -25,12 +27,40 @@ float round_to(DType dtype, float x) {
   return x;
 }
 
-std::vector<float> load_rows(const TensorRef& x, DType dtype, int32_t b, int32_t h, int32_t rows, int32_t columns) {
+// Turns the pairs of `x` by the angles of `position`, or back.
+void rotate(const RopeRef& rope, int64_t position, bool back, float* x) {
+  const int32_t pairs = rope.rotary_dim / 2;
+  for (int32_t c = 0; c < pairs; ++c) {
+    const float cos = rope.cos[position * pairs + c], sin = (back ? -1.f : 1.f) * rope.sin[position * pairs + c];
+    float& first = x[rope.interleaved ? 2 * c : c];
+    float& second = x[rope.interleaved ? 2 * c + 1 : c + pairs];
+    const float turned = first * cos - second * sin;
+    second = first * sin + second * cos;
+    first = turned;
+  }
+}
+int64_t query_position(const RopeRef& rope, int32_t b, int32_t i) {
+  return (rope.q_positions ? rope.q_positions[b] : 0) + int64_t{i};
+}
+int64_t key_position(const RopeRef& rope, int32_t b, int32_t j) {
+  return (rope.k_positions ? rope.k_positions[b] : 0) + int64_t{j};
+}
+
+// The rows of a sequence, of a tensor shaped like q and of one shaped like k.
+std::vector<float> load_queries(const AttentionProblem& p, const TensorRef& x, int32_t b, int32_t h, int32_t columns) {
+  const int32_t rows = query_count(p, b);
   std::vector<float> result(int64_t{rows} * columns);
   for (int32_t n = 0; n < rows; ++n)
     for (int32_t d = 0; d < columns; ++d)
-      result[int64_t{n} * columns + d] =
-          load_as_float(x.data, dtype, b * x.stride[0] + h * x.stride[1] + n * x.stride[2] + d);
+      result[int64_t{n} * columns + d] = load_as_float(x.data, p.dtype, query_element(p, x.stride, b, h, n) + d);
+  return result;
+}
+std::vector<float> load_keys(const AttentionProblem& p, const TensorRef& x, int32_t b, int32_t h, int32_t columns) {
+  const int32_t rows = key_count(p, b);
+  std::vector<float> result(int64_t{rows} * columns);
+  for (int32_t n = 0; n < rows; ++n)
+    for (int32_t d = 0; d < columns; ++d)
+      result[int64_t{n} * columns + d] = load_as_float(x.data, p.dtype, key_element(p, x.stride, b, h, n) + d);
   return result;
 }
 
@@ -69,7 +99,8 @@ void raise(double& x, double y) { x = std::max(x, y); }
 
 Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float* dlse) {
   Unfused out;
-  const int64_t rows = int64_t{p.B} * p.Hq * p.Nq, kv_rows = int64_t{p.B} * p.Hkv * p.Nk;
+  const auto [key_batches, key_heads, key_length, one] = key_shape(p, 1);
+  const int64_t rows = row_count(p), kv_rows = key_batches * key_heads * key_length;
   out.o.values.assign(rows * p.Dv, 0.f);
   out.lse.assign(rows, -kInfinity);
   out.dq.values.assign(rows * p.D, 0.f);
@@ -97,19 +128,22 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
   const uint64_t threshold = dropout_threshold(p.dropout_p);
   const float keep_scale = p.dropout_p < 1.f ? 1.f / (1.f - p.dropout_p) : 0.f;
   const int32_t group = p.Hq / p.Hkv;
+  const bool turns_keys = p.rope.cos && p.rope.rotates_k;
 
   for (int32_t b = 0; b < p.B; ++b) {
-    const int32_t keys = p.kv_lengths ? std::clamp(p.kv_lengths[b], 0, p.Nk) : p.Nk;
-    const int32_t offset = std::max(0, keys - p.Nq);
+    const int32_t keys = key_count(p, b);
+    const int32_t offset = std::max(0, keys - query_count(p, b));
     for (int32_t h = 0; h < p.Hq; ++h) {
       const int32_t kv_head = h / group;
-      const int64_t kv_base = (int64_t{b} * p.Hkv + kv_head) * p.Nk;
-      const std::vector<float> q = load_rows(p.q, p.dtype, b, h, p.Nq, p.D);
-      const std::vector<float> k = load_rows(p.k, p.dtype, b, kv_head, p.Nk, p.D);
-      const std::vector<float> v = load_rows(p.v, p.dtype, b, kv_head, p.Nk, p.Dv);
-      const std::vector<float> grad = load_rows(d_o, p.dtype, b, h, p.Nq, p.Dv);
-      for (int32_t i = 0; i < p.Nq; ++i) {
-        const int64_t r = (int64_t{b} * p.Hq + h) * p.Nq + i;
+      std::vector<float> q = load_queries(p, p.q, b, h, p.D), k = load_keys(p, p.k, b, kv_head, p.D);
+      const std::vector<float> v = load_keys(p, p.v, b, kv_head, p.Dv), grad = load_queries(p, d_o, b, h, p.Dv);
+      if (p.rope.cos)
+        for (int32_t i = 0; i < query_count(p, b); ++i)
+          rotate(p.rope, query_position(p.rope, b, i), false, &q[int64_t{i} * p.D]);
+      if (turns_keys)
+        for (int32_t j = 0; j < keys; ++j) rotate(p.rope, key_position(p.rope, b, j), false, &k[int64_t{j} * p.D]);
+      for (int32_t i = 0; i < query_count(p, b); ++i) {
+        const int64_t r = row_index(p, b, h, i);
         const float* qi = &q[int64_t{i} * p.D];
         const float* gi = &grad[int64_t{i} * p.Dv];
         float* o = &out.o.values[r * p.Dv];
@@ -164,6 +198,8 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
         const double delta_noise = norm(gi, p.Dv) * norm(o, p.Dv) + (dlse ? std::abs(dlse[r]) : 0.f);
         double delta_variance = 0;  // of delta, as the output in it is rounded
         for (int32_t d = 0; d < p.Dv; ++d) delta_variance += square(deviation * gi[d] * o[d]);
+        for (size_t e = 0; e < seen.size(); ++e)  // and the probabilities that made it
+          delta_variance += square(deviation * prob[e] * z[e] * dot(gi, &v[int64_t{seen[e]} * p.Dv], p.Dv));
         double dq_noise = 0, dq_variance = 0, largest_k = 0, slope_weight = 0;
         for (size_t e = 0; e < seen.size(); ++e) {
           const int32_t j = seen[e];
@@ -188,17 +224,21 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
           }
           const float d_dot = p.scale * slope[e] * ds;
           add_scaled(d_dot, kj, &out.dq.values[r * p.D], p.D);
-          add_scaled(d_dot, qi, &out.dk.values[(kv_base + j) * p.D], p.D);
-          add_scaled(prob[e] * z[e], gi, &out.dv.values[(kv_base + j) * p.Dv], p.Dv);
+          const int64_t kv_row = key_row(p, b, kv_head, j);
+          std::vector<float> turned(qi, qi + p.D);
+          if (turns_keys) rotate(p.rope, key_position(p.rope, b, j), true, turned.data());
+          add_scaled(d_dot, turned.data(), &out.dk.values[kv_row * p.D], p.D);
+          add_scaled(prob[e] * z[e], gi, &out.dv.values[kv_row * p.Dv], p.Dv);
           const double k_size = std::abs(p.scale) * largest(kj, p.D), q_size = std::abs(p.scale) * largest(qi, p.D);
           raise(largest_k, k_size);
           dq_noise += ds_noise * k_size;
           dq_variance += key_variance * square(k_size);
-          dk_variance[kv_base + j] += (key_variance + common_variance) * square(q_size);
-          dv_variance[kv_base + j] += square(deviation * prob[e] * z[e] * largest(gi, p.Dv));
-          dk_noise[kv_base + j] += ds_noise * q_size;
-          dv_noise[kv_base + j] += prob[e] * z[e] * largest(gi, p.Dv);
+          dk_variance[kv_row] += (key_variance + common_variance) * square(q_size);
+          dv_variance[kv_row] += square(deviation * prob[e] * z[e] * largest(gi, p.Dv));
+          dk_noise[kv_row] += ds_noise * q_size;
+          dv_noise[kv_row] += prob[e] * z[e] * largest(gi, p.Dv);
         }
+        if (p.rope.cos) rotate(p.rope, query_position(p.rope, b, i), true, &out.dq.values[r * p.D]);
         raise(out.dq.noise, dq_noise);
         raise(out.dq.spread, std::sqrt(dq_variance + delta_variance * square(largest_k)));
         dslopes_variance[h] += delta_variance * square(slope_weight);

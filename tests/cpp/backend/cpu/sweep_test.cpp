@@ -55,6 +55,26 @@ INSTANTIATE_TEST_SUITE_P(Sizes, CpuSweep,
                                            Sweep{"MediumToo", 13, 500, 1 << 23}, Sweep{"Large", 14, 80, 1 << 27}),
                          [](const auto& info) { return info.param.name; });
 
+// The same of packed, paged, rotated, block-sparse and neighbourhood problems, with every modifier.
+class CpuFamilySweep : public ::testing::TestWithParam<Sweep> {};
+
+TEST_P(CpuFamilySweep, RandomProblemsKeepTheErrorRule) {
+  const Sweep& sweep = GetParam();
+  Random random(sweep.seed);
+  const int cases = testing::case_count(sweep.cases);
+  std::cout << cases << " cases, seed " << sweep.seed << std::endl;
+  for (int i = 0; i < cases; ++i) {
+    CaseSpec spec = testing::random_spec(random, sweep.max_work);
+    testing::add_family(random, spec);
+    if (!check_case(spec, random.bits())) return;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, CpuFamilySweep,
+                         ::testing::Values(Sweep{"Small", 15, 2000, 1 << 18}, Sweep{"Medium", 16, 300, 1 << 23},
+                                           Sweep{"MediumToo", 17, 300, 1 << 23}, Sweep{"Large", 18, 30, 1 << 26}),
+                         [](const auto& info) { return info.param.name; });
+
 // Every head size, not only those that a draw meets.
 TEST(CpuHeadDims, EveryHeadDimIsRight) {
   Random random(21);

@@ -1,0 +1,184 @@
+#include "attention/tiling.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "attention/visibility.h"
+
+namespace mfa {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tokens of an axis that one of its interleaved sequences has at most.
+int32_t phase_size(const NeighbourhoodAxis& a) { return static_cast<int32_t>(ceil_div(a.size, a.dilation)); }
+
+int64_t boxes_of(const NeighbourhoodAxis& a, int32_t extent) { return a.dilation * ceil_div(phase_size(a), extent); }
+
+// The coordinates first, first + step .. of a box along an axis.
+struct Side {
+  int32_t first = 0, step = 1, count = 0;
+};
+Side side_of(const NeighbourhoodAxis& a, int32_t extent, int64_t box) {
+  const int64_t boxes = ceil_div(phase_size(a), extent);
+  const auto phase = static_cast<int32_t>(box / boxes);
+  const auto begin = static_cast<int32_t>(box % boxes * extent);
+  const int32_t size = (a.size - phase + a.dilation - 1) / a.dilation;
+  return {phase + begin * a.dilation, a.dilation, std::clamp(size - begin, 0, extent)};
+}
+
+int32_t fill_box(const RowTiling& t, const Neighbourhood& n, int64_t box, int32_t first_head, int32_t* query,
+                 int32_t* head) {
+  Side sides[3];
+  for (int32_t x = n.axes - 1; x >= 0; --x) {
+    const int64_t boxes = boxes_of(n.axis[x], t.box[x]);
+    sides[x] = side_of(n.axis[x], t.box[x], box % boxes);
+    box /= boxes;
+  }
+  for (int32_t x = n.axes; x < 3; ++x) sides[x] = {0, 1, 1};
+  const auto size = [&](int32_t x) { return x < n.axes ? n.axis[x].size : 1; };
+  int32_t row = 0;
+  for (int32_t i = 0; i < sides[0].count; ++i)
+    for (int32_t j = 0; j < sides[1].count; ++j)
+      for (int32_t k = 0; k < sides[2].count; ++k) {
+        const int32_t c[3] = {sides[0].first + i * sides[0].step, sides[1].first + j * sides[1].step,
+                              sides[2].first + k * sides[2].step};
+        for (int32_t h = 0; h < t.heads; ++h, ++row) {
+          query[row] = (c[0] * size(1) + c[1]) * size(2) + c[2];
+          head[row] = first_head + h;
+        }
+      }
+  return row;
+}
+
+// Keys along an axis that the queries of a box see together.
+double union_of(const NeighbourhoodAxis& a, int32_t extent) {
+  const int32_t groups = extent % a.stride == 0 ? extent / a.stride - 1 : (extent + a.stride - 2) / a.stride;
+  return std::min<double>(phase_size(a), a.window + double(groups) * a.stride);
+}
+
+}  // namespace
+
+int64_t tile_count(const RowTiling& t, const Neighbourhood& n, int32_t queries) {
+  const int64_t rows = part_rows(t, queries);
+  if (rows == 0) return 0;
+  if (is_decode(t, queries)) return t.parts;
+  if (t.in_boxes()) {
+    int64_t boxes = t.parts;
+    for (int32_t x = 0; x < n.axes; ++x) boxes *= boxes_of(n.axis[x], t.box[x]);
+    return boxes;
+  }
+  if (t.unit == 0) return t.parts * ceil_div(rows, t.tile);
+  return t.parts * (rows / t.unit * ceil_div(t.unit, t.tile) + ceil_div(rows % t.unit, t.tile));
+}
+
+int32_t fill_rows(const RowTiling& t, const AttentionProblem& p, int32_t b, int32_t kv_head, int64_t tile,
+                  int32_t* query, int32_t* head) {
+  const int32_t queries = query_count(p, b);
+  const int64_t tiles = tile_count(t, p.neighbourhood, queries) / t.parts, rows = part_rows(t, queries);
+  const auto part = static_cast<int32_t>(tile / tiles);
+  const int32_t first_head = kv_head * (p.Hq / p.Hkv) + part * t.heads;
+  tile %= tiles;
+  int64_t first = 0, last = rows;
+  if (!is_decode(t, queries)) {
+    if (t.in_boxes()) return fill_box(t, p.neighbourhood, tile, first_head, query, head);
+    if (t.unit == 0) {
+      first = tile * t.tile;
+    } else {
+      const int64_t pieces = ceil_div(t.unit, t.tile), unit = tile / pieces;
+      first = unit * t.unit + tile % pieces * t.tile;
+      last = std::min(rows, (unit + 1) * t.unit);
+    }
+    last = std::min(last, first + t.tile);
+  }
+  auto i = static_cast<int32_t>(first / t.heads), h = static_cast<int32_t>(first % t.heads);
+  const auto count = static_cast<int32_t>(last - first);
+  for (int32_t r = 0; r < count; ++r) {
+    query[r] = i;
+    head[r] = first_head + h;
+    if (++h == t.heads) {
+      h = 0;
+      ++i;
+    }
+  }
+  return count;
+}
+
+void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_t lanes, int32_t (&box)[3]) {
+  constexpr double kLoadRows = 10;  // bringing a key in costs as much as this many rows that see it
+  double best = 0;
+  const auto extents = [&](int32_t x) {
+    std::vector<int32_t> list;
+    const int32_t most = x < n.axes ? phase_size(n.axis[x]) : 1;
+    for (int32_t e = 1; e <= most && e * heads <= most_rows; ++e) list.push_back(e);
+    if (list.empty()) list.push_back(1);
+    return list;
+  };
+  for (const int32_t x : extents(0))
+    for (const int32_t y : extents(1))
+      for (const int32_t z : extents(2)) {
+        const int64_t rows = int64_t{x} * y * z * heads;
+        if (rows > most_rows && x * y * z > 1) continue;
+        const int32_t candidate[3] = {x, y, z};
+        double keys = 1, queries = 1;
+        for (int32_t axis = 0; axis < n.axes; ++axis) {
+          const NeighbourhoodAxis& a = n.axis[axis];
+          keys *= union_of(a, candidate[axis]);
+          // Boxes at the end of an axis are cut: the mean.
+          queries *= double(a.size) / double(boxes_of(a, candidate[axis]));
+        }
+        const double padded = double(ceil_div(rows, lanes) * lanes);
+        const double cost = keys * (padded + kLoadRows) / queries;
+        if (best == 0 || cost < best) {
+          best = cost;
+          std::copy_n(candidate, 3, box);
+        }
+      }
+}
+
+bool covers_grid(const AttentionProblem& p) {
+  if (p.neighbourhood.axes == 0) return false;
+  int64_t tokens = 1;
+  for (int32_t x = 0; x < p.neighbourhood.axes; ++x) tokens *= p.neighbourhood.axis[x].size;
+  for (int32_t b = 0; b < (p.query_starts ? p.B : 1); ++b) {
+    const int32_t queries = query_count(p, b);
+    if (queries != tokens && queries != 0) return false;
+  }
+  return true;
+}
+
+TileMap::TileMap(const AttentionProblem& p, const RowTiling& t) : heads_(p.Hkv) {
+  if (!p.query_starts) {
+    uniform_ = tile_count(t, p.neighbourhood, p.Nq);
+    count_ = uniform_ * p.B * p.Hkv;
+    return;
+  }
+  order_.resize(static_cast<size_t>(p.B));
+  std::iota(order_.begin(), order_.end(), 0);
+  const auto work = [&](int32_t b) { return int64_t{query_count(p, b)} * key_count(p, b); };
+  std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return work(a) > work(b); });
+  first_.reserve(order_.size());
+  for (const int32_t b : order_) {
+    first_.push_back(count_);
+    count_ += tile_count(t, p.neighbourhood, query_count(p, b)) * p.Hkv;
+  }
+}
+
+TileMap::Place TileMap::locate(int64_t index) const {
+  int32_t b = 0;
+  int64_t tiles = uniform_, rest = index;  // `rest`: in the sequence
+  if (order_.empty()) {
+    b = static_cast<int32_t>(index / (tiles * heads_));
+    rest = index % (tiles * heads_);
+  } else {
+    // Sequences without rows share their first tile with the next: the last of them has it.
+    const auto next = std::upper_bound(first_.begin(), first_.end(), index);
+    b = order_[static_cast<size_t>(next - first_.begin()) - 1];
+    const int64_t end = next == first_.end() ? count_ : *next;
+    rest = index - next[-1];
+    tiles = (end - next[-1]) / heads_;
+  }
+  return {b, static_cast<int32_t>(rest / tiles), tiles - 1 - rest % tiles};
+}
+
+}  // namespace mfa
