@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
-from .masks import BlockMask, BlockSize, Mask, _radius, _video, default_block_size
+from .masks import BlockMask, BlockSize, Mask, _radius, _video, default_block_size, tile_sides
 
 
 def _result(mask: BlockMask, as_lists: bool) -> Mask:
@@ -38,7 +38,7 @@ def make_topk_spatial_mask(
         q, k (array): As the module says.
         top_k (int): Key tiles to keep, 1 or more; all if there are fewer.
         head_dim (int): Sets the tile, as in :mod:`mlx_mfa.masks`. Default 128.
-        block_size (tuple of int, optional): Another tile.
+        block_size (int or tuple of int, optional): Another tile.
         as_lists (bool): Return a BlockMask. Default False.
 
     Returns:
@@ -75,7 +75,7 @@ def make_lcsa_mask(
         head_dim (int): Sets the tile, as in :mod:`mlx_mfa.masks`. Default 128.
         temporal_radius (int, optional): In frames. Default: all frames.
         patch_size (int): Side of the patch that is a token. Default 1.
-        block_size (tuple of int, optional): Another tile.
+        block_size (int or tuple of int, optional): Another tile.
         as_lists (bool): Return a BlockMask. Default False.
 
     Returns:
@@ -132,7 +132,7 @@ def make_vsa_mask(
     k: mx.array,
     sparsity: float = 0.9,
     *,
-    block_size: tuple[int, int] = (64, 64),
+    block_size: int | Sequence[int] = (64, 64),
     q_sizes: Sequence[int] | None = None,
     kv_sizes: Sequence[int] | None = None,
     as_lists: bool = False,
@@ -142,20 +142,20 @@ def make_vsa_mask(
     Args:
         q, k (array): As the module says, tile by tile.
         sparsity (float): Share of key tiles to leave out; ``ceil((1 - sparsity) * NK)`` stay, at least 1. Default 0.9.
-        block_size (tuple of int): The tile. Default (64, 64), cubes of 4.
+        block_size (int or tuple of int): The tile. Default (64, 64), cubes of 4.
         q_sizes, kv_sizes (sequence of int, optional): Tokens of each tile that are not padding; they come first.
         as_lists (bool): Return a BlockMask. Default False.
 
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    name = "make_vsa_mask"
+    name, size = "make_vsa_mask", tile_sides(block_size)
     _share(name, "sparsity", sparsity)
-    tiles = -(-k.shape[2] // max(1, block_size[1])) if k.ndim == 4 else 0
+    tiles = -(-k.shape[2] // max(1, size[1])) if k.ndim == 4 else 0
     # A share such as 1 - 0.9 is a little above 0.1 in binary: what exceeds a whole tile by rounding is no further tile.
     top_k = max(1, math.ceil((1 - sparsity) * tiles - 1e-9 * tiles))
     q_rows, kv_rows = ([int(n) for n in sizes or ()] for sizes in (q_sizes, kv_sizes))
-    return _result(_ext.pooled_top_blocks(q, k, top_k, False, q_rows, kv_rows, block_size, name), as_lists)
+    return _result(_ext.pooled_top_blocks(q, k, top_k, False, q_rows, kv_rows, size, name), as_lists)
 
 
 def make_sla_mask(
@@ -163,7 +163,7 @@ def make_sla_mask(
     k: mx.array,
     ratio: float = 0.1,
     *,
-    block_size: tuple[int, int] = (128, 64),
+    block_size: int | Sequence[int] = (128, 64),
     as_lists: bool = False,
 ) -> Mask:
     """The tiles of sparse-linear attention (arXiv:2509.24006) that get softmax attention.
@@ -174,17 +174,17 @@ def make_sla_mask(
     Args:
         q, k (array): As the module says.
         ratio (float): Share of key tiles to keep. Default 0.1.
-        block_size (tuple of int): The tile. Default (128, 64).
+        block_size (int or tuple of int): The tile. Default (128, 64).
         as_lists (bool): Return a BlockMask. Default False.
 
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    name = "make_sla_mask"
+    name, size = "make_sla_mask", tile_sides(block_size)
     _share(name, "ratio", ratio)
-    tiles = -(-k.shape[2] // max(1, block_size[1])) if k.ndim == 4 else 0
+    tiles = -(-k.shape[2] // max(1, size[1])) if k.ndim == 4 else 0
     top_k = max(1, int(ratio * tiles))
-    return _result(_ext.pooled_top_blocks(q, k, top_k, True, [], [], block_size, name), as_lists)
+    return _result(_ext.pooled_top_blocks(q, k, top_k, True, [], [], size, name), as_lists)
 
 
 def make_sparge_mask(
@@ -196,7 +196,7 @@ def make_sparge_mask(
     similarity: float = 0.6,
     causal: bool = False,
     sink: bool = False,
-    block_size: tuple[int, int] = (128, 64),
+    block_size: int | Sequence[int] = (128, 64),
     as_lists: bool = False,
 ) -> Mask:
     """Key tiles that hold most of the attention, where means can tell (SpargeAttn, arXiv:2502.18137).
@@ -211,13 +211,14 @@ def make_sparge_mask(
         similarity (float): Default 0.6; -1 switches the test off.
         causal (bool): Only tiles with a key that some query of the tile sees. Default False.
         sink (bool): Keep the first key tile. Default False.
-        block_size (tuple of int): The tile. Default (128, 64).
+        block_size (int or tuple of int): The tile. Default (128, 64).
         as_lists (bool): Return a BlockMask. Default False.
 
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    return _result(_ext.similarity_mass_blocks(q, k, mass, fraction, similarity, causal, sink, block_size), as_lists)
+    size = tile_sides(block_size)
+    return _result(_ext.similarity_mass_blocks(q, k, mass, fraction, similarity, causal, sink, size), as_lists)
 
 
 def make_xattention_mask(
@@ -227,7 +228,7 @@ def make_xattention_mask(
     threshold: float = 0.9,
     stride: int = 16,
     causal: bool = False,
-    block_size: tuple[int, int] = (128, 128),
+    block_size: int | Sequence[int] = (128, 128),
     as_lists: bool = False,
 ) -> Mask:
     """Key tiles by sums along the antidiagonals of their scores (XAttention, arXiv:2503.16428).
@@ -241,13 +242,13 @@ def make_xattention_mask(
         threshold (float): Default 0.9.
         stride (int): Divides the block size. Default 16.
         causal (bool): Only tiles with a key that some query of the tile sees. Default False.
-        block_size (tuple of int): The tile. Default (128, 128).
+        block_size (int or tuple of int): The tile. Default (128, 128).
         as_lists (bool): Return a BlockMask. Default False.
 
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    return _result(_ext.antidiagonal_blocks(q, k, threshold, stride, causal, block_size), as_lists)
+    return _result(_ext.antidiagonal_blocks(q, k, threshold, stride, causal, tile_sides(block_size)), as_lists)
 
 
 def make_sliding_tile_mask(
@@ -269,7 +270,7 @@ def make_sliding_tile_mask(
         window (sequence of int): Tiles of the window along each axis.
         tile_tokens (int): Tokens of a tile. Default 384, those of 6 by 8 by 8.
         text_tokens (int): Tokens after the tiles that see all and are seen by all. Default 0.
-        block_size (tuple of int, optional): Smaller tiles; the sides divide ``tile_tokens``.
+        block_size (int or tuple of int, optional): Smaller tiles; the sides divide ``tile_tokens``.
         as_lists (bool): Return a BlockMask. Default False.
 
     Returns:
@@ -278,4 +279,4 @@ def make_sliding_tile_mask(
     rule = _ext.sliding_tile_blocks(list(tiles), list(window), tile_tokens, text_tokens)
     if block_size is None:
         return rule.lists() if as_lists else rule.tiles()
-    return _result(rule.lists().refine(block_size), as_lists)
+    return _result(rule.lists().refine(tile_sides(block_size)), as_lists)

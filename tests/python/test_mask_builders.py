@@ -297,6 +297,12 @@ def test_tiles_follow_the_head_dimension():
         assert mfa.make_causal_block_mask(100, head_dim, as_lists=True).block_size == block
 
 
+def test_one_number_is_the_side_of_a_square_tile():
+    assert mfa.make_causal_block_mask(100, block_size=16, as_lists=True).block_size == (16, 16)
+    with pytest.raises(ValueError, match=r"one number or two.*got \(1, 2, 3\)"):
+        mfa.make_causal_block_mask(100, block_size=(1, 2, 3))
+
+
 def test_positional_parameters_are_those_of_the_replaced_package():
     expected = {
         "make_causal_block_mask": "seq_len head_dim",
