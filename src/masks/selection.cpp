@@ -29,9 +29,9 @@ void keep_mass(const float* weights, std::span<int32_t> candidates, double mass,
   std::sort(candidates.begin(), candidates.end(), Ranking{weights});
   double total = 0;
   for (const int32_t c : candidates) {
-    if (total >= mass) return;
     keep[c] = 1;
     total += weights[c];
+    if (total >= mass) return;
   }
 }
 

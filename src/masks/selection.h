@@ -11,7 +11,8 @@ namespace mfa {
 // reordered.
 void keep_top(const float* scores, std::span<int32_t> candidates, int64_t k, uint8_t* keep);
 
-// Keeps the shortest prefix of the ranking whose weights add up to at least `mass`, or all if none does.
+// Keeps the shortest prefix of the ranking, of one block at least, whose weights add up to `mass` or more, or all if
+// none does.
 void keep_mass(const float* weights, std::span<int32_t> candidates, double mass, uint8_t* keep);
 
 // Keeps the entries above the (budget + 1)-th largest, so at most `budget`, of those that are above 0: entries that

@@ -76,7 +76,7 @@ TEST(Selection, MassIsTheShortestPrefixOfTheRanking) {
     const double mass = static_cast<double>(random.integer(0, 128)) / 64;
     std::vector<uint8_t> expected(size), keep(size);
     double sum = 0;
-    for (size_t i = 0; i < ranked.size() && sum < mass; ++i) {
+    for (size_t i = 0; i < ranked.size() && (i == 0 || sum < mass); ++i) {
       expected[ranked[i]] = 1;
       sum += weights[ranked[i]];
     }
