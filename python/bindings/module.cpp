@@ -26,6 +26,7 @@ NB_MODULE(_ext, m) {
   mfa::python::bind_options(m);
   mfa::python::bind_attention(m);
   mfa::python::bind_diagnostics(m);
+  mfa::python::bind_kv_cache(m);
   mfa::python::bind_linear(m);
   mfa::python::bind_masks(m);
   mfa::python::bind_packed(m);
@@ -33,5 +34,6 @@ NB_MODULE(_ext, m) {
   mfa::python::bind_rope_tables(m);
   mfa::python::bind_sparse(m);
   mfa::python::bind_speculative(m);
+  mfa::python::bind_paged(m);
   mfa::python::bind_varlen(m);
 }

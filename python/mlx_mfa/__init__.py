@@ -20,6 +20,7 @@ if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
 from .attention import explain, explain_calls, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
+from .kv_cache import append_to_cache, flash_attention_kvcache, flash_attention_kvcache_rope_append
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .masks import (
     BlockMask,
@@ -46,7 +47,9 @@ from .masks import (
 )
 from .neighbourhood import flash_attention_gna
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
+from .paged import flash_attention_paged, flash_attention_paged_varlen
 from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
+from .rope import flash_attention_rope, flash_attention_rope_unified
 from .rope_tables import make_rope_3d_tables
 from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
 from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
@@ -61,6 +64,7 @@ __all__ = [
     "TreeMask",
     "__version__",
     "addmm",
+    "append_to_cache",
     "diagnostics",
     "disable",
     "enable",
@@ -70,7 +74,13 @@ __all__ = [
     "flash_attention_cascade",
     "flash_attention_gna",
     "flash_attention_kv_packed",
+    "flash_attention_kvcache",
+    "flash_attention_kvcache_rope_append",
+    "flash_attention_paged",
+    "flash_attention_paged_varlen",
     "flash_attention_qkv_packed",
+    "flash_attention_rope",
+    "flash_attention_rope_unified",
     "flash_attention_sparse",
     "flash_attention_speculative_verify",
     "flash_attention_splitfuse",

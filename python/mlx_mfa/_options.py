@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ import mlx.core as mx
 from . import _ext
 
 Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
+Positions = int | mx.array | Sequence[int] | None
 
 LOG2_E = math.log2(math.e)
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
@@ -54,13 +55,23 @@ def integers(values: mx.array | Sequence[int]) -> mx.array:
     """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
     if isinstance(values, mx.array):
         return values
-    values = list(values)
+    values = values.tolist() if hasattr(values, "tolist") else list(values)  # numpy's integers are not taken by MLX
     return mx.array(values) if values else mx.zeros((0,), mx.int32)
 
 
 def lengths(values: mx.array | Sequence[int] | None) -> mx.array | None:
     """The same of what may be left out."""
     return None if values is None else integers(values)
+
+
+def positions(given: Positions, q: mx.array) -> mx.array | None:
+    """A position for each batch entry of ``q``, from one for all or one for each."""
+    if given is None or (isinstance(given, Iterable) and not (isinstance(given, mx.array) and given.ndim == 0)):
+        return lengths(given)
+    batch = q.shape[0] if q.ndim else 1
+    if isinstance(given, mx.array):
+        return mx.broadcast_to(given, (batch,))
+    return mx.array([operator.index(given)] * batch) if batch else mx.zeros((0,), mx.int32)
 
 
 def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, function: str) -> int | mx.array | None:

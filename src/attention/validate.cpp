@@ -24,7 +24,7 @@ void check_starts(const int32_t* starts, int32_t B, int32_t rows, int32_t longes
 void check_pages(const AttentionProblem& p, const char* function) {
   for (int32_t b = 0; b < p.B; ++b) {
     if (p.kv_lengths) {
-      check(p.kv_lengths[b] >= 0 && p.kv_lengths[b] <= p.Nk, function, "lengths must be in [0, ", p.Nk,
+      check(p.kv_lengths[b] >= 0 && p.kv_lengths[b] <= p.Nk, function, "seq_lens must be in [0, ", p.Nk,
             "], what the block table has room for; got ", p.kv_lengths[b], " for sequence ", b);
     }
     const int64_t used = (int64_t{key_count(p, b)} + p.pages.page_size - 1) / p.pages.page_size;

@@ -38,11 +38,11 @@ void check_tensors(const mx::array& q, const mx::array& k, const mx::array& v, c
 
   const mx::Shape &qs = q.shape(), &ks = k.shape(), &vs = v.shape();
   const int head_axis = paged ? 2 : 1;
+  check(!sources.packed || qs[0] == 1, function, "packed q must have batch size 1; got ", qs[0]);
   if (paged) {
     check(ks[0] == vs[0] && ks[1] == vs[1], function, "k and v must have the same pages; got ", ks[0], " of ", ks[1],
           " tokens and ", vs[0], " of ", vs[1]);
   } else if (sources.packed) {
-    check(qs[0] == 1, function, "packed q must have batch size 1; got ", qs[0]);
     check(ks[0] == vs[0] && (ks[0] == 1 || !sources.packed->key_starts), function,
           "packed k and v must have batch size 1; got ", ks[0], " and ", vs[0]);
   } else {
@@ -90,39 +90,39 @@ mx::array with_rank_4(const mx::array& x, mx::Stream s) {
 }
 
 template <typename T>
-void check_length_values(const mx::array& lengths, int Nk, const char* function) {
+void check_length_values(const mx::array& lengths, int Nk, const char* name, const char* function) {
   const T* values = lengths.data<T>();
   const int64_t stride = lengths.strides(0);
   for (int b = 0; b < lengths.shape(0); ++b) {
     const T n = values[b * stride];
     const bool in_range = !(n < T{0}) && static_cast<uint64_t>(n) <= static_cast<uint64_t>(Nk);
-    check(in_range, function, "kv_lengths must be in [0, Nk] = [0, ", Nk, "]; got ", +n, " for batch entry ", b);
+    check(in_range, function, name, " must be in [0, Nk] = [0, ", Nk, "]; got ", +n, " for batch entry ", b);
   }
 }
 
-void check_lengths(const mx::array& lengths, int B, int Nk, mx::Stream s, const char* function) {
-  check(is_integer(lengths.dtype()), function, "kv_lengths must have an integer dtype; got ", lengths.dtype());
-  check(lengths.ndim() == 1 && lengths.shape(0) == B, function, "kv_lengths must have shape (", B,
+void check_lengths(const mx::array& lengths, int B, int Nk, mx::Stream s, const char* name, const char* function) {
+  check(is_integer(lengths.dtype()), function, name, " must have an integer dtype; got ", lengths.dtype());
+  check(lengths.ndim() == 1 && lengths.shape(0) == B, function, name, " must have shape (", B,
         ",), one length for each batch entry; got ", lengths.shape());
   // Values are looked at only where that neither computes nor copies anything.
   if (s.device != mx::Device::cpu || lengths.is_tracer() || !lengths.is_available()) return;
   switch (lengths.dtype()) {
     case mx::int8:
-      return check_length_values<int8_t>(lengths, Nk, function);
+      return check_length_values<int8_t>(lengths, Nk, name, function);
     case mx::int16:
-      return check_length_values<int16_t>(lengths, Nk, function);
+      return check_length_values<int16_t>(lengths, Nk, name, function);
     case mx::int32:
-      return check_length_values<int32_t>(lengths, Nk, function);
+      return check_length_values<int32_t>(lengths, Nk, name, function);
     case mx::int64:
-      return check_length_values<int64_t>(lengths, Nk, function);
+      return check_length_values<int64_t>(lengths, Nk, name, function);
     case mx::uint8:
-      return check_length_values<uint8_t>(lengths, Nk, function);
+      return check_length_values<uint8_t>(lengths, Nk, name, function);
     case mx::uint16:
-      return check_length_values<uint16_t>(lengths, Nk, function);
+      return check_length_values<uint16_t>(lengths, Nk, name, function);
     case mx::uint32:
-      return check_length_values<uint32_t>(lengths, Nk, function);
+      return check_length_values<uint32_t>(lengths, Nk, name, function);
     case mx::uint64:
-      return check_length_values<uint64_t>(lengths, Nk, function);
+      return check_length_values<uint64_t>(lengths, Nk, name, function);
     default:
       return;
   }
@@ -236,7 +236,7 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
     check(o.mask->dtype() == mx::bool_, function, "mask must have dtype bool; got ", o.mask->dtype());
     check_broadcasts(*o.mask, "mask", scores, function);
   }
-  if (o.kv_lengths) check_lengths(*o.kv_lengths, p.B, p.Nk, s, function);
+  if (o.kv_lengths) check_lengths(*o.kv_lengths, p.B, p.Nk, s, sources.lengths_name, function);
   if (o.dropout_seed) {
     check(o.dropout_seed->dtype() == mx::uint32 && o.dropout_seed->ndim() == 1 && o.dropout_seed->shape(0) == 2,
           function, "dropout_seed must be uint32 of shape (2,); got ", o.dropout_seed->dtype(), " of shape ",
@@ -250,7 +250,7 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
   }
   if (o.mask) inputs.push_back(with_rank_4(*o.mask, s));
   if (o.kv_lengths) {
-    inputs.push_back(sources.paged ? to_int32(*o.kv_lengths, 1, "kv_lengths", function, s)
+    inputs.push_back(sources.paged ? to_int32(*o.kv_lengths, 1, sources.lengths_name, function, s)
                                    : to_int32_lengths(*o.kv_lengths, p.Nk, s));
   }
   if (drops) inputs.push_back(o.dropout_seed ? *o.dropout_seed : mx::random::bits({2}, std::nullopt, s));

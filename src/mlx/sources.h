@@ -45,6 +45,7 @@ struct BlockLists {
 
 struct AttentionSources {
   const char* function = "flash_attention";  // in the messages of errors
+  const char* lengths_name = "kv_lengths";   // ditto
   std::optional<PackedRows> packed;
   std::optional<PagedKeys> paged;
   std::optional<Rotary> rotary;

@@ -27,9 +27,15 @@ struct Options {
       else
         columns.push_back(std::atoi(argv[i]));
     }
-    if (columns.empty()) columns = {64, 96, 128, 192, 256};
+    if (columns.empty()) columns = {64, 96, 128, 192, 256};  // the forward also knows 512 and 576
   }
 };
+
+constexpr int widest_values = 512;
+inline void narrow_values(std::vector<Case>& cases) {
+  for (Case& c : cases)
+    if (c.value_columns() > widest_values) c.Dv = widest_values;
+}
 
 // With visibility and sinks only; a quick run takes few.
 inline std::vector<Case> plain_cases(int D, bool quick) {
@@ -59,7 +65,7 @@ inline std::vector<Case> plain_cases(int D, bool quick) {
   c.Dv = 64;
   cases.push_back(c);
   c = {2, 4, 4, 300, 300, D > 64 ? 64 : 32, true};
-  c.Dv = D;
+  c.Dv = std::min(D, widest_values);
   cases.push_back(c);
   c = {2, 4, 2, 200, 300, D, false};
   c.broadcast = true;
@@ -100,6 +106,7 @@ inline std::vector<Case> timed_cases(int D, bool modified) {
   if (!modified) {
     for (auto [B, N] : {std::pair{4, 4096}, std::pair{1, 16384}})
       for (bool causal : {false, true}) cases.push_back({B, 16, 16, N, N, D, causal});
+    narrow_values(cases);
     return cases;
   }
   for (int which = 0; which < 5; ++which) {
@@ -108,6 +115,7 @@ inline std::vector<Case> timed_cases(int D, bool modified) {
     c.dropout = which == 4 ? .1f : 0;
     cases.push_back(c);
   }
+  narrow_values(cases);
   return cases;
 }
 
@@ -135,16 +143,17 @@ int check_all(const Options& options, const Verify& verify) {
   int failures = 0;
   for (int D : options.columns) {
     std::vector<Case> cases = plain_cases(D, options.quick);
-    const std::vector<Case> half = {cases[0], cases[1], cases[2]};
-    if (options.modified) {
-      const std::vector<Case> more = modified_cases(D);
-      cases.insert(cases.end(), more.begin(), more.end());
-    }
+    std::vector<Case> half = {cases[0], cases[1], cases[2]};
+    if (options.modified)
+      for (const Case& c : modified_cases(D)) {
+        cases.push_back(c);
+        half.push_back(c);
+      }
+    narrow_values(cases);
+    narrow_values(half);
     for (const Case& c : cases) failures += !verify(__nv_bfloat16{}, c);
     if (options.quick) continue;
     for (const Case& c : half) failures += !verify(__half{}, c);
-    if (options.modified)
-      for (const Case& c : modified_cases(D)) failures += !verify(__half{}, c);
   }
   std::printf("%d failures\n", failures);
   return failures;

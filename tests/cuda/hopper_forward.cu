@@ -1,5 +1,6 @@
 // hopper_forward.cu: checks the Hopper forward kernels against float64 and times them.
-// Usage: hopper_forward CUBIN OPTIONS; those are in hopper_cases.h.
+// Usage: hopper_forward CUBIN WIDE_CUBIN OPTIONS; those are in hopper_cases.h.
+#include "backend/cuda/plan_hopper.h"
 #include "hopper_cases.h"
 
 using namespace harness;
@@ -20,7 +21,7 @@ struct Run : Inputs<T> {
   hopper::ForwardLayout layout;
   HopperSchedule s{};
 
-  Run(const Kernels& kernels, const Case& c_) : Inputs<T>(c_) {
+  Run(const Kernels& kernels, const Kernels& wide, const Case& c_) : Inputs<T>(c_) {
     const bool half = std::is_same_v<T, __half>;
     f.p = p;
     const int Dv = c.value_columns();
@@ -30,20 +31,22 @@ struct Run : Inputs<T> {
     f.splits = 1;
 
     const int columns = hopper::columns_of(std::max(c.D, Dv));
-    const bool narrow_values = columns == 192 && Dv <= 128 && !c.modified();
-    int choice = narrow_values ? 5 : 0;
+    int choice = 0;
     while (hopper::forward_tiles[choice].columns != columns) ++choice;
-    const bool mask_only = c.mask && !c.bias && !c.alibi && c.softcap == 0 && c.dropout == 0 && c.Nk % 16 == 0;
+    if (columns == 192 && Dv <= 128 && !c.modified()) choice = mfa::cuda::kNarrowValues;
+    const bool mask_only =
+        c.mask && !c.bias && !c.alibi && c.softcap == 0 && c.dropout == 0 && c.Nk % 16 == 0 && columns <= 256;
     const auto tile = mask_only      ? hopper::forward_mask_tiles[choice]
                       : c.modified() ? hopper::forward_modified_tiles[choice]
                                      : hopper::forward_tiles[choice];
     layout = hopper::forward_layout(tile);
-    kernel = kernels.get(std::string("hopper_forward_") +
-                             (mask_only      ? "mask_"
-                              : c.modified() ? "modified_"
-                                             : "") +
-                             std::to_string(columns) + (narrow_values ? "x128" : "") + (half ? "_f16" : "_bf16"),
-                         layout.bytes);
+    kernel = (columns <= 256 ? kernels : wide)
+                 .get(std::string("hopper_forward_") +
+                          (mask_only      ? "mask_"
+                           : c.modified() ? "modified_"
+                                          : "") +
+                          mfa::cuda::kHopperColumns[choice] + (half ? "_f16" : "_bf16"),
+                      layout.bytes);
     qm = tensor_map(p.q.data, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, 64);
     km = tensor_map(p.k.data, half, c.B, c.Hkv, c.Nk, c.D, p.k.stride, tile.tile);
     vm = tensor_map(p.v.data, half, c.B, c.Hkv, c.Nk, Dv, p.v.stride, tile.tile);
@@ -98,13 +101,14 @@ struct Run : Inputs<T> {
 };
 
 int main(int argc, char** argv) {
-  if (argc < 2) return 2;
+  if (argc < 3) return 2;
   check(cudaFree(nullptr), "start");
-  const Kernels kernels(argv[1]);
-  const Options options(argc, argv, 2);
+  const Kernels kernels(argv[1]), wide(argv[2]);
+  const Options options(argc, argv, 3);
   const int failures =
       options.check
-          ? check_all(options, [&]<class T>(T, const Case& c) { return Run<T>(kernels, c).verify(options.repeats); })
+          ? check_all(options,
+                      [&]<class T>(T, const Case& c) { return Run<T>(kernels, wide, c).verify(options.repeats); })
           : 0;
   if (options.time)
     for (int D : options.columns) {
@@ -112,7 +116,7 @@ int main(int argc, char** argv) {
       if (D == 192 && !options.modified)
         for (int i = 0; i < 4; ++i) cases.push_back(cases[i]), cases.back().Dv = 128;
       for (const Case& c : cases) {
-        Run<__nv_bfloat16> run(kernels, c);
+        Run<__nv_bfloat16> run(kernels, wide, c);
         const double ms = median_ms([&] { run.launch(); }, c.Nk == 4096 ? 15 : 9);
         const double flop = 2.0 * c.B * c.Hq * double(c.Nq) * c.Nk * (D + c.value_columns()) * (c.causal ? .5 : 1.);
         std::printf("TIME %s: %.3f ms %.1f TFLOP/s\n", text_of(c).c_str(), ms, flop / ms * 1e-9);

@@ -25,27 +25,34 @@ def run_block(block, seed, check):
     assert not failures, f"MFA_TEST_SEED={seed}: {len(failures)} failures\n" + "\n".join(failures[:10])
 
 
-def check_entry(case, inputs, call, parts=None, seed=0):
+def check_entry(case, inputs, call, parts=None, seed=0, pack=None, unpack=None, rule=None):
     """Compares outputs and gradients of an entry point with the oracle's answer to ``case.problem``.
 
     ``call(inputs)`` returns ``(o, lse)``, lse of base 2. The gradient of every floating array of ``inputs`` is checked:
     ``parts[name](gradient)`` gives what it holds of the gradients of the problem's arrays, as ``{name: array}`` or
     ``{name: (array, part, terms)}`` for :meth:`oracle.ErrorRule.check`; without an entry it is that of the problem's
     array of the same name.
+    ``unpack`` brings o and lse into the problem's shape, ``pack`` dlse into that of the call; ``rule`` is another error
+    rule than that of ``case.problem``.
     """
     names = [n for n, x in inputs.items() if mx.issubdtype(x.dtype, mx.floating)]
 
     def function(*values):
         return call(inputs | dict(zip(names, values)))
 
-    cotangents = [case.d_o_array, mx.array(np.asarray(case.dlse * oracle.LN2, np.float32))]
+    dlse = case.dlse * oracle.LN2
+    if pack is not None:
+        dlse = pack(dlse)
+    cotangents = [case.d_o_array, mx.array(np.asarray(dlse, np.float32))]
     (o, lse), gradients = mx.vjp(function, [inputs[n] for n in names], cotangents)
     mx.eval(o, lse, gradients)
 
-    rule = oracle.ErrorRule(case.problem, case.d_o, case.dlse, seed)
-    oracle.assert_lse(np.array(lse) * oracle.LN2, rule.answer.lse, case.label)
+    rule = rule or oracle.ErrorRule(case.problem, case.d_o, case.dlse, seed)
+    unpack = unpack or (lambda x: x)
+    expected = rule.answer.lse if pack is None else pack(rule.answer.lse)
+    oracle.assert_lse(np.array(lse) * oracle.LN2, expected, case.label)
     assert dtype_name(o) == case.problem.dtype
-    rule.check("o", to_numpy(o), dtype_name(o), case.label)
+    rule.check("o", unpack(to_numpy(o)), dtype_name(o), case.label)
     for name, gradient in zip(names, gradients):
         assert gradient.dtype == inputs[name].dtype, f"{name}: dtype {gradient.dtype} {case.label}"
         assert gradient.shape == inputs[name].shape, f"{name}: shape {gradient.shape} {case.label}"

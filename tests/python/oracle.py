@@ -385,11 +385,14 @@ class ErrorRule:
         self._shapes = {n: padded if n == "bias" else heads for n in self.answer.terms}
         self._additions = {n: _addition_spread(t, self._shapes[n]) for n, t in self.answer.terms.items()}
 
+    def _unfused(self, rng):
+        return unfused(self._problem, self._d_o, self._dlse, rng)
+
     def _draw(self):
         """Evaluates the unfused computation once more."""
         rng = np.random.default_rng([self._seed, self._draws]) if self._draws else None
         self._draws += 1
-        approximate = unfused(self._problem, self._d_o, self._dlse, rng)
+        approximate = self._unfused(rng)
         for name in self._names:
             error = max_error(getattr(approximate, name), getattr(self.answer, name))
             if name in self.answer.terms:

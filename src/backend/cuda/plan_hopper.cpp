@@ -10,8 +10,7 @@ constexpr int kPrepareThreads = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kColumns[] = {64, 96, 128, 192, 256};
-constexpr int kNarrowValues = 5;  // the row of forward_tiles, and of kHopperColumns, for D up to 192 with Dv up to 128
+constexpr int kColumns[] = {64, 96, 128, 192, 256, 512, 576};  // of the first rows of forward_tiles and kHopperColumns
 
 int columns_of(const AttentionProblem& p) { return hopper::columns_of(std::max(p.D, p.Dv)); }
 
@@ -43,17 +42,18 @@ bool has_unequal_tiles(const AttentionProblem& p, const CallTraits& call) {
 }  // namespace
 
 bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
-  constexpr int kMaxHeadDim = 256;
+  constexpr int kMaxHeadDim = 576, kMaxValueDim = 512;
   constexpr int64_t kMaxPositions = int64_t{1} << 29, kMaxTiles = int64_t{1} << 30;
   const int64_t tiles = int64_t{p.B} * p.Hq * (ceil_div(p.Nq, 64) + ceil_div(p.Nk, 64));
-  return device.compute_capability == 90 && p.dtype != DType::f32 && std::max(p.D, p.Dv) <= kMaxHeadDim &&
+  return device.compute_capability == 90 && p.dtype != DType::f32 && p.D <= kMaxHeadDim && p.Dv <= kMaxValueDim &&
          p.D % 8 == 0 && p.Dv % 8 == 0 && (p.scale > 0.f || is_modified(p, call)) && p.B > 0 && p.Nq > 0 && p.Nk > 0 &&
          int64_t{p.Nq} + p.Nk < kMaxPositions && tiles < kMaxTiles && call.mapped;
 }
 
 bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
   constexpr int kMaxGrid = 65535;  // the rows' terms are a grid of heads and batch entries
-  return hopper_takes(p, call, device) && p.Hq <= kMaxGrid && p.B <= kMaxGrid;
+  constexpr int kMaxHeadDim = 256;
+  return hopper_takes(p, call, device) && std::max(p.D, p.Dv) <= kMaxHeadDim && p.Hq <= kMaxGrid && p.B <= kMaxGrid;
 }
 
 bool is_modified(const AttentionProblem& p, const CallTraits& call) {
@@ -62,8 +62,8 @@ bool is_modified(const AttentionProblem& p, const CallTraits& call) {
 
 Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
                            int& key_tile) {
-  const bool mask_alone =
-      call.mask && call.mask_in_words && !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
+  const bool mask_alone = call.mask && call.mask_in_words && columns_of(p) <= 256 &&
+                          !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
   const Kernel kernel = !is_modified(p, call) ? Kernel::hopper_forward
                         : mask_alone          ? Kernel::hopper_forward_mask
                                               : Kernel::hopper_forward_modified;

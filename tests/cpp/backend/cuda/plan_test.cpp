@@ -159,15 +159,28 @@ TEST(CudaPlanHopper, TakesWhatItsKernelsKnow) {
   EXPECT_EQ(name(p, {}), "hopper_forward_192x128_bf16");
   EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_mask_192_bf16");
   EXPECT_EQ(name(shape(2, 8, 8, 1000, 1000, 100, DType::bf16), {}), "forward_tiled_bf16_128");
+  p.D = p.Dv = 264;
+  EXPECT_EQ(name(p, {}), "hopper_forward_512_bf16");
+  EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_modified_512_bf16");
+  p.D = 576;
+  EXPECT_EQ(name(p, {}), "hopper_forward_576x512_bf16");
+  EXPECT_EQ(name(p, {.bias = true}), "hopper_forward_modified_576x512_bf16");
+  EXPECT_EQ(plan_backward(p, {}, {}, kH100).queries.kernel, Kernel::backward_queries);
+  p.Dv = 576;
+  EXPECT_EQ(name(p, {}), "forward_tiled_bf16_576");
 }
 
 TEST(CudaPlanHopper, SchedulesCoverEveryTile) {
-  for (int32_t D : {64, 96, 128, 192, 256})
+  for (int32_t D : {64, 96, 128, 192, 256, 512, 576})
     for (int32_t Nq : {17, 128, 1000, 16384}) {
       AttentionProblem p = shape(2, 16, 4, Nq, 4096, D, DType::f16);
+      p.Dv = std::min(D, 512);
       const Launch forward = plan_forward(p, {}, kH100).attention;
+      EXPECT_TRUE(is_hopper(forward.kernel));
       EXPECT_EQ(forward.schedule.tiles, 2 * 16 * ceil_div(Nq, plan_forward(p, {}, kH100).row_tile));
       EXPECT_LE(forward.grid[0], 132u);
+      EXPECT_LE(forward.shared_bytes, uint32_t(kH100.shared_bytes));
+      if (D > 256) continue;
       const BackwardPlan backward = plan_backward(p, {}, {}, kH100);
       const BackwardPlan masked = plan_backward(p, {.mask = true}, {}, kH100);
       EXPECT_EQ(masked.queries.kernel, Kernel::hopper_dq_modified);

@@ -1,0 +1,176 @@
+// append_test.cpp: rows appended to caches of every layout, rotated and read back, and the errors of their places.
+#include "attention/append.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "support/random.h"
+
+namespace mfa {
+namespace {
+
+// A cache of `pages` pages (or batch entries) of `page_size` tokens, stored token-major, and rows for it, in float32.
+struct Caches {
+  static constexpr int32_t B = 2, H = 3, N = 4, D = 8, pages = 6, page_size = 5;
+  std::vector<float> cache = std::vector<float>(pages * page_size * H * D), rows = std::vector<float>(B * H * N * D);
+  std::vector<int32_t> starts = {3, 0}, table = {4, 1, -1, 2, -1, -1};
+  CacheRows p;
+
+  Caches() {
+    for (size_t i = 0; i < cache.size(); ++i) cache[i] = static_cast<float>(i);
+    for (size_t i = 0; i < rows.size(); ++i) rows[i] = -1.f - static_cast<float>(i);
+    p.B = B;
+    p.H = H;
+    p.N = N;
+    p.D = D;
+    p.capacity = 3 * page_size;
+    p.cache = {cache.data(), {page_size * H * D, D, H * D}};
+    p.rows = {rows.data(), {H * N * D, N * D, D}};
+    p.starts = starts.data();
+    p.pages = {table.data(), 3, page_size, pages};
+  }
+
+  std::string error() const {
+    try {
+      validate(p, "f");
+    } catch (const std::invalid_argument& e) {
+      return e.what();
+    }
+    return "";
+  }
+};
+
+TEST(Append, WritesRowsThroughTheTableAndNothingElse) {
+  Caches c;
+  std::vector<float> expected = c.cache;
+  for (int b = 0; b < Caches::B; ++b)
+    for (int h = 0; h < Caches::H; ++h)
+      for (int t = 0; t < Caches::N; ++t)
+        for (int d = 0; d < Caches::D; ++d) {
+          const int token = c.starts[b] + t, page = c.table[b * 3 + token / Caches::page_size];
+          expected[((page * Caches::page_size + token % Caches::page_size) * Caches::H + h) * Caches::D + d] =
+              c.rows[((b * Caches::H + h) * Caches::N + t) * Caches::D + d];
+        }
+  EXPECT_EQ(c.error(), "");
+  append_rows(c.p);
+  EXPECT_EQ(c.cache, expected);
+}
+
+TEST(Append, ReadsBackWhatItWrote) {
+  Caches c;
+  append_rows(c.p);
+  const std::vector<float> rows = c.rows;
+  std::fill(c.rows.begin(), c.rows.end(), 0.f);
+  read_rows(c.p);
+  EXPECT_EQ(c.rows, rows);
+}
+
+TEST(Append, WritesIntoBatchEntriesWithoutATable) {
+  Caches c;
+  c.p.pages = {};
+  c.p.capacity = Caches::page_size;
+  c.starts = {1, 0};
+  EXPECT_EQ(c.error(), "");
+  append_rows(c.p);
+  EXPECT_EQ(c.cache[Caches::H * Caches::D], -1.f);  // entry 0, token 1, head 0
+  EXPECT_EQ(c.cache[0], 0.f);
+}
+
+TEST(Append, TurnsPairsOfBothKindsByThePositionAndBack) {
+  for (const bool interleaved : {true, false}) {
+    for (const int32_t rotary_dim : {2, 6, 8}) {
+      Caches c;
+      const int32_t half = rotary_dim / 2, positions = 9;
+      std::vector<float> cos, sin;
+      for (int32_t i = 0; i < positions * half; ++i) {
+        cos.push_back(std::cos(0.3f * static_cast<float>(i)));
+        sin.push_back(std::sin(0.3f * static_cast<float>(i)));
+      }
+      const std::vector<int32_t> first = {5, 2};
+      c.p.rope = {cos.data(), sin.data(), positions, rotary_dim, interleaved, true, first.data(), nullptr};
+      EXPECT_EQ(c.error(), "");
+      append_rows(c.p);
+      const float* row = c.rows.data() + ((1 * Caches::H + 2) * Caches::N + 3) * Caches::D;  // entry 1, head 2, token 3
+      const float* stored = c.cache.data() + ((2 * Caches::page_size + 3) * Caches::H + 2) * Caches::D;
+      std::vector<double> expected(row, row + Caches::D);
+      for (int32_t i = 0; i < half; ++i) {
+        const int32_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half;
+        const double u = cos[5 * half + i], v = sin[5 * half + i];
+        expected[a] = row[a] * u - row[b] * v;
+        expected[b] = row[a] * v + row[b] * u;
+      }
+      for (int32_t d = 0; d < Caches::D; ++d) EXPECT_NEAR(stored[d], expected[d], 1e-5 * std::abs(row[d]) + 1e-5);
+      const std::vector<float> rows = c.rows;
+      read_rows(c.p);
+      for (size_t i = 0; i < rows.size(); ++i) EXPECT_NEAR(c.rows[i], rows[i], 1e-4);
+    }
+  }
+}
+
+TEST(Append, RoundsToTheDtypeOnce) {
+  std::vector<bfloat16> cache(2), rows = {to_bfloat16(1.f), to_bfloat16(3.f)};
+  const float cos = 0.6f, sin = 0.8f;
+  const int32_t start = 0;
+  CacheRows p;
+  p.B = p.H = p.N = p.capacity = 1;
+  p.D = 2;
+  p.dtype = DType::bf16;
+  p.cache = {cache.data(), {2, 2, 2}};
+  p.rows = {rows.data(), {2, 2, 2}};
+  p.starts = &start;
+  p.rope = {&cos, &sin, 1, 2, true, true, nullptr, nullptr};
+  append_rows(p);
+  EXPECT_EQ(cache[0].bits, to_bfloat16(0.6f - 3 * 0.8f).bits);
+  EXPECT_EQ(cache[1].bits, to_bfloat16(0.8f + 3 * 0.6f).bits);
+}
+
+TEST(Append, LongRowsAreTheSameInManyTasks) {
+  constexpr int32_t N = 3000, D = 64;
+  std::vector<float> cache(2 * N * D), rows(N * D);
+  testing::Random random(1);
+  for (float& x : rows) x = random.normal();
+  const int32_t start = 17;
+  CacheRows p;
+  p.B = p.H = 1;
+  p.N = N;
+  p.D = D;
+  p.capacity = 2 * N;
+  p.cache = {cache.data(), {0, 0, D}};
+  p.rows = {rows.data(), {0, 0, D}};
+  p.starts = &start;
+  append_rows(p);
+  EXPECT_TRUE(std::equal(rows.begin(), rows.end(), cache.begin() + start * D));
+  EXPECT_EQ(cache[start * D - 1], 0.f);
+  EXPECT_EQ(cache[(start + N) * D], 0.f);
+}
+
+TEST(Append, PlacesThatDoNotFitAreRefused) {
+  Caches c;
+  c.starts = {12, 0};
+  EXPECT_EQ(c.error(),
+            "[f] sequences must have room for their lengths and the 4 new tokens, 15 in all; got length 12 for "
+            "sequence 0");
+  c.starts = {0, -1};
+  EXPECT_NE(c.error().find("got length -1 for sequence 1"), std::string::npos);
+  c.starts = {7, 0};
+  EXPECT_EQ(c.error(),
+            "[f] block_table must name pages in [0, 6) for the tokens that are appended; got -1 at entry 2 of "
+            "sequence 0");
+  c.starts = {3, 0};
+  c.table[1] = 6;
+  EXPECT_NE(c.error().find("got 6 at entry 1 of sequence 0"), std::string::npos);
+  c.table[1] = 2;
+  EXPECT_EQ(c.error(), "[f] each page may be appended to once; got page 2 for sequences 0 and 1");
+  c.table[1] = 1;
+  const std::vector<float> tables(5);
+  const std::vector<int32_t> first = {0, 2};
+  c.p.rope = {tables.data(), tables.data(), 5, 2, true, true, first.data(), nullptr};
+  EXPECT_EQ(c.error(),
+            "[f] the positions of new keys must lie in the rotary tables, [0, 5); got [2, 6) for sequence 1");
+}
+
+}  // namespace
+}  // namespace mfa
