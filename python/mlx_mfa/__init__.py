@@ -63,6 +63,7 @@ from .rope import flash_attention_rope, flash_attention_rope_unified
 from .rope_tables import make_rope_3d_tables
 from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
 from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
+from .topk import flash_attention_topk
 from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
 enable_by_default()
@@ -93,6 +94,7 @@ __all__ = [
     "flash_attention_sparse",
     "flash_attention_speculative_verify",
     "flash_attention_splitfuse",
+    "flash_attention_topk",
     "flash_attention_tree",
     "flash_attention_varlen",
     "flash_attention_varlen_kv_packed",
