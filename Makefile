@@ -25,7 +25,7 @@ CPP_FILES = $(shell find include src python tests/cpp tests/cuda benchmarks exam
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build test test-cpp test-python test-example demo bench cuda gpu-bundle lint format sanitize arm wheel clean
+.PHONY: help build test test-cpp test-python test-types test-example demo bench cuda gpu-bundle lint format sanitize arm wheel clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,7 +35,7 @@ build: $(BUILD)/.configured-$(MLX)  ## compile the library and the Python module
 	@for part in python library; do \
 	  $(CMAKE) --install $(BUILD) --prefix python/mlx_mfa --component $$part >$(BUILD)/install-$$part.log || exit 1; done
 
-test: test-cpp test-example test-python  ## run every test
+test: test-cpp test-example test-types test-python  ## run every test
 
 test-cpp: $(BUILD)/.configured-tests build
 	$(CTEST) --test-dir $(BUILD) --output-on-failure -j $(JOBS)
@@ -45,6 +45,9 @@ test-example: build  ## build examples/cpp against the installed library and run
 	  -DMLX_ROOT=$$($(PY) -m mlx --cmake-dir)
 	$(CMAKE) --build build/example
 	build/example/attention_example
+
+test-types: build $(VENV)/.test
+	$(RUN) -m mypy
 
 test-python: build $(VENV)/.test
 	$(RUN) -m pytest

@@ -71,8 +71,9 @@ def cases() -> list[Case]:
             suffix = "causal" if causal else "full"
             rows.append(Case(f"backward D{D} {suffix} 4k", 4, 16, 16, 4096, 4096, D, causal=causal, kind="backward"))
     for D in (64, 128):
-        rows.append(Case(f"bool mask D{D} 4k", 4, 16, 16, 4096, 4096, D, mask="bool"))
-        rows.append(Case(f"additive mask D{D} 4k", 4, 16, 16, 4096, 4096, D, mask="additive"))
+        for mask in ("bool", "additive"):
+            rows.append(Case(f"{mask} mask D{D} 4k", 4, 16, 16, 4096, 4096, D, mask=mask))
+            rows.append(Case(f"backward {mask} mask D{D} 4k", 4, 16, 16, 4096, 4096, D, mask=mask, kind="backward"))
     for B in (32, 1):
         for D in (128, 256):
             rows.append(Case(f"decode B{B} 8k D{D}", B, 32, 8, 1, 8192, D, kind="decode"))

@@ -25,7 +25,8 @@ mfa_compile_options(mfa)
 target_include_directories(mfa PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:include>)
 target_compile_definitions(mfa PRIVATE MFA_VERSION="${PROJECT_VERSION}" MFA_MLX_VERSION="${MFA_MLX_VERSION}")
 target_compile_features(mfa PUBLIC cxx_std_20)
-target_link_libraries(mfa PUBLIC mlx PRIVATE mfa_core ${CMAKE_DL_LIBS})
+# The whole archive: nothing else in the library refers to the exported functions of block_rules.h.
+target_link_libraries(mfa PUBLIC mlx PRIVATE $<LINK_LIBRARY:WHOLE_ARCHIVE,mfa_core> ${CMAKE_DL_LIBS})
 if(NOT APPLE AND NOT MFA_SANITIZE)
   target_link_options(mfa PRIVATE -Wl,-z,defs)  # a missing symbol is an error here, not when a user imports it
 endif()

@@ -18,6 +18,7 @@ struct Refusal {
 };
 
 struct Explanation {
+  std::string function;           // the entry point, as messages of errors name it
   std::string route;              // "mfa_cpu", "mfa_cuda", "mlx_sdpa" or "composed"
   std::string kernel;             // the kernel of that route
   std::string isa;                // instruction set of a CPU kernel, else empty
@@ -35,6 +36,22 @@ struct Explanation {
 MFA_API Explanation explain(const mlx::core::array& q, const mlx::core::array& k, const mlx::core::array& v,
                             const AttentionOptions& options = {}, mlx::core::StreamOrDevice s = {},
                             bool returns_lse = false);
+
+// While it lives, notes each attention call that this thread builds, by whatever entry point, with what explain() says
+// of it. Entry points of several parts make several calls. They may be nested: each sees the calls built in it.
+class MFA_API RouteRecorder {
+ public:
+  RouteRecorder();
+  ~RouteRecorder();
+  RouteRecorder(const RouteRecorder&) = delete;
+  RouteRecorder& operator=(const RouteRecorder&) = delete;
+  void add(const Explanation& call);
+  const std::vector<Explanation>& calls() const { return calls_; }
+
+ private:
+  RouteRecorder* outer_;
+  std::vector<Explanation> calls_;
+};
 
 // Calls of the process by route since it started or since reset_counters(): graphs built, not evaluations.
 struct Counters {

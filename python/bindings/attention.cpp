@@ -29,6 +29,7 @@ nb::dict to_dict(const Explanation& e) {
     refusals.append(entry);
   }
   nb::dict result;
+  result["function"] = e.function;
   result["route"] = e.route;
   result["kernel"] = e.kernel;
   result["isa"] = e.isa;
@@ -124,6 +125,22 @@ Returns:
 
 Raises:
     ValueError, RuntimeError: As :func:`attention`.
+)");
+
+  m.def(
+      "explain_calls",
+      [](const nb::callable& function) {
+        RouteRecorder recorder;
+        function();
+        nb::list calls;
+        for (const Explanation& call : recorder.calls()) calls.append(to_dict(call));
+        return calls;
+      },
+      "function"_a, R"(
+What runs the attention calls that ``function()`` builds. As :func:`mlx_mfa.explain_calls`.
+
+Returns:
+    list: A dict for each call, as :func:`mlx_mfa.explain` says.
 )");
 
   m.def(

@@ -28,8 +28,12 @@ NB_MODULE(_ext, m) {
   mfa::python::bind_diagnostics(m);
   mfa::python::bind_kv_cache(m);
   mfa::python::bind_linear(m);
+  mfa::python::bind_masks(m);
   mfa::python::bind_packed(m);
+  mfa::python::bind_prefix(m);
   mfa::python::bind_rope_tables(m);
+  mfa::python::bind_sparse(m);
+  mfa::python::bind_speculative(m);
   mfa::python::bind_paged(m);
   mfa::python::bind_varlen(m);
 }

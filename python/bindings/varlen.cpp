@@ -17,15 +17,15 @@ void bind_varlen(nb::module_& m) {
   m.def(
       "attention_varlen",
       [](const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& cu_seqlens_q,
-         const mx::array& cu_seqlens_k, std::optional<int> max_seqlen_q, std::optional<int> max_seqlen_k,
-         const AttentionOptions& options, bool return_lse, mx::StreamOrDevice stream) -> nb::object {
+         const mx::array& cu_seqlens_k, const AttentionOptions& options, std::optional<int> max_seqlen_q,
+         std::optional<int> max_seqlen_k, bool return_lse, mx::StreamOrDevice stream) -> nb::object {
         const PackedSequences sequences{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
         if (!return_lse) return nb::cast(attention_varlen(q, k, v, sequences, options, stream));
         const auto result = attention_varlen_with_lse(q, k, v, sequences, options, stream);
         return nb::make_tuple(result.out, result.lse);
       },
-      "q"_a, "k"_a, "v"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "max_seqlen_q"_a = nb::none(),
-      "max_seqlen_k"_a = nb::none(), "options"_a, "return_lse"_a = false, "stream"_a = nb::none(), R"(
+      "q"_a, "k"_a, "v"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "options"_a, "max_seqlen_q"_a = nb::none(),
+      "max_seqlen_k"_a = nb::none(), "return_lse"_a = false, "stream"_a = nb::none(), R"(
 Attention within each of several packed sequences. As :func:`mlx_mfa.flash_attention_varlen`.
 
 Returns:

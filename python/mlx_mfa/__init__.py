@@ -10,27 +10,57 @@ from ._build_info import MLX_VERSION as _MLX_VERSION
 from ._version import __version__
 
 # MLX's C++ interface changes between releases: with another one the extension fails to load with an undefined symbol.
-if _mx.__version__ != _MLX_VERSION:
+if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
     raise ImportError(
-        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx {_mx.__version__};"
+        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx "
+        f"{_mx.__version__};"  # type: ignore[attr-defined]
         f' run: pip install "mlx=={_MLX_VERSION}"'
     )
 
-from .attention import explain, flash_attention, merge_attention_states
+from .attention import explain, explain_calls, flash_attention, merge_attention_states
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .kv_cache import append_to_cache, flash_attention_kvcache, flash_attention_kvcache_rope_append
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
+from .masks import (
+    BlockMask,
+    make_adaptive_window_mask,
+    make_axial_spatial_mask,
+    make_axial_temporal_mask,
+    make_causal_block_mask,
+    make_causal_segment_mask,
+    make_cross_stream_mask,
+    make_diagonal_mask,
+    make_dilated_temporal_mask,
+    make_gna_mask,
+    make_reference_frame_mask,
+    make_segment_mask,
+    make_sink_window_mask,
+    make_sliding_window_mask,
+    make_spatial_2d_mask,
+    make_spatial_3d_mask,
+    make_strided_mask,
+    make_temporal_distance_bias,
+    make_temporal_group_mask,
+    temporal_distance_bias_to_mask,
+    tile_order,
+)
+from .neighbourhood import flash_attention_gna
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
 from .paged import flash_attention_paged, flash_attention_paged_varlen
+from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_shared_prefix_cache
 from .rope import flash_attention_rope, flash_attention_rope_unified
 from .rope_tables import make_rope_3d_tables
-from .varlen import flash_attention_varlen
+from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
+from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
+from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
 enable_by_default()
 del enable_by_default
 
 __all__ = [
+    "BlockMask",
+    "TreeMask",
     "__version__",
     "addmm",
     "append_to_cache",
@@ -38,7 +68,10 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "explain_calls",
     "flash_attention",
+    "flash_attention_cascade",
+    "flash_attention_gna",
     "flash_attention_kv_packed",
     "flash_attention_kvcache",
     "flash_attention_kvcache_rope_append",
@@ -47,16 +80,46 @@ __all__ = [
     "flash_attention_qkv_packed",
     "flash_attention_rope",
     "flash_attention_rope_unified",
+    "flash_attention_sparse",
+    "flash_attention_speculative_verify",
+    "flash_attention_splitfuse",
+    "flash_attention_tree",
     "flash_attention_varlen",
+    "flash_attention_varlen_kv_packed",
+    "flash_attention_varlen_qkv_packed",
     "gather_mm",
     "gather_qmm",
     "get_device_info",
     "get_supported_configs",
     "hooks_status",
     "is_mfa_available",
+    "make_adaptive_window_mask",
+    "make_axial_spatial_mask",
+    "make_axial_temporal_mask",
+    "make_causal_block_mask",
+    "make_causal_segment_mask",
+    "make_cross_stream_mask",
+    "make_diagonal_mask",
+    "make_dilated_temporal_mask",
+    "make_gna_mask",
+    "make_reference_frame_mask",
     "make_rope_3d_tables",
+    "make_segment_mask",
+    "make_shared_prefix_cache",
+    "make_sink_window_mask",
+    "make_sliding_window_mask",
+    "make_spatial_2d_mask",
+    "make_spatial_3d_mask",
+    "make_strided_mask",
+    "make_temporal_distance_bias",
+    "make_temporal_group_mask",
+    "make_tree_mask",
     "matmul",
     "merge_attention_states",
     "quantized_matmul",
+    "sparse_attention_dispatch",
+    "sparse_attention_nax",
+    "temporal_distance_bias_to_mask",
+    "tile_order",
     "warmup_kernels",
 ]

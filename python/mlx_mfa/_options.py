@@ -51,12 +51,17 @@ def window(window_size: Sequence[int], function: str) -> tuple[int, int]:
     raise ValueError(f"[{function}] window_size must be a tuple of two integers; got {window_size!r}")
 
 
-def lengths(values: mx.array | Sequence[int] | None) -> mx.array | None:
+def integers(values: mx.array | Sequence[int]) -> mx.array:
     """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
-    if values is None or isinstance(values, mx.array):
+    if isinstance(values, mx.array):
         return values
     values = values.tolist() if hasattr(values, "tolist") else list(values)  # numpy's integers are not taken by MLX
     return mx.array(values) if values else mx.zeros((0,), mx.int32)
+
+
+def lengths(values: mx.array | Sequence[int] | None) -> mx.array | None:
+    """The same of what may be left out."""
+    return None if values is None else integers(values)
 
 
 def positions(given: Positions, q: mx.array) -> mx.array | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -165,10 +165,10 @@ def explain(
         All as :func:`flash_attention`.
 
     Returns:
-        dict: ``route`` (``"mfa_cpu"``, ``"mfa_cuda"``, ``"mlx_sdpa"`` or ``"composed"``), ``kernel`` (str), ``isa``
-        (instruction set of a CPU kernel, else ``""``), ``tiles`` (query rows of a task, keys of a block), ``splits``
-        (tasks along the keys), ``tasks``, ``threads``, ``native_bf16`` (bool), and ``refusals``: for each route tried
-        before, in order, a dict of ``route`` and ``reason``.
+        dict: ``function`` (the entry point), ``route`` (``"mfa_cpu"``, ``"mfa_cuda"``, ``"mlx_sdpa"`` or
+        ``"composed"``), ``kernel`` (str), ``isa`` (instruction set of a CPU kernel, else ``""``), ``tiles`` (query rows
+        of a task, keys of a block), ``splits`` (tasks along the keys), ``tasks``, ``threads``, ``native_bf16`` (bool),
+        and ``refusals``: for each route tried before, in order, a dict of ``route`` and ``reason``.
 
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention`.
@@ -181,3 +181,23 @@ def explain(
         q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, left, right, attn_bias, backend, mask, sinks,
         kv_lengths, seed, stream, return_attn_weights, return_lse,
     )  # fmt: skip
+
+
+def explain_calls(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    """Which implementation runs each attention call that ``function(*args, **kwargs)`` builds, and why.
+
+    For every entry point, and for whole models: ``explain_calls(flash_attention_sparse, q, k, v, mask)``. The function
+    is called; attention is lazy, so what it builds does not run unless the function evaluates it. An entry point of
+    several parts, as ``flash_attention_cascade``, makes several calls.
+
+    Args:
+        function (callable): What builds attention.
+        *args, **kwargs: Its arguments.
+
+    Returns:
+        list of dict: In the order of the calls, each as :func:`explain` describes it.
+
+    Raises:
+        Exception: What ``function`` raises.
+    """
+    return _ext.explain_calls(lambda: function(*args, **kwargs))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, lengths, make_options
+from ._options import LOG2_E, Stream, integers, make_options
 from .attention import Backend
 
 
@@ -73,6 +74,73 @@ def flash_attention_varlen(
         dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
-    starts = lengths(cu_seqlens_q), lengths(cu_seqlens_k)
-    result = _ext.attention_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, options, return_lse, stream)
+    result: Any = _ext.attention_varlen(
+        q, k, v, integers(cu_seqlens_q), integers(cu_seqlens_k), options, max_seqlen_q, max_seqlen_k, return_lse, stream
+    )
     return (result[0], mx.multiply(result[1], LOG2_E, stream=stream)) if return_lse else result
+
+
+def flash_attention_varlen_qkv_packed(
+    qkv: mx.array,
+    cu_seqlens_q: mx.array | Sequence[int],
+    cu_seqlens_k: mx.array | Sequence[int],
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    stream: Stream = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """:func:`flash_attention_varlen` of the q, k and v that lie side by side in one array, read in place.
+
+    Args:
+        qkv (array): ``[1, packed rows, (Hq + 2 * Hkv) * D]``, the heads of q, then of k, then of v; or ``[1, H, packed
+            rows, 3, D]``.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: As :func:`flash_attention_varlen`.
+        num_heads, num_kv_heads (int, optional): As :func:`flash_attention_qkv_packed`.
+        **options: The keywords of :func:`flash_attention_varlen`.
+
+    Returns:
+        array or tuple: As :func:`flash_attention_varlen`.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: As :func:`flash_attention_varlen`, and if the packed sizes do not fit.
+    """
+    q, k, v = _ext.unpack_qkv(qkv, num_heads, num_kv_heads, "flash_attention_varlen_qkv_packed", stream)
+    return flash_attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, stream=stream, **options
+    )
+
+
+def flash_attention_varlen_kv_packed(
+    q: mx.array,
+    kv: mx.array,
+    cu_seqlens_q: mx.array | Sequence[int],
+    cu_seqlens_k: mx.array | Sequence[int],
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    num_kv_heads: int | None = None,
+    stream: Stream = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """:func:`flash_attention_varlen` of ``q`` over the k and v that lie side by side in one array, read in place.
+
+    Args:
+        q (array): ``[1, Hq, packed queries, D]``.
+        kv (array): ``[1, packed keys, 2 * Hkv * D]``, the heads of k, then of v; or ``[1, Hkv, packed keys, 2, D]``.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: As :func:`flash_attention_varlen`.
+        num_kv_heads (int, optional): As :func:`flash_attention_kv_packed`.
+        **options: The keywords of :func:`flash_attention_varlen`.
+
+    Returns:
+        array or tuple: As :func:`flash_attention_varlen`.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: As :func:`flash_attention_varlen`, and if the packed sizes do not fit.
+    """
+    k, v = _ext.unpack_kv(kv, num_kv_heads, "flash_attention_varlen_kv_packed", stream)
+    return flash_attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, stream=stream, **options
+    )

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <limits>
+#include <memory>
 #include <optional>
 
 #include "common/philox.h"
@@ -39,9 +40,53 @@ Positions positions(const AttentionProblem& p, const mx::array* kv_lengths, cons
   return {g.add(rows, offset), keys, lengths};
 }
 
+// The tiles of block lists as a mask of tokens, [B or 1, Hq or 1, Nq, Nk]. The lists follow one another in memory, so
+// that the row of an entry is the number of rows that began before it.
+mx::array listed_tiles(const AttentionProblem& p, const AttentionParams& params, const mx::array& offsets,
+                       const mx::array& key_ids, const Graph& g) {
+  const BlockListRef& l = p.blocks;
+  const int B = params.lists_b ? p.B : 1, H = params.lists_h ? p.Hq : 1, rows = B * H * l.query_blocks;
+  const mx::Shape tiles = {B, H, l.query_blocks, l.key_blocks};
+  auto visible = mx::zeros(tiles, mx::bool_, g.s);
+  if (const int entries = key_ids.shape(0); entries > 0) {
+    const auto begins = mx::flatten(
+        mx::slice(g.reshape(offsets, {B * H, l.query_blocks + 1}), {0, 0}, {B * H, l.query_blocks}, g.s), g.s);
+    const auto marks = mx::scatter_add_axis(mx::zeros({entries + 1}, mx::int32, g.s), begins,
+                                            mx::ones({rows}, mx::int32, g.s), 0, g.s);
+    const auto begun = mx::slice(mx::cumsum(marks, 0, false, true, g.s), {0}, {entries}, g.s);
+    const auto row = mx::astype(g.sub(begun, mx::array(1)), mx::int64, g.s);
+    const auto tile = g.add(g.mul(row, mx::array(int64_t{l.key_blocks}, mx::int64)), key_ids);
+    const auto flat = mx::put_along_axis(mx::zeros({rows * l.key_blocks}, mx::int32, g.s), tile,
+                                         mx::ones({entries}, mx::int32, g.s), 0, g.s);
+    visible = mx::not_equal(g.reshape(flat, tiles), mx::array(0), g.s);
+  }
+  visible = mx::repeat(mx::repeat(visible, l.block_q, 2, g.s), l.block_k, 3, g.s);
+  return mx::slice(visible, {0, 0, 0, 0}, {B, H, p.Nq, p.Nk}, g.s);
+}
+
+// The neighbourhood as a mask of tokens, [1, 1, Nq, Nk]: the product of those of its axes.
+mx::array neighbours_of_tokens(const AttentionProblem& p, const Graph& g) {
+  const Neighbourhood& n = p.neighbourhood;
+  mx::Shape grid(static_cast<size_t>(2 * n.axes), 1);
+  std::optional<mx::array> visible;
+  for (int x = 0; x < n.axes; ++x) {
+    const int size = n.axis[x].size;
+    const auto seen = std::make_unique<bool[]>(static_cast<size_t>(size) * size);
+    for (int i = 0; i < size; ++i) {
+      for (int j = 0; j < size; ++j) seen[static_cast<size_t>(i) * size + j] = axis_sees(n, n.axis[x], i, j);
+    }
+    mx::Shape shape = grid;
+    shape[x] = shape[n.axes + x] = size;
+    const mx::array axis(seen.get(), shape, mx::bool_);
+    visible = visible ? mx::logical_and(*visible, axis, g.s) : axis;
+  }
+  return g.reshape(*visible, {1, 1, p.Nq, p.Nk});
+}
+
 // Which keys each row sees, bool, broadcastable to the scores; nullopt if all rows see all keys.
 std::optional<mx::array> visibility(const AttentionProblem& p, const Positions& at, bool has_lengths,
-                                    const mx::array* mask, const mx::array* bias, const Graph& g) {
+                                    const mx::array* mask, const mx::array* bias, const mx::array* tiles,
+                                    const Graph& g) {
   std::optional<mx::array> visible;
   auto require = [&](const mx::array& x) { visible = visible ? mx::logical_and(*visible, x, g.s) : x; };
   if (has_lengths) require(mx::less(at.key, at.lengths, g.s));
@@ -49,6 +94,8 @@ std::optional<mx::array> visibility(const AttentionProblem& p, const Positions& 
   if (p.window_left >= 0) require(mx::greater_equal(at.key, g.sub(at.row, mx::array(p.window_left)), g.s));
   if (p.window_right >= 0) require(mx::less_equal(at.key, g.add(at.row, mx::array(p.window_right)), g.s));
   if (mask) require(*mask);
+  if (tiles) require(*tiles);
+  if (p.neighbourhood.axes > 0) require(neighbours_of_tokens(p, g));
   if (bias) require(mx::not_equal(*bias, mx::array(-kInfinity, bias->dtype()), g.s));
   return visible;
 }
@@ -120,7 +167,10 @@ std::vector<mx::array> composed_attention(const AttentionParams& params, const s
   const int group_rows = p.Hq / p.Hkv * p.Nq;
   auto q = g.f32(inputs[0]), k = g.f32(inputs[1]), v = g.f32(inputs[2]);
   const Positions pos = positions(p, input(at.kv_lengths), g);
-  const auto visible = visibility(p, pos, params.has_lengths, input(at.mask), input(at.bias), g);
+  std::optional<mx::array> tiles;
+  if (params.has_blocks) tiles = listed_tiles(p, params, inputs[at.offsets], inputs[at.key_ids], g);
+  const auto visible =
+      visibility(p, pos, params.has_lengths, input(at.mask), input(at.bias), tiles ? &*tiles : nullptr, g);
   if (visible) {
     k = without_hidden_keys(k, *visible, p, g);
     v = without_hidden_keys(v, *visible, p, g);

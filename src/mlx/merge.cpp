@@ -1,7 +1,10 @@
 // merge.cpp: joins attention over two sets of keys.
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
+#include "mlx/merge.h"
+
 #include <limits>
 #include <numbers>
+#include <tuple>
 
 #include "common/check.h"
 #include "mfa/attention.h"
@@ -59,6 +62,18 @@ std::pair<mx::array, mx::array> merge_attention_states(const mx::array& o_a, con
   auto lse = mx::where(empty, minus_infinity, mx::add(m, mx::log(safe_sum, s), s), s);
   if (base == LogBase::two) lse = mx::multiply(lse, mx::array(std::numbers::log2e_v<float>), s);
   return {mx::astype(o, o_a.dtype(), s), lse};
+}
+
+AttentionResult merge_parts(const AttentionResult& a, const AttentionResult& b, const std::optional<mx::array>& sinks,
+                            mx::Dtype dtype, mx::Stream s) {
+  const auto wide = [&](const mx::array& x) { return mx::astype(x, mx::float32, s); };
+  auto [out, lse] = merge_attention_states(wide(a.out), a.lse, wide(b.out), b.lse, s);
+  if (sinks) {
+    const auto logits = mx::reshape(wide(*sinks), {1, lse.shape(1), 1}, s);
+    const auto nothing = mx::broadcast_to(mx::array(0.f), out.shape(), s);
+    std::tie(out, lse) = merge_attention_states(out, lse, nothing, mx::broadcast_to(logits, lse.shape(), s), s);
+  }
+  return {mx::astype(out, dtype, s), lse, std::nullopt};
 }
 
 }  // namespace mfa

@@ -72,12 +72,6 @@ void check_scalars(const AttentionOptions& o, float scale, const char* function)
         ")");
 }
 
-void check_per_head(const mx::array& x, const char* name, int Hq, const char* function) {
-  check(is_floating(x.dtype()) || is_integer(x.dtype()), function, name, " must have a real dtype; got ", x.dtype());
-  check(x.ndim() == 1 && x.shape(0) == Hq, function, name, " must have shape (", Hq,
-        ",), one value for each head of q; got ", x.shape());
-}
-
 // Whether `x` broadcasts to [B, Hq, Nq, Nk] without adding to any of these extents.
 void check_broadcasts(const mx::array& x, const char* name, const mx::Shape& scores, const char* function) {
   bool fits = x.ndim() <= 4;
@@ -182,6 +176,12 @@ void add_sources(const AttentionSources& sources, AttentionParams& params, std::
 }
 
 }  // namespace
+
+void check_per_head(const mx::array& x, const char* name, int Hq, const char* function) {
+  check(is_floating(x.dtype()) || is_integer(x.dtype()), function, name, " must have a real dtype; got ", x.dtype());
+  check(x.ndim() == 1 && x.shape(0) == Hq, function, name, " must have shape (", Hq,
+        ",), one value for each head of q; got ", x.shape());
+}
 
 mx::array to_int32(const mx::array& x, int rank, const char* name, const char* function, mx::Stream s) {
   check(is_integer(x.dtype()), function, name, " must have an integer dtype; got ", x.dtype());

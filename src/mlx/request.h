@@ -46,6 +46,8 @@ struct AttentionParams {
   bool plain() const {
     return !packs_queries && !paged && !rotary && !has_blocks && neighbourhood.axes == 0 && !has_floor;
   }
+  // Whether MLX's operations can compute the call.
+  bool composable() const { return !packs_queries && !paged && !rotary && !has_floor; }
   bool operator==(const AttentionParams&) const = default;
 };
 
@@ -100,6 +102,9 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
 // `x` as int32 with the rank given, for starts, tables, lengths and positions; throws std::invalid_argument naming
 // `name` if it is no integer array of that rank.
 mx::array to_int32(const mx::array& x, int rank, const char* name, const char* function, mx::Stream s);
+
+// Throws std::invalid_argument, naming `name`, unless `x` holds one real number for each of the Hq heads of q.
+void check_per_head(const mx::array& x, const char* name, int Hq, const char* function);
 
 inline DType to_dtype(mx::Dtype dtype) {
   return dtype == mx::float16 ? DType::f16 : dtype == mx::bfloat16 ? DType::bf16 : DType::f32;

@@ -19,6 +19,8 @@ namespace {
 
 std::atomic<uint64_t> calls[4];  // by Route
 
+thread_local RouteRecorder* recorder = nullptr;  // the innermost of this thread
+
 constexpr const char* kPlainOnly =
     "it takes only batched, dense arrays, without rotary tables, block lists, neighbourhoods or a top-k selection";
 
@@ -99,11 +101,11 @@ Route choose(const Request& request, Backend backend, const WantedOutputs& wante
       throw std::runtime_error(
           concat("[", request.params.function, "] backend=\"mfa\" cannot run this problem: ", *reason));
     }
-    if (!request.params.plain()) {
+    if (!request.params.composable()) {
       throw std::runtime_error(concat("[", request.params.function, "] no kernel can run this problem: ", *reason));
     }
   }
-  if (!request.params.plain()) {
+  if (!request.params.composable()) {
     throw std::runtime_error(concat("[", request.params.function,
                                     "] backend must be \"auto\" or \"mfa\": MLX's operations cannot run this problem"));
   }
@@ -123,8 +125,54 @@ Backend parse_backend(std::string_view name) {
   return Backend::automatic;
 }
 
+namespace {
+
+// What `route` does with the request.
+Explanation explanation(const Request& request, Route route, std::vector<Refusal> refusals) {
+  Explanation e;
+  e.function = request.params.function;
+  e.refusals = std::move(refusals);
+  e.route = name_of(route);
+  switch (route) {
+    case Route::mfa_cpu: {
+      const CpuKernelTraits traits = *cpu::kernel_traits();
+      const ForwardPlan plan =
+          plan_forward(describe(request.params, request.inputs), traits, thread_count(), request.params.returns_probs);
+      e.kernel = name_of(plan.kernel);
+      e.isa = traits.isa;
+      e.row_tile = plan.row_tile;
+      e.key_block = kKeyBlock;
+      e.splits = plan.key_splits;
+      e.tasks = plan.tasks;
+      e.threads = thread_count();
+      e.native_bf16 = plan.native_bf16;
+      break;
+    }
+    case Route::mfa_cuda: {
+      const GpuKernel kernel = gpu_attention()->kernel(request.params, describe(request.params, request.inputs));
+      e.kernel = kernel.name;
+      e.row_tile = kernel.row_tile;
+      e.key_block = kernel.key_tile;
+      e.splits = kernel.splits;
+      e.tasks = kernel.blocks;
+      break;
+    }
+    case Route::mlx_sdpa:
+      e.kernel = "mlx.fast.scaled_dot_product_attention";
+      break;
+    case Route::composed:
+      e.kernel = "graph of MLX operations, storing the scores";
+      break;
+  }
+  return e;
+}
+
+}  // namespace
+
 std::vector<mx::array> launch(Request request, Backend backend, const WantedOutputs& wanted) {
-  const Route route = choose(request, backend, wanted);
+  std::vector<Refusal> refusals;
+  const Route route = choose(request, backend, wanted, recorder ? &refusals : nullptr);
+  if (recorder) recorder->add(explanation(request, route, std::move(refusals)));
   calls[static_cast<int>(route)].fetch_add(1, std::memory_order_relaxed);
   switch (route) {
     case Route::mfa_cpu:
@@ -159,41 +207,18 @@ Explanation explain(const mx::array& q, const mx::array& k, const mx::array& v, 
                     mx::StreamOrDevice s, bool returns_lse) {
   const WantedOutputs wanted{.lse = returns_lse, .probs = options.return_probs};
   const Request request = make_request(q, k, v, options, options.return_probs, s);
-  Explanation e;
-  const Route route = choose(request, options.backend, wanted, &e.refusals);
-  e.route = name_of(route);
-  switch (route) {
-    case Route::mfa_cpu: {
-      const CpuKernelTraits traits = *cpu::kernel_traits();
-      const ForwardPlan plan =
-          plan_forward(describe(request.params, request.inputs), traits, thread_count(), options.return_probs);
-      e.kernel = name_of(plan.kernel);
-      e.isa = traits.isa;
-      e.row_tile = plan.row_tile;
-      e.key_block = kKeyBlock;
-      e.splits = plan.key_splits;
-      e.tasks = plan.tasks;
-      e.threads = thread_count();
-      e.native_bf16 = plan.native_bf16;
-      break;
-    }
-    case Route::mfa_cuda: {
-      const GpuKernel kernel = gpu_attention()->kernel(request.params, describe(request.params, request.inputs));
-      e.kernel = kernel.name;
-      e.row_tile = kernel.row_tile;
-      e.key_block = kernel.key_tile;
-      e.splits = kernel.splits;
-      e.tasks = kernel.blocks;
-      break;
-    }
-    case Route::mlx_sdpa:
-      e.kernel = "mlx.fast.scaled_dot_product_attention";
-      break;
-    case Route::composed:
-      e.kernel = "graph of MLX operations, storing the scores";
-      break;
-  }
-  return e;
+  std::vector<Refusal> refusals;
+  const Route route = choose(request, options.backend, wanted, &refusals);
+  return explanation(request, route, std::move(refusals));
+}
+
+RouteRecorder::RouteRecorder() : outer_(recorder) { recorder = this; }
+
+RouteRecorder::~RouteRecorder() { recorder = outer_; }
+
+void RouteRecorder::add(const Explanation& call) {
+  calls_.push_back(call);
+  if (outer_) outer_->add(call);
 }
 
 Counters counters() {

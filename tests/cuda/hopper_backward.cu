@@ -1,13 +1,13 @@
 // hopper_backward.cu: checks the Hopper backward kernels against float64 and times them.
-// Usage: hopper_backward CUBIN [check | quick | soak] [time] [columns...]
-#include "hopper_harness.h"
+// Usage: hopper_backward CUBIN MODIFIED_CUBIN OPTIONS; those are in hopper_cases.h.
+#include "hopper_cases.h"
 
 using namespace harness;
 using mfa::cuda::BackwardParams;
 using mfa::cuda::HopperSchedule;
 namespace hopper = mfa::cuda::hopper;
 
-static int slot = 0, repeats = 3;
+static int slot = 0;
 
 template <class T>
 struct Run : Inputs<T> {
@@ -31,7 +31,7 @@ struct Run : Inputs<T> {
     std::exit(3);
   }
 
-  Run(const Kernels& kernels, const Case& c_, bool dlse) : Inputs<T>(c_) {
+  Run(const Kernels& kernels, const Kernels& modified, const Case& c_, bool dlse) : Inputs<T>(c_) {
     const size_t rows = size_t(c.B) * c.Hq * c.Nq;
     g.p = p;
     // o and d_o [B, Hq, Nq, Dv] dense; d_o random, o and lse set by verify() or random.
@@ -66,12 +66,16 @@ struct Run : Inputs<T> {
     prepare = kernels.get(std::string("hopper_backward_prepare") + type, 0);
     const auto add = [&](const char* name, bool keeps_queries) {
       const bool shared_keys = columns > 128 && !keeps_queries;
-      const auto tile = keeps_queries ? choose(hopper::dq_tiles, columns)
-                        : shared_keys ? choose(hopper::dkv_shared_tiles, columns)
-                                      : choose(hopper::dkv_tiles, columns);
+      const auto tile = c.modified()    ? keeps_queries ? choose(hopper::dq_modified_tiles, columns)
+                                          : shared_keys ? choose(hopper::dkv_shared_modified_tiles, columns)
+                                                        : choose(hopper::dkv_modified_tiles, columns)
+                        : keeps_queries ? choose(hopper::dq_tiles, columns)
+                        : shared_keys   ? choose(hopper::dkv_shared_tiles, columns)
+                                        : choose(hopper::dkv_tiles, columns);
       Launch l;
       l.layout = hopper::backward_layout(tile, shared_keys);
-      l.f = kernels.get(std::string("hopper_") + name + "_" + std::to_string(columns) + type, l.layout.bytes);
+      const std::string stem = std::string("hopper_") + name + (c.modified() ? "_modified_" : "_");
+      l.f = (c.modified() ? modified : kernels).get(stem + std::to_string(columns) + type, l.layout.bytes);
       const int q_rows = keeps_queries ? 64 : tile.tile, k_rows = keeps_queries ? tile.tile : 64;
       l.q = tensor_map(p.q.data, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, q_rows);
       l.d_o = tensor_map(g.d_o.data, half, c.B, c.Hq, c.Nq, Dv, g.d_o.stride, q_rows);
@@ -123,7 +127,7 @@ struct Run : Inputs<T> {
     return x;
   }
 
-  bool verify(const char* dtype) {
+  bool verify(int repeats) {
     const size_t rows = size_t(c.B) * c.Hq * c.Nq, n = rows * c.D, keys = size_t(c.B) * c.Hkv * c.Nk,
                  n_o = rows * c.value_columns(), n_v = keys * c.value_columns(), nk = keys * c.D;
     double *ro = this->template take<double>(n_o), *rl = this->template take<double>(rows),
@@ -158,94 +162,41 @@ struct Run : Inputs<T> {
       for (int i = 0; i < 3; ++i) {
         std::vector<T> bits;
         fetch(*got[i], i ? c.Hkv : c.Hq, i ? c.Nk : c.Nq, i == 2 ? c.value_columns() : c.D, &bits);
-        ok &= std::equal(bits.begin(), bits.end(), raw[i].begin(),
-                         [](T a, T b) { return *reinterpret_cast<uint16_t*>(&a) == *reinterpret_cast<uint16_t*>(&b); });
+        ok &= same_bits(bits, raw[i]);
       }
     }
-    std::printf(
-        "%s %s B%d Hq%d Hkv%d Nq%d Nk%d D%d,%d causal%d window(%d,%d) len%d sink%d poison%d dlse%d: dq %.2e%s dk "
-        "%.2e%s dv "
-        "%.2e%s\n",
-        ok ? "ok  " : "FAIL", dtype, c.B, c.Hq, c.Hkv, c.Nq, c.Nk, c.D, c.value_columns(), c.causal, c.left, c.right,
-        c.lengths, c.sinks, c.poison, g.dlse != nullptr, errors[0].relative, errors[0].ok ? "" : " NAN",
-        errors[1].relative, errors[1].ok ? "" : " NAN", errors[2].relative, errors[2].ok ? "" : " NAN");
+    std::printf("%s %s %s dlse%d: dq %.2e%s dk %.2e%s dv %.2e%s\n", ok ? "ok  " : "FAIL", half ? "f16" : "bf16",
+                text_of(c).c_str(), g.dlse != nullptr, errors[0].relative, errors[0].ok ? "" : " NAN",
+                errors[1].relative, errors[1].ok ? "" : " NAN", errors[2].relative, errors[2].ok ? "" : " NAN");
     std::fflush(stdout);
     return ok;
   }
 };
 
 int main(int argc, char** argv) {
-  if (argc < 2) return 2;
+  if (argc < 3) return 2;
   check(cudaFree(nullptr), "start");
-  const Kernels kernels(argv[1]);
-  bool checks = false, quick = false, times = false;
-  std::vector<int> dims;
-  for (int i = 2; i < argc; ++i) {
-    const std::string a = argv[i];
-    if (a == "check")
-      checks = true;
-    else if (a == "quick")
-      checks = quick = true;
-    else if (a == "soak")
-      checks = quick = true, repeats = 100;
-    else if (a == "time")
-      times = true;
-    else
-      dims.push_back(std::atoi(argv[i]));
-  }
-  if (dims.empty()) dims = {64, 96, 128, 192, 256};
-  int failures = 0;
-  if (checks)
-    for (int D : dims) {
-      std::vector<Case> cases = {
-          {1, 1, 1, 128, 128, D, false},
-          {1, 2, 1, 256, 384, D, true},
-          {2, 4, 2, 233, 317, D, false},
-          {2, 4, 2, 317, 233, D, true},
-          {2, 4, 1, 150, 400, D, true},
-          {1, 2, 2, 1, 1, D, true},
-          {1, 2, 2, 500, 500, D, false, 100, 50},
-          {1, 2, 2, 400, 500, D, true, 130},
-          {3, 2, 1, 300, 311, D, true, -1, -1, true},
-          {3, 4, 2, 300, 311, D, false, 64, 10, true, true},
-          {3, 4, 2, 200, 311, D, true, -1, -1, true, true, true},
-          {2, 2, 2, 300, 300, D, false, -1, -1, true, false, true},
-          {2, 3, 3, 512, 64, D, false, 5, 5},
-          {1, 40, 8, 320, 320, D, true},
-          {1, 2, 2, 260, 300, D - 8, true},
-      };
-      Case c{2, 4, 2, 200, 300, D, true};
-      c.Dv = 64;
-      cases.push_back(c);
-      c = {2, 4, 4, 200, 300, D > 64 ? 64 : 32, true};
-      c.Dv = D;
-      cases.push_back(c);
-      c = {2, 4, 2, 200, 300, D, false};
-      c.broadcast = true;
-      cases.push_back(c);
-      c = {1, 2, 2, 200, 300, D, true};
-      c.far = true;
-      cases.push_back(c);
-      int i = 0;
-      if (quick) cases = {cases[2], cases[3], cases[10]};
-      for (const Case& c : cases) failures += !Run<__nv_bfloat16>(kernels, c, i++ % 2 == 1).verify("bf16");
-      if (quick) continue;
-      for (const Case& c : {cases[2], cases[4], cases[10]}) failures += !Run<__half>(kernels, c, true).verify("f16");
-    }
-  if (checks) std::printf("%d failures\n", failures);
-  if (times)
-    for (int D : dims)
-      for (auto [B, N] : {std::pair{4, 4096}, std::pair{1, 16384}})
-        for (bool causal : {false, true}) {
-          Run<__nv_bfloat16> run(kernels, {B, 16, 16, N, N, D, causal}, false);
-          const double flop = 10.0 * B * 16 * double(N) * N * D * (causal ? .5 : 1.);
-          const int repeats = N == 4096 ? 11 : 7;
-          const double ms = median_ms([&] { run.launch(); }, repeats);
-          std::printf("TIME ours bwd D%d N%d causal%d: %.3f ms %.1f TFLOP/s; prepare %.3f", D, N, causal, ms,
-                      flop / ms * 1e-9, median_ms([&] { run.launch_prepare(); }, repeats));
-          for (auto& l : run.launches) std::printf(" %.3f", median_ms([&] { run.launch_one(l); }, repeats));
-          std::printf("\n");
-          std::fflush(stdout);
-        }
+  const Kernels kernels(argv[1]), modified(argv[2]);
+  const Options options(argc, argv, 3);
+  int number = 0;
+  const int failures = options.check
+                           ? check_all(options,
+                                       [&]<class T>(T, const Case& c) {
+                                         return Run<T>(kernels, modified, c, number++ % 2 == 1).verify(options.repeats);
+                                       })
+                           : 0;
+  if (options.time)
+    for (int D : options.columns)
+      for (const Case& c : timed_cases(D, options.modified)) {
+        Run<__nv_bfloat16> run(kernels, modified, c, false);
+        const double flop = 10.0 * c.B * c.Hq * double(c.Nq) * c.Nk * D * (c.causal ? .5 : 1.);
+        const int repeats = c.Nk == 4096 ? 11 : 7;
+        const double ms = median_ms([&] { run.launch(); }, repeats);
+        std::printf("TIME %s: %.3f ms %.1f TFLOP/s; prepare %.3f", text_of(c).c_str(), ms, flop / ms * 1e-9,
+                    median_ms([&] { run.launch_prepare(); }, repeats));
+        for (auto& l : run.launches) std::printf(" %.3f", median_ms([&] { run.launch_one(l); }, repeats));
+        std::printf("\n");
+        std::fflush(stdout);
+      }
   return failures != 0;
 }

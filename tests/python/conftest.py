@@ -33,6 +33,15 @@ def clear_mlx_cache():
 
 
 @pytest.fixture
+def on_cpu():
+    """The default device is the CPU: for what only its kernels do, on machines with a GPU too."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+@pytest.fixture
 def peak_bytes():
     """A function that runs its argument and returns by how many bytes the peak exceeded what was allocated before."""
 

@@ -29,9 +29,11 @@ def check_entry(case, inputs, call, parts=None, seed=0, pack=None, unpack=None, 
     """Compares outputs and gradients of an entry point with the oracle's answer to ``case.problem``.
 
     ``call(inputs)`` returns ``(o, lse)``, lse of base 2. The gradient of every floating array of ``inputs`` is checked:
-    ``parts[name](gradient)`` gives those of the problem's arrays that it holds, as ``{name: array}``; without an entry
-    it is that of the problem's array of the same name. ``unpack`` brings o and lse into the problem's shape, ``pack``
-    dlse into that of the call; ``rule`` is another error rule than that of ``case.problem``.
+    ``parts[name](gradient)`` gives what it holds of the gradients of the problem's arrays, as ``{name: array}`` or
+    ``{name: (array, part, terms)}`` for :meth:`oracle.ErrorRule.check`; without an entry it is that of the problem's
+    array of the same name.
+    ``unpack`` brings o and lse into the problem's shape, ``pack`` dlse into that of the call; ``rule`` is another error
+    rule than that of ``case.problem``.
     """
     names = [n for n, x in inputs.items() if mx.issubdtype(x.dtype, mx.floating)]
 
@@ -55,5 +57,6 @@ def check_entry(case, inputs, call, parts=None, seed=0, pack=None, unpack=None, 
         assert gradient.dtype == inputs[name].dtype, f"{name}: dtype {gradient.dtype} {case.label}"
         assert gradient.shape == inputs[name].shape, f"{name}: shape {gradient.shape} {case.label}"
         split = (parts or {}).get(name, lambda g, name=name: {name: g})
-        for part, values in split(to_numpy(gradient)).items():
-            rule.check(part, values, dtype_name(gradient), case.label)
+        for result, values in split(to_numpy(gradient)).items():
+            values, *rest = values if isinstance(values, tuple) else (values,)
+            rule.check(result, values, dtype_name(gradient), case.label, *rest)

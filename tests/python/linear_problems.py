@@ -11,6 +11,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 
+on_cpu = pytest.mark.usefixtures("on_cpu")  # linear layers and what is around them have kernels for the CPU alone
 needs_kernels = pytest.mark.skipif(not mfa.is_mfa_available(), reason="no kernels for this processor")
 
 

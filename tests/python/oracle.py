@@ -114,6 +114,7 @@ class Problem:
     dropout_seed: int = 0
     dropout_offset: int = 0
     q_offset: int | np.ndarray | None = None
+    distance: np.ndarray | None = None  # replaces j - pos(i) of ALiBi; broadcasts to [B, 1, Nq, Nk]
 
     @property
     def shape(self):
@@ -240,6 +241,8 @@ def _evaluate(p, d_o, dlse, how):
     scale = work(np.float32(D**-0.5 if p.scale is None else p.scale))
     pos, _ = positions(p)
     distance = (np.arange(Nk)[None, None, :] - pos[:, :, None])[:, None].astype(work)  # j - pos(i)
+    if p.distance is not None:
+        distance = np.broadcast_to(p.distance, (B, 1, Nq, Nk)).astype(work)
     factor = how.row_factor(B, Hq, Nq)
 
     def over_keys(rows, matrix, transpose):  # rows [B, Hq, Nq, x] times each KV head's matrix
@@ -405,14 +408,18 @@ class ErrorRule:
         largest = np.abs(reference[np.isfinite(reference)]).max(initial=0.0)
         return 2.0 * self._errors[name] + half_ulp(float(largest), dtype)
 
-    def check(self, name, x, dtype, context=""):
-        """Raises unless ``x``, of ``dtype`` (a name), is within the rule for the result ``name`` of the problem."""
+    def check(self, name, x, dtype, context="", part=None, terms=1):
+        """Raises unless ``x``, of ``dtype`` (a name), is within the rule for the result ``name`` of the problem.
+
+        With ``part``, ``x`` is ``part(result)``: some of its elements, or sums of ``terms`` of them.
+        """
         reference, x = getattr(self.answer, name), np.asarray(x, np.float64)
+        reference = reference if part is None else part(reference)
         assert x.shape == reference.shape, f"{name}: shape {x.shape}, expected {reference.shape} {context}"
-        error, bound = max_error(x, reference), self.bound(name, dtype)
+        error, bound = max_error(x, reference), terms * self.bound(name, dtype)
         while bound < error < math.inf and self._draws < _MAX_DRAWS:
             self._draw()
-            bound = self.bound(name, dtype)
+            bound = terms * self.bound(name, dtype)
         assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} ({self._draws} unfused draws) {context}"
 
 

@@ -297,7 +297,7 @@ def random_case(rng, sizes=_sizes, without=()):
         options["sinks"] = normal(rng, (Hq,), sinks_dtype)
         arrays["sinks"] = to_mlx(options["sinks"], sinks_dtype)
     if _chance(rng, 0.3):
-        lengths = rng.choice((0, 1, Nk // 2, Nk - 1, Nk, Nk, int(rng.integers(0, Nk + 1))), size=B)
+        lengths = rng.choice((0, 1, Nk // 2, Nk - 1, Nk, Nk, int(rng.integers(0, Nk + 1))), size=B).clip(0, Nk)
         options["kv_lengths"] = lengths
         arrays["kv_lengths"] = mx.array(lengths.astype(np.int32))
     if _chance(rng, 0.2):

@@ -10,9 +10,9 @@ import mlx_mfa
 import numpy as np
 import pytest
 from linear_problems import needs_kernels
-from problems import to_numpy
+from problems import cpu_kernels_only, to_numpy
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, cpu_kernels_only]
 
 NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm")
 

@@ -5,11 +5,11 @@ import mlx_mfa
 import numpy as np
 import oracle
 import pytest
-from linear_problems import DTYPES, needs_kernels, normal
+from linear_problems import DTYPES, needs_kernels, normal, on_cpu
 from mlx_mfa import _ext
 from problems import to_mlx, to_numpy
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, on_cpu]
 
 
 def assert_close(got, exact, dtype, terms=1.0):

@@ -3,8 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from linear_problems import DTYPES, LAYOUTS, assert_product, mfa, needs_kernels, normal, view
+from linear_problems import DTYPES, LAYOUTS, assert_product, mfa, needs_kernels, normal, on_cpu, view
 from problems import to_mlx, to_numpy
+
+pytestmark = on_cpu
 
 SHAPES = {  # x, w
     "matrices": ((5, 7), (7, 9)),

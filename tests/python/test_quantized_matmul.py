@@ -4,8 +4,10 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from linear_problems import BITS, DTYPES, GROUPS, assert_product, mfa, needs_kernels, normal, quantise, view
+from linear_problems import BITS, DTYPES, GROUPS, assert_product, mfa, needs_kernels, normal, on_cpu, quantise, view
 from problems import to_mlx, to_numpy
+
+pytestmark = on_cpu
 
 
 def rounded(w, dtype):

@@ -178,6 +178,29 @@ def test_works_under_compile_checkpoint_and_async_eval(seed):
     assert mx.array_equal(mapped[1], function(2 * q, 2 * k, 2 * v)).item()
 
 
+@pytest.mark.parametrize("layout", ["fused", "stacked"])
+def test_packed_arrays_are_their_parts(layout, seed):
+    s = make_sequences(np.random.default_rng(seed), (9, 0, 70), (9, 0, 70), Hq=2, D=8, causal=True)
+    parts = [to_mlx(pack(x, s.query_lengths), "float32") for x in (s.problem.q, s.problem.k, s.problem.v)]
+    if layout == "fused":  # [1, N, heads * D]
+        joined = mx.concatenate(parts, axis=1).swapaxes(1, 2).flatten(2)
+        kv = mx.concatenate(parts[1:], axis=1).swapaxes(1, 2).flatten(2)
+    else:  # [1, H, N, parts, D]
+        joined, kv = mx.stack(parts, axis=3), mx.stack(parts[1:], axis=3)
+    starts = mx.array(s.cu_q)
+    expected = mfa.flash_attention_varlen(*parts, starts, starts, causal=True)
+    heads = {"num_kv_heads": 2}
+    out = mfa.flash_attention_varlen_qkv_packed(joined, starts, starts, causal=True, num_heads=2, **heads)
+    assert mx.array_equal(out, expected).item()
+    out, lse = mfa.flash_attention_varlen_kv_packed(parts[0], kv, starts, starts, causal=True, return_lse=True, **heads)
+    assert mx.array_equal(out, expected).item()
+    assert lse.shape == (1, 2, 79)
+    gradient = mx.grad(lambda x: mfa.flash_attention_varlen_qkv_packed(x, starts, starts, num_heads=2, **heads).sum())
+    assert gradient(joined).shape == joined.shape
+    with pytest.raises(ValueError, match=r"^\[flash_attention_varlen_qkv_packed\] "):
+        mfa.flash_attention_varlen_qkv_packed(parts[0], starts, starts)
+
+
 MISTAKES = {
     "packed batch": ({"q": (2, 2, 9, 8)}, "packed q must have batch size 1; got 2"),
     "q of rank 3": ({"q": (2, 9, 8)}, "q and k must have 4 dimensions"),

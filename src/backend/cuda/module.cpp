@@ -5,6 +5,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "backend/cuda/plan_hopper.h"
 #include "backend/cuda/tiles.h"
 #include "common/check.h"
 
@@ -22,14 +23,27 @@ MFA_EMBED_DTYPES(backward_queries)
 MFA_EMBED_DTYPES(backward_keys)
 MFA_EMBED_DTYPES(term_gradients)
 MFA_EMBED(hopper_forward)
+MFA_EMBED(hopper_forward_wide)
 MFA_EMBED(hopper_backward)
+MFA_EMBED(hopper_backward_modified)
 
 namespace mfa::cuda {
 namespace {
 
-constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = 6, kMaxDevices = 16;
+constexpr int kKernels = static_cast<int>(Kernel::count), kDTypes = 3, kSizes = kHopperSizes, kMaxDevices = 16;
 
-enum Family { forward, decode, queries, keys, terms, hopper_forward, hopper_backward, kFamilies };
+enum Family {
+  forward,
+  decode,
+  queries,
+  keys,
+  terms,
+  hopper_forward,
+  hopper_forward_wide,
+  hopper_backward,
+  hopper_backward_modified,
+  kFamilies
+};
 constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {mfa_fatbin_forward_tiled_f32, mfa_fatbin_forward_tiled_f16, mfa_fatbin_forward_tiled_bf16},
     {nullptr, mfa_fatbin_forward_decode_f16, mfa_fatbin_forward_decode_bf16},
@@ -37,10 +51,12 @@ constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {mfa_fatbin_backward_keys_f32, mfa_fatbin_backward_keys_f16, mfa_fatbin_backward_keys_bf16},
     {mfa_fatbin_term_gradients_f32, mfa_fatbin_term_gradients_f16, mfa_fatbin_term_gradients_bf16},
     {nullptr, mfa_fatbin_hopper_forward, mfa_fatbin_hopper_forward},
-    {nullptr, mfa_fatbin_hopper_backward, mfa_fatbin_hopper_backward}};
+    {nullptr, mfa_fatbin_hopper_forward_wide, mfa_fatbin_hopper_forward_wide},
+    {nullptr, mfa_fatbin_hopper_backward, mfa_fatbin_hopper_backward},
+    {nullptr, mfa_fatbin_hopper_backward_modified, mfa_fatbin_hopper_backward_modified}};
 
-Family family_of(Kernel kernel) {
-  switch (kernel) {
+Family family_of(const Launch& launch) {
+  switch (launch.kernel) {
     case Kernel::forward_tiled:
     case Kernel::forward_few_rows:
     case Kernel::merge_splits:
@@ -50,12 +66,16 @@ Family family_of(Kernel kernel) {
     case Kernel::hopper_forward:
     case Kernel::hopper_forward_mask:
     case Kernel::hopper_forward_modified:
-      return hopper_forward;
+      return is_wide(launch.head_dim) ? hopper_forward_wide : hopper_forward;
     case Kernel::hopper_backward_prepare:
     case Kernel::hopper_dq:
     case Kernel::hopper_dkv:
     case Kernel::hopper_dkv_shared:
       return hopper_backward;
+    case Kernel::hopper_dq_modified:
+    case Kernel::hopper_dkv_modified:
+    case Kernel::hopper_dkv_shared_modified:
+      return hopper_backward_modified;
     case Kernel::backward_rows:
     case Kernel::backward_queries:
       return queries;
@@ -96,7 +116,7 @@ CUfunction function_of(const Launch& launch, int device) {
   if (CUfunction known = slot.load(std::memory_order_acquire)) return known;
 
   const std::lock_guard lock(all.mutex);
-  const Family family = family_of(launch.kernel);
+  const Family family = family_of(launch);
   CUlibrary& library = all.libraries[family][dtype];
   if (!library)
     check_driver(cuLibraryLoadData(&library, kImages[family][dtype], nullptr, nullptr, 0, nullptr, nullptr, 0),

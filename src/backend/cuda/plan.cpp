@@ -43,16 +43,19 @@ Launch launch_of(Kernel kernel, Element dtype, int head_dim, int64_t blocks, int
 }
 
 // Into how many parts to split `keys` so that blocks * splits fill `slots` evenly. A split costs a pass over its
-// result, so a greater number must gain 5 %.
+// result, so a greater number must gain 5 %, or be long still and spread the work over several waves: blocks that read
+// side by side do not end together.
 int choose_splits(int64_t blocks, int64_t keys, int64_t slots) {
-  constexpr int64_t kMinKeys = 128;  // of a split
+  constexpr int64_t kMinKeys = 128, kLongKeys = 1024;  // of a split
+  constexpr double kWaves = 3.5;
   const int64_t most = std::min<int64_t>(
       {kMaxSplits, std::max<int64_t>(1, keys / kMinKeys), std::max<int64_t>(4, slots / std::max<int64_t>(1, blocks))});
   int best = 1;
-  double best_use = 0;
+  double best_use = 0, best_waves = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
     const double waves = double(blocks) * splits / slots, use = waves / std::ceil(waves);
-    if (use > 1.05 * best_use) best = static_cast<int>(splits), best_use = use;
+    const bool spreads = best_waves < kWaves && waves >= kWaves && keys / splits >= kLongKeys && use > 0.95 * best_use;
+    if (use > 1.05 * best_use || spreads) best = static_cast<int>(splits), best_use = use, best_waves = waves;
   }
   return best;
 }
@@ -101,6 +104,12 @@ const char* stem_of(Kernel kernel) {
       return "hopper_dkv";
     case Kernel::hopper_dkv_shared:
       return "hopper_dkv_shared";
+    case Kernel::hopper_dq_modified:
+      return "hopper_dq_modified";
+    case Kernel::hopper_dkv_modified:
+      return "hopper_dkv_modified";
+    case Kernel::hopper_dkv_shared_modified:
+      return "hopper_dkv_shared_modified";
     case Kernel::count:
       break;
   }

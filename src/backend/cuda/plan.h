@@ -45,6 +45,9 @@ enum class Kernel : uint8_t {
   hopper_dq,
   hopper_dkv,
   hopper_dkv_shared,
+  hopper_dq_modified,
+  hopper_dkv_modified,
+  hopper_dkv_shared_modified,
   count,
 };
 const char* stem_of(Kernel kernel);

@@ -10,8 +10,7 @@ constexpr int kPrepareThreads = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kColumns[] = {64, 96, 128, 192, 256};
-constexpr int kNarrowValues = 5;  // the row of forward_tiles, and of kHopperColumns, for D up to 192 with Dv up to 128
+constexpr int kColumns[] = {64, 96, 128, 192, 256, 512, 576};  // of the first rows of forward_tiles and kHopperColumns
 
 int columns_of(const AttentionProblem& p) { return hopper::columns_of(std::max(p.D, p.Dv)); }
 
@@ -43,17 +42,18 @@ bool has_unequal_tiles(const AttentionProblem& p, const CallTraits& call) {
 }  // namespace
 
 bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
-  constexpr int kMaxHeadDim = 256;
+  constexpr int kMaxHeadDim = 576, kMaxValueDim = 512;
   constexpr int64_t kMaxPositions = int64_t{1} << 29, kMaxTiles = int64_t{1} << 30;
   const int64_t tiles = int64_t{p.B} * p.Hq * (ceil_div(p.Nq, 64) + ceil_div(p.Nk, 64));
-  return device.compute_capability == 90 && p.dtype != DType::f32 && std::max(p.D, p.Dv) <= kMaxHeadDim &&
+  return device.compute_capability == 90 && p.dtype != DType::f32 && p.D <= kMaxHeadDim && p.Dv <= kMaxValueDim &&
          p.D % 8 == 0 && p.Dv % 8 == 0 && (p.scale > 0.f || is_modified(p, call)) && p.B > 0 && p.Nq > 0 && p.Nk > 0 &&
          int64_t{p.Nq} + p.Nk < kMaxPositions && tiles < kMaxTiles && call.mapped;
 }
 
 bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
   constexpr int kMaxGrid = 65535;  // the rows' terms are a grid of heads and batch entries
-  return hopper_takes(p, call, device) && !is_modified(p, call) && p.Hq <= kMaxGrid && p.B <= kMaxGrid;
+  constexpr int kMaxHeadDim = 256;
+  return hopper_takes(p, call, device) && std::max(p.D, p.Dv) <= kMaxHeadDim && p.Hq <= kMaxGrid && p.B <= kMaxGrid;
 }
 
 bool is_modified(const AttentionProblem& p, const CallTraits& call) {
@@ -62,8 +62,8 @@ bool is_modified(const AttentionProblem& p, const CallTraits& call) {
 
 Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
                            int& key_tile) {
-  const bool mask_alone =
-      call.mask && call.mask_in_words && !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
+  const bool mask_alone = call.mask && call.mask_in_words && columns_of(p) <= 256 &&
+                          !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
   const Kernel kernel = !is_modified(p, call) ? Kernel::hopper_forward
                         : mask_alone          ? Kernel::hopper_forward_mask
                                               : Kernel::hopper_forward_modified;
@@ -93,9 +93,10 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
   plan.rows.grid[2] = static_cast<uint32_t>(p.B);
   plan.rows.threads = kPrepareThreads;
 
-  const hopper::TileChoice dq = tile_of(hopper::dq_tiles, p);
+  const bool modified = is_modified(p, call);
+  const hopper::TileChoice dq = modified ? tile_of(hopper::dq_modified_tiles, p) : tile_of(hopper::dq_tiles, p);
   const auto dq_layout = hopper::backward_layout(dq);
-  plan.queries = persistent(Kernel::hopper_dq, p, device,
+  plan.queries = persistent(modified ? Kernel::hopper_dq_modified : Kernel::hopper_dq, p, device,
                             hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, 64 * dq.consumers)),
                                              int64_t{p.Nk} * (p.D + p.Dv) * 2, unequal, true, 0),
                             dq_layout.threads, dq_layout.bytes);
@@ -103,9 +104,15 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
   plan.queries.key_box = dq.tile;
 
   const bool shared_keys = columns_of(p) > 128;
-  const hopper::TileChoice dkv = shared_keys ? tile_of(hopper::dkv_shared_tiles, p) : tile_of(hopper::dkv_tiles, p);
+  const hopper::TileChoice dkv =
+      modified ? shared_keys ? tile_of(hopper::dkv_shared_modified_tiles, p) : tile_of(hopper::dkv_modified_tiles, p)
+      : shared_keys ? tile_of(hopper::dkv_shared_tiles, p)
+                    : tile_of(hopper::dkv_tiles, p);
+  const Kernel keys_kernel = modified ? shared_keys ? Kernel::hopper_dkv_shared_modified : Kernel::hopper_dkv_modified
+                             : shared_keys ? Kernel::hopper_dkv_shared
+                                           : Kernel::hopper_dkv;
   const auto dkv_layout = hopper::backward_layout(dkv, shared_keys);
-  plan.keys = persistent(shared_keys ? Kernel::hopper_dkv_shared : Kernel::hopper_dkv, p, device,
+  plan.keys = persistent(keys_kernel, p, device,
                          hopper::schedule(p.B * p.Hkv, static_cast<int>(ceil_div(p.Nk, 64 * dkv.consumers)),
                                           int64_t{p.Nq} * (p.D + p.Dv) * 2, unequal, false, 0),
                          dkv_layout.threads, dkv_layout.bytes);

@@ -5,8 +5,11 @@
 
 namespace mfa::cuda {
 
-// What the wider of D and Dv is padded to, as the kernels are named; the last has fewer columns of values.
-inline constexpr const char* kHopperColumns[] = {"64", "96", "128", "192", "256", "192x128"};
+// What the wider of D and Dv is padded to, as the kernels are named; an x is before the columns of values, where they
+// are fewer.
+inline constexpr const char* kHopperColumns[] = {"64", "96", "128", "192", "256", "512", "576x512", "192x128"};
+inline constexpr int kHopperSizes = 8, kWide = 5, kNarrowValues = 7;  // wide: "512", "576x512"
+constexpr bool is_wide(int head_dim) { return head_dim >= kWide && head_dim < kNarrowValues; }
 
 // Whether the forward kernels take the problem.
 bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);

@@ -198,6 +198,8 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
         const double delta_noise = norm(gi, p.Dv) * norm(o, p.Dv) + (dlse ? std::abs(dlse[r]) : 0.f);
         double delta_variance = 0;  // of delta, as the output in it is rounded
         for (int32_t d = 0; d < p.Dv; ++d) delta_variance += square(deviation * gi[d] * o[d]);
+        for (size_t e = 0; e < seen.size(); ++e)  // and the probabilities that made it
+          delta_variance += square(deviation * prob[e] * z[e] * dot(gi, &v[int64_t{seen[e]} * p.Dv], p.Dv));
         double dq_noise = 0, dq_variance = 0, largest_k = 0, slope_weight = 0;
         for (size_t e = 0; e < seen.size(); ++e) {
           const int32_t j = seen[e];

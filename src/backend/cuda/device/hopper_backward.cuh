@@ -9,26 +9,33 @@
 // computed. Source: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.
 //
 // As in the forward, passing tiles that are not seen in full are cleaned of NaN and infinity first, because their zero
-// weights would not keep those out of the sums. Rows that do see such a key have a NaN lse, and so get their NaN.
+// weights would not keep those out of the sums. Rows that do see such a key have a NaN lse, and so get their NaN; so do
+// keys that such rows, or rows of a NaN d_o, see.
 #pragma once
 
-#include "hopper_softmax.cuh"
+#include "hopper_backward_modifiers.cuh"
 
 namespace mfa::cuda::hopper {
 
 enum class Gradient { dq, dkv, dkv_shared };
 
-constexpr TileChoice backward_choice(Gradient g, int choice) {
+constexpr TileChoice backward_choice(Gradient g, bool modified, int choice) {
+  if (modified)
+    return g == Gradient::dq    ? dq_modified_tiles[choice]
+           : g == Gradient::dkv ? dkv_modified_tiles[choice]
+                                : dkv_shared_modified_tiles[choice];
   return g == Gradient::dq ? dq_tiles[choice] : g == Gradient::dkv ? dkv_tiles[choice] : dkv_shared_tiles[choice];
 }
 
-template <class T_, Gradient gradient, int choice>
+// `modified`: any modifier of scores; else visibility and sinks only.
+template <class T_, Gradient gradient, bool modified_, int choice>
 struct BackwardTile {
   using T = T_;
+  static constexpr bool modified = modified_;
   static constexpr bool keeps_queries = gradient == Gradient::dq;
   static constexpr bool values = !keeps_queries;  // sums dv as well
   static constexpr bool shared_keys = gradient == Gradient::dkv_shared;
-  static constexpr TileChoice c = backward_choice(gradient, choice);
+  static constexpr TileChoice c = backward_choice(gradient, modified, choice);
   static constexpr int columns = c.columns, consumers = c.consumers, rows = 64 * consumers, BN = c.tile,
                        stages = c.stages;
   static constexpr BackwardLayout layout = backward_layout(c, shared_keys);
@@ -155,10 +162,16 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
   }
 }
 
+// Whether every stationary row sees all of the passing tile.
+template <class Tile>
+__device__ __forceinline__ bool seen_in_full(const Problem& p, const SharedWork& work, int n) {
+  return !(Tile::modified && p.mask.data) && work.full(n);
+}
+
 // The feeding warpgroup's other warps: clean passing tiles that are not seen in full, the second of the pair only where
 // it is summed.
 template <class Tile>
-__device__ __forceinline__ void clean(const BackwardShared<Tile>& shared, int warp, int lane) {
+__device__ __forceinline__ void clean(const Problem& p, const BackwardShared<Tile>& shared, int warp, int lane) {
   Ring<2> slot;
   Ring<Tile::stages> ring;
   for (;; slot.advance()) {
@@ -170,7 +183,7 @@ __device__ __forceinline__ void clean(const BackwardShared<Tile>& shared, int wa
       for (int n = work.first(); n < work.last(); ++n) {
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
-        if (!work.full(n)) {
+        if (!seen_in_full<Tile>(p, work, n)) {
           using T = typename Tile::T;
           constexpr int bytes = Tile::layout.pass_bytes;
           clean_tile<T, bytes, 3>(shared.base + (shared.first(ring.stage()) - shared.at), warp, lane);
@@ -206,10 +219,11 @@ __device__ __forceinline__ void meets(const Visibility& see, int Nq, int row, in
   }
 }
 
-// Scores become probabilities. `lse` is of kept queries; that of passing ones is in shared memory.
+// Scores, in units of `scale` in base 2, become probabilities. `lse` is of kept queries; that of passing ones is in
+// shared memory.
 template <class Tile>
 __device__ __forceinline__ void exponents(float (&x)[Tile::BN / 2], const float (&lse)[2],
-                                          const BackwardShared<Tile>& shared, int stage, float scale_log2, int lane) {
+                                          const BackwardShared<Tile>& shared, int stage, float scale, int lane) {
 #pragma unroll
   for (int i = 0; i < Tile::BN / 8; ++i) {
     float2 column;
@@ -218,31 +232,54 @@ __device__ __forceinline__ void exponents(float (&x)[Tile::BN / 2], const float 
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float l = Tile::keeps_queries ? lse[j / 2] : j % 2 ? column.y : column.x;
-      x[4 * i + j] = exp2_fast(fmaf(x[4 * i + j], scale_log2, -l));
+      x[4 * i + j] = exp2_fast(fmaf(x[4 * i + j], scale, -l));
     }
   }
 }
 
-// dP becomes dS = P (dP - delta).
+// dP becomes dP - delta.
 template <class Tile>
-__device__ __forceinline__ void score_gradients(const float (&x)[Tile::BN / 2], float (&y)[Tile::BN / 2],
-                                                const float (&delta)[2], const BackwardShared<Tile>& shared, int stage,
-                                                int lane) {
+__device__ __forceinline__ void subtract_delta(float (&y)[Tile::BN / 2], const float (&delta)[2],
+                                               const BackwardShared<Tile>& shared, int stage, int lane) {
 #pragma unroll
   for (int i = 0; i < Tile::BN / 8; ++i) {
     float2 column;
     if constexpr (!Tile::keeps_queries)
       column = *reinterpret_cast<const float2*>(shared.row_delta(stage) + 8 * i + 2 * (lane % 4));
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      y[4 * i + j] = x[4 * i + j] * (y[4 * i + j] - (Tile::keeps_queries ? delta[j / 2] : j % 2 ? column.y : column.x));
+    for (int j = 0; j < 4; ++j) y[4 * i + j] -= Tile::keeps_queries ? delta[j / 2] : j % 2 ? column.y : column.x;
   }
+}
+
+// dS = P (dP - delta). Where the probability is zero, so is dS: a NaN in what is not seen would survive the product.
+template <int BN>
+__device__ __forceinline__ void score_gradients(const float (&x)[BN / 2], float (&y)[BN / 2], bool partial) {
+#pragma unroll
+  for (int i = 0; i < BN / 2; ++i) y[i] *= x[i];
+  if (!partial) return;
+#pragma unroll
+  for (int i = 0; i < BN / 2; ++i)
+    if (x[i] == 0.f) y[i] = 0.f;
+}
+
+template <class Tile>
+__device__ __forceinline__ GradientTile<Tile::BN, !Tile::keeps_queries> gradient_tile(const Problem& p,
+                                                                                      const SharedWork& work, int pass,
+                                                                                      int row_in_tile, int n,
+                                                                                      int lane) {
+  return {p,
+          work.b(),
+          Tile::keeps_queries ? work.h() : work.h() * p.G + pass,
+          work.row0() + row_in_tile,
+          n * Tile::BN + 2 * (lane % 4),
+          lane,
+          work.offset()};
 }
 
 // Probabilities of what is not seen become zero, whatever they were. column0: first passing row of the tile.
 template <class Tile>
-__device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const BackwardShared<Tile>& shared, int stage,
-                                          const SharedWork& work, int Nq, int row_in_tile, int column0, int lane) {
+__device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const SharedWork& work, int Nq, int row_in_tile,
+                                          int column0, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int begin, end;
@@ -254,19 +291,9 @@ __device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const Backwa
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& value = x[4 * i + 2 * r + e];
-        // delta is finite unless d_o is not: then dv must not miss it, though the tile is clean.
-        const float spoil = Tile::values ? 0.f * shared.row_delta(stage)[8 * i + e + 2 * (lane % 4)] : 0.f;
-        value = static_cast<uint32_t>(8 * i + e - begin) < width ? value + spoil : 0.f;
+        if (static_cast<uint32_t>(8 * i + e - begin) >= width) value = 0.f;
       }
   }
-}
-
-// Where the probability is zero, so is dS: a NaN in what is not seen would survive the product.
-template <int BN>
-__device__ __forceinline__ void drop_unseen(const float (&x)[BN / 2], float (&y)[BN / 2]) {
-#pragma unroll
-  for (int i = 0; i < BN / 2; ++i)
-    if (x[i] == 0.f) y[i] = 0.f;
 }
 
 // The two rows of a lane of a gradient, times `scale`.
@@ -331,7 +358,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
       for (int n = work.first(); n < work.last(); ++n) {
-        const bool partial = !work.full(n);
+        const bool partial = !seen_in_full<Tile>(p, work, n);
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         if (partial) {
           barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
@@ -344,7 +371,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage()));
         products_commit();
-        products_wait<1>();
+        products_wait<Tile::modified ? 0 : 1>();
         settle(x);
         // The products of the round before are finished too.
         if (started) {
@@ -353,10 +380,23 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         }
         started = true;
 
-        exponents<Tile>(x, lse, shared, ring.stage(), p.scale_log2, lane);
-        if (partial) keep_seen<Tile>(x, shared, ring.stage(), work, p.Nq, row_in_tile, n * BN, lane);
+        uint64_t kept = ~uint64_t{0};  // by dropout; wider fragments do not ask
+        if constexpr (Tile::modified) {
+          settle(y);
+          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane);
+          if (p.dropout_seed) kept = at.template drop<Tile::values>(y);
+          subtract_delta<Tile>(y, delta, shared, ring.stage(), lane);
+          at.scores(x, y);
+        }
+        exponents<Tile>(x, lse, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
+        if (!work.full(n)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
+        if constexpr (Tile::modified)
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x);
         if constexpr (Tile::values) {
-          pack_fragment<T, BN>(x, packed_p);
+          if (Tile::modified && p.dropout_seed)
+            pack_kept<T, BN>(x, kept, p.dropout_scale, packed_p);
+          else
+            pack_fragment<T, BN>(x, packed_p);
           settle(packed_p);
           products_fence();
           multiply_rows<T, columns, BN, BN>(sums_v, packed_p, shared.second(ring.stage()), 1);
@@ -368,8 +408,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         barrier_arrive_if(shared.barrier(Tile::stay_empty + warpgroup),
                           lane == 0 && pass == passes - 1 && n == work.last() - 1);
         if constexpr (!Tile::values) release(Tile::second_empty + ring.stage());
-        score_gradients<Tile>(x, y, delta, shared, ring.stage(), lane);
-        if (partial) drop_unseen<BN>(x, y);
+        if constexpr (!Tile::modified) subtract_delta<Tile>(y, delta, shared, ring.stage(), lane);
+        score_gradients<BN>(x, y, partial);
         pack_fragment<T, BN>(y, packed_ds);
         settle(packed_ds);
         products_fence();

@@ -5,8 +5,9 @@
 
 namespace mfa::cuda::hopper {
 
-// delta = sum_d o d_o - dlse and the base-2 lse, rows padded to Nq_padded. Grid: ceil(Nq_padded / prepare_rows(Dv)),
-// Hq, B blocks of 256.
+// delta = sum_d o d_o - dlse and the base-2 lse, rows padded to Nq_padded. A NaN or infinity in a row of d_o makes its
+// lse NaN, so that keys that the row sees get NaN though the kernels clean it from tiles. Grid: ceil(Nq_padded /
+// prepare_rows(Dv)), Hq, B blocks of 256.
 template <class T>
 __device__ __forceinline__ void prepare(const BackwardParams& params) {
   constexpr int rows_a_lane = 4;
@@ -30,17 +31,23 @@ __device__ __forceinline__ void prepare(const BackwardParams& params) {
   for (int r = 0; r < rows_a_lane; ++r) {
     const T* x = reinterpret_cast<const T*>(&o[r]);
     const T* y = reinterpret_cast<const T*>(&d_o[r]);
-    float delta = 0.f;
+    float delta = 0.f, spoil = 0.f;  // 0, or NaN
 #pragma unroll
-    for (int e = 0; e < 8; ++e) delta = fmaf(static_cast<float>(x[e]), static_cast<float>(y[e]), delta);
-    for (int distance = lanes / 2; distance; distance /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+    for (int e = 0; e < 8; ++e) {
+      delta = fmaf(static_cast<float>(x[e]), static_cast<float>(y[e]), delta);
+      spoil = fmaf(0.f, static_cast<float>(y[e]), spoil);
+    }
+    for (int distance = lanes / 2; distance; distance /= 2) {
+      delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+      spoil += __shfl_xor_sync(0xffffffffu, spoil, distance);
+    }
     const int i = row0 + r * step;
     if (i >= params.Nq_padded || lane != 0) continue;
     float lse = INFINITY;
     if (i < p.Nq) {
       if (params.dlse) delta -= params.dlse[head * p.Nq + i];
       lse = params.lse[head * p.Nq + i];
-      lse = lse == -INFINITY ? INFINITY : params.lse_base2 ? lse : lse * log2_e;
+      lse = lse == -INFINITY ? INFINITY : (params.lse_base2 ? lse : lse * log2_e) + spoil;
     }
     params.delta[head * params.Nq_padded + i] = delta;
     params.lse2[head * params.Nq_padded + i] = lse;

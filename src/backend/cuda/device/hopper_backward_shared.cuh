@@ -1,5 +1,6 @@
 // hopper_backward_shared.cuh: dk and dv of wide heads, whose sums do not fit one warpgroup: two work on the same 64
 // keys. One computes S^T and P^T, sums dv and passes P^T on through shared memory; the other computes dP^T and sums dk.
+// With modifiers what is passed on is P^T times the softcap's derivative, its sign set where dropout drops.
 #pragma once
 
 #include "hopper_backward.cuh"
@@ -41,7 +42,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
       for (int n = work.first(); n < work.last(); ++n) {
-        const bool partial = !work.full(n);
+        const bool partial = !seen_in_full<Tile>(p, work, n);
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         if (partial) {
           barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
@@ -60,14 +61,33 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
         started = true;
 
         const float none[2] = {};
-        exponents<Tile>(x, none, shared, ring.stage(), p.scale_log2, lane);
-        if (partial) keep_seen<Tile>(x, shared, ring.stage(), work, p.Nq, row_in_tile, n * BN, lane);
+        float factor[Tile::modified ? BN / 2 : 1];  // of what is passed on
+        if constexpr (Tile::modified) {
+          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane);
+#pragma unroll
+          for (int i = 0; i < BN / 2; ++i) factor[i] = 1.f;
+          if (p.dropout_seed) at.mark_dropped(factor);
+          at.scores(x, factor);
+        }
+        exponents<Tile>(x, none, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
+        if (!work.full(n)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
+        if constexpr (Tile::modified)
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x);
         barrier_wait(shared.barrier(Tile::p_empty + p_ring.stage()), p_ring.parity() ^ 1);
         float4* to = exchange(shared, p_ring.stage(), thread);
 #pragma unroll
-        for (int i = 0; i < BN / 8; ++i) to[128 * i] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
+        for (int i = 0; i < BN / 8; ++i) {
+          // What is not seen stays 0, though its factor be NaN.
+          const auto pass_on = [&](int k) {
+            const float weight = x[4 * i + k];
+            return !Tile::modified || weight == 0.f ? weight : weight * factor[4 * i + k];
+          };
+          to[128 * i] = {pass_on(0), pass_on(1), pass_on(2), pass_on(3)};
+        }
         release(Tile::p_full + p_ring.stage());
         p_ring.advance();
+        if constexpr (Tile::modified)
+          if (p.dropout_seed) drop_marked<BN>(x, factor, p.dropout_scale);
         pack_fragment<T, BN>(x, packed);
         barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
         settle(packed);
@@ -117,7 +137,7 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
       for (int n = work.first(); n < work.last(); ++n) {
-        const bool partial = !work.full(n);
+        const bool partial = !seen_in_full<Tile>(p, work, n);
         barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
         if (partial) {
           barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
@@ -144,8 +164,14 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
         }
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         const float none[2] = {};
-        score_gradients<Tile>(x, y, none, shared, ring.stage(), lane);
-        if (partial) drop_unseen<BN>(x, y);
+        if constexpr (Tile::modified)
+          if (p.dropout_seed) drop_marked<BN>(y, x, p.dropout_scale);
+        subtract_delta<Tile>(y, none, shared, ring.stage(), lane);
+        if constexpr (Tile::modified) {
+#pragma unroll
+          for (int i = 0; i < BN / 2; ++i) x[i] = fabsf(x[i]);
+        }
+        score_gradients<BN>(x, y, partial);
         release(Tile::p_empty + p_ring.stage());
         p_ring.advance();
         pack_fragment<T, BN>(y, packed);
@@ -210,7 +236,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
     if (warp == 0) {
       if (lane == 0) feed<Tile>(params, s, shared, maps);
     } else {
-      clean<Tile>(shared, warp - 1, lane);
+      clean<Tile>(params.p, shared, warp - 1, lane);
     }
   } else {
     take_registers<Tile::consumer_registers>();

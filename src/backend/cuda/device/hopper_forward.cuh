@@ -29,8 +29,8 @@ struct ForwardTile {
   static constexpr Modifiers modifiers = modifiers_;
   static constexpr TileChoice c = forward_choice(modifiers, choice);
   static constexpr int columns = c.columns, value_columns = value_columns_of(c), consumers = c.consumers,
-                       BQ = 64 * consumers, BK = c.tile, stages = c.stages, chunks = chunks_of(columns);
-  static constexpr bool alternate = c.alternate;
+                       BQ = 64 * consumers, BK = c.tile, stages = c.stages, warpgroups = warpgroups_of(c);
+  static constexpr bool alternate = c.alternate, halves = c.halves;
   static constexpr ForwardLayout layout = forward_layout(c);
   static constexpr int threads = layout.threads, q_bytes = layout.q_bytes, k_bytes = layout.k_bytes,
                        v_bytes = layout.v_bytes;
@@ -153,10 +153,11 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
 }
 
 // Adds to written rows of the output the NaNs and infinities that cleaning took from keys they see. A lane works on the
-// columns that it wrote. Rare, and therefore small rather than fast.
+// columns that it wrote, those of [first, last). Rare, and therefore small rather than fast.
 template <class Tile, class Seen>
 __device__ __forceinline__ void return_nonfinite(const Problem& p, const SharedWork& work,
-                                                 typename Tile::T* const (&row)[2], int lane, const Seen& seen) {
+                                                 typename Tile::T* const (&row)[2], int first, int last, int lane,
+                                                 const Seen& seen) {
   using T = typename Tile::T;
 #pragma unroll 1
   for (int key = work.first() * Tile::BK; key < min(work.last() * Tile::BK, work.see().keys); ++key) {
@@ -165,7 +166,7 @@ __device__ __forceinline__ void return_nonfinite(const Problem& p, const SharedW
     const T* v = static_cast<const T*>(p.v.data) + work.b() * p.v.stride[0] + work.h() / p.G * p.v.stride[1] +
                  key * p.v.stride[2];
 #pragma unroll 1
-    for (int column = lane % 4 * 8; column < p.Dv; column += column % 8 == 7 ? 25 : 1) {
+    for (int column = first + lane % 4 * 8; column < last; column += column % 8 == 7 ? 25 : 1) {
       const float x = static_cast<float>(v[column]);
       if (fabsf(x) < INFINITY) continue;
       if (sees[0]) row[0][column] = T(static_cast<float>(row[0][column]) + x);
@@ -221,7 +222,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       else if (!work.full(n))
         mask_scores<BK>(sums, rows(), n * BK, lane);
       if constexpr (mask_only) mask.apply(sums, lane);
-      softmax.template step<BK>(sums, scale, alpha);
+      softmax.template step<BK>(sums, scale, alpha, NotWider{});
     };
     const auto finish_step = [&](int n) {
       if constexpr (modified)
@@ -308,7 +309,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 
     const int b = work.b(), h = work.h();
     float weight[2], lse[2];
-    softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse);
+    softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse, NotWider{});
     T* row[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -322,63 +323,14 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
     write_rows<T, value_columns>(o, weight, row, p.Dv, lane);
     if (cleaned) {
       const RowPair pair = rows();
-      return_nonfinite<Tile>(p, work, row, lane, [&](int r, int key) {
+      return_nonfinite<Tile>(p, work, row, 0, p.Dv, lane, [&](int r, int key) {
         const bool inside = key >= pair.begin[r] && key < pair.end[r];
         if constexpr (modified || mask_only)
-          return inside && (!p.mask.data ||
-                            ScoreTile<BK>{p, b, h, 0, 0, lane, 0}.visible(work.row0() + row_in_tile + 8 * r, key));
+          return inside && (!p.mask.data || mask_shows(p, b, h, work.row0() + row_in_tile + 8 * r, key));
         return inside;
       });
     }
     release(Tile::work_empty + slot.stage());
-  }
-}
-
-// Grid: at most one block an SM, no more than there are tiles.
-template <class Tile>
-__device__ __forceinline__ void forward(const ForwardParams& params, const HopperSchedule& s, const TensorMap* q,
-                                        const TensorMap* k, const TensorMap* v) {
-  extern __shared__ unsigned char raw_shared[];
-  const ForwardShared<Tile> shared(raw_shared);
-  // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4,
-            lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    prefetch_map(q);
-    prefetch_map(k);
-    prefetch_map(v);
-    constexpr int consumer_warps = Tile::consumers * 4, readers = consumer_warps + 3;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.barrier(Tile::work_full + i), 1);
-      barrier_init(shared.barrier(Tile::work_empty + i), readers);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::consumers; ++i) {
-      barrier_init(shared.barrier(Tile::q_full + i), 1);
-      barrier_init(shared.barrier(Tile::q_empty + i), 4);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(shared.barrier(Tile::k_full + i), 1);
-      barrier_init(shared.barrier(Tile::k_empty + i), consumer_warps);
-      barrier_init(shared.barrier(Tile::v_full + i), 1);
-      barrier_init(shared.barrier(Tile::v_empty + i), readers);
-      barrier_init(shared.barrier(Tile::v_clean + i), 3);
-    }
-    fence_barrier_init();
-  }
-  __syncthreads();
-  if (warpgroup == 0) {
-    give_registers<Tile::feeder_registers>();
-    if (warp == 0) {
-      if (lane == 0) feed<Tile>(params.p, s, shared, q, k, v);
-    } else {
-      clean<Tile>(params.p, shared, warp - 1, lane);
-    }
-  } else {
-    take_registers<Tile::consumer_registers>();
-    consume<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
   }
 }
 

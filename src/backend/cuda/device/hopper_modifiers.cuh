@@ -6,6 +6,38 @@
 
 namespace mfa::cuda::hopper {
 
+// f(element, row, constant part of the column) on a lane's part of a fragment.
+template <int BK, class F>
+__device__ __forceinline__ void each_score(float (&s)[BK / 2], const F& f) {
+#pragma unroll
+  for (int i = 0; i < BK / 8; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) f(s[4 * i + 2 * r + e], r, 8 * i + e);
+}
+
+// Shifts `bits` up by 16 and puts there whether bytes are not zero, byte 0 lowest.
+__device__ __forceinline__ uint32_t append_bits(const uint4& bytes, uint32_t bits) {
+  const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+  for (int i = 3; i >= 0; --i) {
+    // The top bit of each byte that is not zero; the product gathers the four at the top.
+    const uint32_t set = (((words[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | words[i]) & 0x80808080u;
+    bits = __funnelshift_l(set * 0x00204081u, bits, 4);
+  }
+  return bits;
+}
+
+// Whether the mask can be read by 16 keys at a time.
+__device__ __forceinline__ bool mask_has_words(const Problem& p) {
+  const uint64_t at = reinterpret_cast<uint64_t>(p.mask.data) | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2];
+  return p.mask.stride[3] == 1 && (at | p.Nk) % 16 == 0;
+}
+__device__ __forceinline__ bool mask_shows(const Problem& p, int b, int h, int query, int key) {
+  return p.mask.data[b * p.mask.stride[0] + h * p.mask.stride[1] + query * p.mask.stride[2] + key * p.mask.stride[3]];
+}
+
 // Which keys of a tile a boolean mask lets the lane's two rows see. The mask's bytes are read in place: a quad shares
 // its rows' bytes, a lane reads every fourth group of 16, and shares them as bits. Needs groups of 16 bytes that are
 // aligned and do not straddle the row end.
@@ -28,20 +60,11 @@ struct MaskTile {
       }
     }
   }
-  __device__ __forceinline__ void apply(float (&s)[BK / 2], int lane) const {
+  // What is not seen becomes `hidden`.
+  __device__ __forceinline__ void apply(float (&s)[BK / 2], int lane, float hidden = -INFINITY) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      uint32_t own = 0;  // bit 16 g + i: byte i of group g
-#pragma unroll
-      for (int g = 1; g >= 0; --g) {
-        const uint32_t words[4] = {bytes[r][g].x, bytes[r][g].y, bytes[r][g].z, bytes[r][g].w};
-#pragma unroll
-        for (int i = 3; i >= 0; --i) {
-          // The top bit of each byte that is not zero; the product gathers the four at the top.
-          const uint32_t set = (((words[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | words[i]) & 0x80808080u;
-          own = __funnelshift_l(set * 0x00204081u, own, 4);
-        }
-      }
+      const uint32_t own = append_bits(bytes[r][0], append_bits(bytes[r][1], 0));  // bit 16 g + i: byte i of group g
       uint32_t bits = 0;  // of this lane's columns: bit 8 from + 4 g + 2 (i % 2) + e, i = 2 (from + 4 g) + i % 2
 #pragma unroll
       for (int from = 3; from >= 0; --from) {
@@ -53,7 +76,7 @@ struct MaskTile {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int bit = i / 2 % 4 * 8 + i / 8 * 4 + i % 2 * 2 + e;
-          if (!(bits & 1u << bit)) s[4 * i + 2 * r + e] = -INFINITY;
+          if (!(bits & 1u << bit)) s[4 * i + 2 * r + e] = hidden;
         }
     }
   }
@@ -153,49 +176,33 @@ struct ScoreTile {
 
   __device__ __forceinline__ int column() const { return 2 * (lane % 4); }
 
-  // f(element, row, constant part of the column).
-  template <class F>
-  static __device__ __forceinline__ void each(float (&s)[BK / 2], const F& f) {
-#pragma unroll
-    for (int i = 0; i < BK / 8; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) f(s[4 * i + 2 * r + e], r, 8 * i + e);
-  }
-
-  __device__ __forceinline__ bool visible(int row, int key) const {
-    return p.mask.data[b * p.mask.stride[0] + h * p.mask.stride[1] + row * p.mask.stride[2] + key * p.mask.stride[3]];
-  }
-
   // Products of q and k become base-2 scores.
   __device__ __forceinline__ void scale(float (&s)[BK / 2]) const {
     if (p.softcap > 0.f) {
       // tanh(x) = 1 - 2 / (1 + exp(2 x)): its error is absolute, a few units of the last place of the cap.
       const float twice = p.scale_over_softcap * (2.f * log2_e), cap = p.softcap_log2;
-      each(s, [&](float& x, int, int) { x = fmaf(-2.f * cap, reciprocal_fast(1.f + exp2_fast(x * twice)), cap); });
+      each_score<BK>(
+          s, [&](float& x, int, int) { x = fmaf(-2.f * cap, reciprocal_fast(1.f + exp2_fast(x * twice)), cap); });
     } else {
-      each(s, [&](float& x, int, int) { x *= p.scale_log2; });
+      each_score<BK>(s, [&](float& x, int, int) { x *= p.scale_log2; });
     }
   }
   __device__ __forceinline__ void alibi(float (&s)[BK / 2]) const {
     const float slope = p.alibi_slopes[h] * log2_e;
     const float at[2] = {static_cast<float>(k0 + column() - query - offset),
                          static_cast<float>(k0 + column() - query - 8 - offset)};
-    each(s, [&](float& x, int r, int c) { x = fmaf(slope, at[r] + c, x); });
+    each_score<BK>(s, [&](float& x, int r, int c) { x = fmaf(slope, at[r] + c, x); });
   }
 
   __device__ __forceinline__ void mask(float (&s)[BK / 2]) const {
-    const uint64_t at =
-        reinterpret_cast<uint64_t>(p.mask.data) | p.mask.stride[0] | p.mask.stride[1] | p.mask.stride[2];
-    if (p.mask.stride[3] == 1 && (at | p.Nk) % 16 == 0) {
+    if (mask_has_words(p)) {
       MaskTile<BK> tile;
       tile.load(p, b, h, query, k0, lane);
       tile.apply(s, lane);
     } else {
-      each(s, [&](float& x, int r, int c) {
+      each_score<BK>(s, [&](float& x, int r, int c) {
         const int key = k0 + column() + c;
-        if (key >= p.Nk || query + 8 * r >= p.Nq || !visible(query + 8 * r, key)) x = -INFINITY;
+        if (key >= p.Nk || query + 8 * r >= p.Nq || !mask_shows(p, b, h, query + 8 * r, key)) x = -INFINITY;
       });
     }
   }
@@ -212,11 +219,11 @@ struct ScoreTile {
   }
 };
 
-// Zeroes dropped probabilities and scales the kept; `words` of Philox serve four keys, so lanes of a quad pair up: the
+// f(first element, its and the next three's words of Philox). A call serves four keys, so lanes of a quad pair up: the
 // even one computes row 0's words for both, the odd one row 1's.
-template <int BK>
-__device__ __forceinline__ void drop(float (&s)[BK / 2], const Problem& p, uint32_t row_head, int query, int k0,
-                                     int lane) {
+template <int BK, class F>
+__device__ __forceinline__ void each_dropout_words(const Problem& p, uint32_t row_head, int query, int k0, int lane,
+                                                   const F& f) {
   const uint32_t seed0 = p.dropout_seed[0], seed1 = p.dropout_seed[1];
   const bool odd = lane & 1;
 #pragma unroll
@@ -227,9 +234,18 @@ __device__ __forceinline__ void drop(float (&s)[BK / 2], const Problem& p, uint3
     const uint32_t got0 = __shfl_xor_sync(0xffffffffu, odd ? w.x : w.z, 1);
     const uint32_t got1 = __shfl_xor_sync(0xffffffffu, odd ? w.y : w.w, 1);
     const uint32_t word[4] = {odd ? got0 : w.x, odd ? got1 : w.y, odd ? w.z : got0, odd ? w.w : got1};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) s[4 * i + k] = word[k] >= p.dropout_threshold ? s[4 * i + k] * p.dropout_scale : 0.f;
+    f(4 * i, word);
   }
+}
+
+// Zeroes dropped probabilities and scales the kept.
+template <int BK>
+__device__ __forceinline__ void drop(float (&s)[BK / 2], const Problem& p, uint32_t row_head, int query, int k0,
+                                     int lane) {
+  each_dropout_words<BK>(p, row_head, query, k0, lane, [&](int i, const uint32_t (&word)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) s[i + k] = word[k] >= p.dropout_threshold ? s[i + k] * p.dropout_scale : 0.f;
+  });
 }
 
 }  // namespace mfa::cuda::hopper

@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, uin
 template <class T, int bytes, int warps>
 __device__ __forceinline__ bool clean_tile(unsigned char* tile, int warp, int lane) {
   uint32_t found = 0;
-#pragma unroll 2
+#pragma unroll 4
   for (int at = (warp * 32 + lane) * 16; at < bytes; at += warps * 32 * 16) {
     const uint4 x = *reinterpret_cast<const uint4*>(tile + at);
     const uint4 bad = {nonfinite_mask<T>(x.x), nonfinite_mask<T>(x.y), nonfinite_mask<T>(x.z), nonfinite_mask<T>(x.w)};
@@ -112,17 +112,18 @@ __device__ __forceinline__ bool clean_tile(unsigned char* tile, int warp, int la
   return __any_sync(0xffffffffu, found);
 }
 
-// Within each quad of lanes, transposes the 4 x 4 matrix whose row c is the registers of lane c.
+// Transposes the 4 x 4 matrices whose rows are the registers of four lanes that lie `stride` apart.
+template <int stride = 1>
 __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
-  const bool odd = lane & 1, upper = lane & 2;
+  const bool odd = lane & stride, upper = lane & 2 * stride;
   const auto exchange = [](uint32_t& low, uint32_t& high, bool give_low, int distance) {
     const uint32_t got = __shfl_xor_sync(0xffffffffu, give_low ? low : high, distance);
     (give_low ? low : high) = got;
   };
-  exchange(x[0], x[1], odd, 1);
-  exchange(x[2], x[3], odd, 1);
-  exchange(x[0], x[2], upper, 2);
-  exchange(x[1], x[3], upper, 2);
+  exchange(x[0], x[1], odd, stride);
+  exchange(x[2], x[3], odd, stride);
+  exchange(x[0], x[2], upper, 2 * stride);
+  exchange(x[1], x[3], upper, 2 * stride);
 }
 
 // Writes the two rows of a 64 x N sum fragment that this lane shares with its quad, times weight[], as T, 16 bytes a

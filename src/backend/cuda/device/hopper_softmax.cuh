@@ -43,6 +43,11 @@ __device__ __forceinline__ void mask_scores(float (&s)[BK / 2], const RowPair& r
   }
 }
 
+// Rows whose keys are all in one fragment.
+struct NotWider {
+  __device__ __forceinline__ void operator()(float (&)[2]) const {}
+};
+
 // m and l are of rows; l is this lane's share of the row sum until `finish`.
 struct Softmax {
   float m[2] = {-INFINITY, -INFINITY};
@@ -50,21 +55,25 @@ struct Softmax {
 
   // Turns scores into exp2(scale * (s - m)) and returns the factors for what was summed before. The reference point m
   // follows the row maximum only when that has grown by `slack` in base 2: any m near the maximum gives the same
-  // result, and sums are then hardly ever rescaled.
-  template <int BK>
-  __device__ __forceinline__ void step(float (&s)[BK / 2], float scale, float (&alpha)[2]) {
+  // result, and sums are then hardly ever rescaled. `widen` makes maxima those of a wider fragment.
+  template <int BK, class Widen>
+  __device__ __forceinline__ void step(float (&s)[BK / 2], float scale, float (&alpha)[2], const Widen& widen) {
     constexpr float slack = 8.f;
-    float base[2];
+    float top[2], base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = fmaxf(s[2 * r], s[2 * r + 1]);
+      top[r] = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
-      for (int i = 1; i < BK / 8; ++i) top = fmaxf(top, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const bool grown = (top - m[r]) * scale > slack;  // false when both are -inf
-      alpha[r] = grown ? exp2_fast((m[r] - top) * scale) : 1.f;
-      m[r] = grown ? top : m[r];
+      for (int i = 1; i < BK / 8; ++i) top[r] = fmaxf(top[r], fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+    }
+    widen(top);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool grown = (top[r] - m[r]) * scale > slack;  // false when both are -inf
+      alpha[r] = grown ? exp2_fast((m[r] - top[r]) * scale) : 1.f;
+      m[r] = grown ? top[r] : m[r];
       base[r] = m[r] == -INFINITY ? 0.f : m[r] * scale;
     }
     float sum[2][2] = {};
@@ -82,12 +91,19 @@ struct Softmax {
     for (int r = 0; r < 2; ++r) l[r] = fmaf(l[r], alpha[r], sum[r][0] + sum[r][1]);
   }
 
-  // Adds the sink's logit (base 2; -inf: none) and gives the weight of the rows' sums and their base-2 lse.
-  __device__ __forceinline__ void finish(float scale, float sink, float (&weight)[2], float (&lse)[2]) {
+  // Adds the sink's logit (base 2; -inf: none) and gives the weight of the rows' sums and their base-2 lse. `widen`
+  // adds the sums of a wider fragment.
+  template <class Widen>
+  __device__ __forceinline__ void finish(float scale, float sink, float (&weight)[2], float (&lse)[2],
+                                         const Widen& widen) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       l[r] += __shfl_xor_sync(0xffffffffu, l[r], 1);
       l[r] += __shfl_xor_sync(0xffffffffu, l[r], 2);
+    }
+    widen(l);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       float m2 = m[r] == -INFINITY ? -INFINITY : m[r] * scale, factor = 1.f;
       if (sink != -INFINITY) {
         // log2(l) <= the gap between m2 and the true maximum, so either may lead.

@@ -36,17 +36,30 @@ struct TileChoice {
   int stages;             // of the rings of those tiles
   bool alternate;         // warpgroups take turns at issuing products
   int value_columns = 0;  // of v and o, where they are fewer; 0: the same
+  bool halves = false;    // two warpgroups work on the same 64 rows: each on half the keys and half of o's columns
 };
+constexpr int warpgroups_of(TileChoice c) { return c.halves ? 2 : c.consumers; }
 constexpr int value_columns_of(TileChoice c) { return c.value_columns ? c.value_columns : c.columns; }
 
 constexpr TileChoice forward_tiles[] = {
-    {64, 3, 128, 2, false},  {96, 3, 112, 2, false}, {128, 2, 128, 2, false},
-    {192, 2, 112, 2, false}, {256, 2, 80, 2, true},  {192, 2, 128, 2, false, 128},
+    {64, 3, 128, 2, false},
+    {96, 3, 112, 2, false},
+    {128, 2, 128, 2, false},
+    {192, 2, 112, 2, false},
+    {256, 2, 80, 2, true},
+    {512, 1, 64, 1, false, 512, true},
+    {576, 1, 64, 1, false, 512, true},
+    {192, 2, 128, 2, false, 128},
 };
 // The same with every modifier of scores, which need registers.
 constexpr TileChoice forward_modified_tiles[] = {
-    {64, 2, 64, 2, false},  {96, 2, 64, 2, false},  {128, 2, 64, 2, false},
-    {192, 2, 64, 2, false}, {256, 2, 48, 2, false},
+    {64, 2, 64, 2, false},
+    {96, 2, 64, 2, false},
+    {128, 2, 64, 2, false},
+    {192, 2, 64, 2, false},
+    {256, 2, 48, 2, false},
+    {512, 1, 64, 1, false, 512, true},
+    {576, 1, 64, 1, false, 512, true},
 };
 // The same with a boolean mask alone.
 constexpr TileChoice forward_mask_tiles[] = {
@@ -69,16 +82,33 @@ constexpr TileChoice dkv_shared_tiles[] = {
     {192, 1, 80, 2, false},
     {256, 1, 64, 2, false},
 };
+// The same three with every modifier of scores.
+constexpr TileChoice dq_modified_tiles[] = {
+    {64, 2, 64, 3, false},  {96, 2, 64, 3, false},  {128, 2, 64, 3, false},
+    {192, 2, 48, 3, false}, {256, 2, 32, 3, false},
+};
+constexpr TileChoice dkv_modified_tiles[] = {
+    {64, 2, 64, 2, false},
+    {96, 2, 64, 2, false},
+    {128, 2, 48, 2, false},
+};
+constexpr TileChoice dkv_shared_modified_tiles[] = {
+    {192, 1, 64, 2, false},
+    {256, 1, 48, 2, false},
+};
 
 constexpr int shared_bytes_of_block = 227 * 1024;  // the most that a block may have
 
-constexpr int columns_of(int D) { return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : 256; }
+constexpr int columns_of(int D) {
+  return D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : D <= 192 ? 192 : D <= 256 ? 256 : D <= 512 ? 512 : 576;
+}
 constexpr int chunks_of(int columns) { return (columns + 63) / 64; }
 
-// Shared memory of the forward: Q of each warpgroup, rings of K and V, what cleaning found, barriers, work.
+// Shared memory of the forward: Q of each warpgroup, rings of K and V, what cleaning found, barriers, work; for halves
+// also two tiles of probabilities and two numbers a row of each warpgroup.
 struct ForwardLayout {
   int q_bytes, k_bytes, v_bytes;  // of one warpgroup; of one stage
-  int k_at, v_at, found_at, barriers_at, work_at, bytes;
+  int k_at, v_at, p_at, rows_at, found_at, barriers_at, work_at, bytes;
   int threads;
 };
 constexpr int forward_barriers(TileChoice c) { return 4 + 2 * c.consumers + 5 * c.stages; }
@@ -89,11 +119,13 @@ constexpr ForwardLayout forward_layout(TileChoice c) {
   l.v_bytes = chunks_of(value_columns_of(c)) * c.tile * 128;
   l.k_at = c.consumers * l.q_bytes;
   l.v_at = l.k_at + c.stages * l.k_bytes;
-  l.found_at = l.v_at + c.stages * l.v_bytes;
+  l.p_at = l.v_at + c.stages * l.v_bytes;
+  l.rows_at = l.p_at + (c.halves ? 2 * 64 * c.tile * 2 : 0);
+  l.found_at = l.rows_at + (c.halves ? 2 * 2 * 64 * 4 : 0);
   l.barriers_at = l.found_at + c.stages * 16;
   l.work_at = l.barriers_at + forward_barriers(c) * 8;
   l.bytes = l.work_at + 2 * 48 + 1024;  // 1024: tiles are aligned to that
-  l.threads = 128 * (c.consumers + 1);
+  l.threads = 128 * (warpgroups_of(c) + 1);
   return l;
 }
 

@@ -204,4 +204,14 @@ __device__ __forceinline__ void multiply_rows(float (&d)[N / 2], const uint32_t 
     Product<N>::template register_a<T, 1>(d, a + r / 4, db.at(r * 128), r > 0 ? 1 : accumulate);
 }
 
+// The same with A a tile of `a_rows` rows a chunk, its columns the inner dimension.
+template <class T, int N, int depth, int a_rows, int rows>
+__device__ __forceinline__ void multiply_tiles(float (&d)[N / 2], uint32_t a, uint32_t b) {
+  asm volatile("" : "+r"(a), "+r"(b));
+  const TileDescriptor da(a), db(b, rows * 128);
+#pragma unroll
+  for (int r = 0; r < depth; r += 16)
+    Product<N>::template shared_a<T, 0, 1>(d, da.at(r / 64 * a_rows * 128 + r % 64 * 2), db.at(r * 128), 1);
+}
+
 }  // namespace mfa::cuda::hopper

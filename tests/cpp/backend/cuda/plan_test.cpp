@@ -86,7 +86,9 @@ TEST(CudaPlanForward, DecodeFillsTheDevice) {
   EXPECT_EQ(one.attention.kernel, Kernel::forward_decode);
   EXPECT_GE(one.attention.grid[0] * one.splits, 132u);
   const ForwardPlan many = plan_forward(shape(32, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100);
-  EXPECT_LE(many.splits, 4);
+  EXPECT_EQ(many.splits, 4) << "several waves of long splits";
+  EXPECT_EQ(plan_forward(shape(32, 32, 8, 1, 2048, 128, DType::bf16), {}, kH100).splits, 1) << "too short to split";
+  EXPECT_EQ(plan_forward(shape(128, 32, 8, 1, 8192, 128, DType::bf16), {}, kH100).splits, 1) << "many waves already";
   EXPECT_EQ(plan_forward(shape(1, 32, 8, 1, 100, 128, DType::bf16), {}, kH100).splits, 1);
 }
 
@@ -157,25 +159,56 @@ TEST(CudaPlanHopper, TakesWhatItsKernelsKnow) {
   EXPECT_EQ(name(p, {}), "hopper_forward_192x128_bf16");
   EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_mask_192_bf16");
   EXPECT_EQ(name(shape(2, 8, 8, 1000, 1000, 100, DType::bf16), {}), "forward_tiled_bf16_128");
+  p.D = p.Dv = 264;
+  EXPECT_EQ(name(p, {}), "hopper_forward_512_bf16");
+  EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_modified_512_bf16");
+  p.D = 576;
+  EXPECT_EQ(name(p, {}), "hopper_forward_576x512_bf16");
+  EXPECT_EQ(name(p, {.bias = true}), "hopper_forward_modified_576x512_bf16");
+  EXPECT_EQ(plan_backward(p, {}, {}, kH100).queries.kernel, Kernel::backward_queries);
+  p.Dv = 576;
+  EXPECT_EQ(name(p, {}), "forward_tiled_bf16_576");
 }
 
 TEST(CudaPlanHopper, SchedulesCoverEveryTile) {
-  for (int32_t D : {64, 96, 128, 192, 256})
+  for (int32_t D : {64, 96, 128, 192, 256, 512, 576})
     for (int32_t Nq : {17, 128, 1000, 16384}) {
       AttentionProblem p = shape(2, 16, 4, Nq, 4096, D, DType::f16);
+      p.Dv = std::min(D, 512);
       const Launch forward = plan_forward(p, {}, kH100).attention;
+      EXPECT_TRUE(is_hopper(forward.kernel));
       EXPECT_EQ(forward.schedule.tiles, 2 * 16 * ceil_div(Nq, plan_forward(p, {}, kH100).row_tile));
       EXPECT_LE(forward.grid[0], 132u);
+      EXPECT_LE(forward.shared_bytes, uint32_t(kH100.shared_bytes));
+      if (D > 256) continue;
       const BackwardPlan backward = plan_backward(p, {}, {}, kH100);
-      for (const Launch& launch : {forward, backward.queries, backward.keys}) {
+      const BackwardPlan masked = plan_backward(p, {.mask = true}, {}, kH100);
+      EXPECT_EQ(masked.queries.kernel, Kernel::hopper_dq_modified);
+      for (const Launch& launch : {forward, backward.queries, backward.keys, masked.queries, masked.keys}) {
         EXPECT_TRUE(is_hopper(launch.kernel));
         EXPECT_LE(launch.shared_bytes, uint32_t(kH100.shared_bytes));
         EXPECT_GT(launch.query_box * launch.key_box, 0);
         EXPECT_LE(std::max(launch.query_box, launch.key_box), 256);
       }
-      p.softcap = 2.f;
-      EXPECT_EQ(plan_backward(p, {}, {}, kH100).queries.kernel, Kernel::backward_queries);
     }
+}
+
+TEST(CudaPlanHopper, TheBackwardNamesItsKernels) {
+  auto names = [](const AttentionProblem& p, const CallTraits& call) {
+    const BackwardPlan plan = plan_backward(p, call, {}, kH100);
+    return name_of(plan.rows) + " " + name_of(plan.queries) + " " + name_of(plan.keys);
+  };
+  AttentionProblem p = shape(2, 8, 8, 1000, 1000, 80, DType::bf16);
+  const std::string prepare = "hopper_backward_prepare_bf16 ";
+  EXPECT_EQ(names(p, {}), prepare + "hopper_dq_96_bf16 hopper_dkv_96_bf16");
+  for (const CallTraits& call : {CallTraits{.alibi = true}, CallTraits{.bias = true}, CallTraits{.mask = true},
+                                 CallTraits{.mask = true, .mask_in_words = false}, CallTraits{.dropout = true}})
+    EXPECT_EQ(names(p, call), prepare + "hopper_dq_modified_96_bf16 hopper_dkv_modified_96_bf16");
+  p.softcap = 2.f;
+  EXPECT_EQ(names(p, {}), prepare + "hopper_dq_modified_96_bf16 hopper_dkv_modified_96_bf16");
+  p.D = 200;
+  EXPECT_EQ(names(p, {}), prepare + "hopper_dq_modified_256_bf16 hopper_dkv_shared_modified_256_bf16");
+  EXPECT_EQ(names(p, kTiled), "backward_rows_bf16 backward_queries_bf16_256 backward_keys_bf16_256");
 }
 
 TEST(CudaUnsupported, SaysWhy) {

@@ -1,0 +1,239 @@
+// hopper_forward_wide.cuh: the forward of heads whose output rows do not fit one warpgroup: two work on the same 64
+// queries. Each computes the scores of one half of a tile's keys and sums one half of the output's columns; they
+// exchange row maxima and, as a tile in shared memory, probabilities. And what every forward kernel runs.
+#pragma once
+
+#include "hopper_forward.cuh"
+
+namespace mfa::cuda::hopper {
+
+template <class Tile>
+__device__ __forceinline__ void consume_halves(const ForwardParams& params, const ForwardShared<Tile>& shared,
+                                               int warpgroup, int thread) {
+  using T = typename Tile::T;
+  constexpr int BK = Tile::BK, half_keys = BK / 2, columns = Tile::columns, half_columns = Tile::value_columns / 2;
+  constexpr bool modified = Tile::modifiers == Modifiers::all;
+  static_assert(BK == 64 && Tile::consumers == 1 && Tile::modifiers != Modifiers::mask);  // a tile of P is one chunk
+  enum : uint32_t { maxima_ready = 1, sums_ready, probabilities_ready };                  // named barriers
+  const Problem& p = params.p;
+  const int lane = thread % 32, row_in_tile = thread / 32 * 16 + lane / 4, column0 = warpgroup * half_columns;
+  const float scale = modified ? 1.f : p.scale_log2;
+
+  Ring<2> slot, p_ring;
+  Ring<1> q_ring;
+  Ring<Tile::stages> k_ring, v_ring;
+  uint32_t clean_parity = 0;  // one bit a stage
+  const auto release = [&](int barrier) {
+    __syncwarp();
+    barrier_arrive_if(shared.barrier(barrier), lane == 0);
+  };
+  // x becomes join(x, that of the other warpgroup). Written again only after another barrier.
+  const auto exchange = [&](int which, float (&x)[2], uint32_t barrier, const auto& join) {
+    float* rows = reinterpret_cast<float*>(shared.base + Tile::layout.rows_at) + which * 128 + row_in_tile;
+    if (lane % 4 == 0) {
+      rows[warpgroup * 64] = x[0];
+      rows[warpgroup * 64 + 8] = x[1];
+    }
+    named_sync(barrier, 256);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) x[r] = join(x[r], rows[(warpgroup ^ 1) * 64 + 8 * r]);
+  };
+
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const auto rows = [&] { return row_pair(work.see(), work.row0() + row_in_tile, p.Nq); };
+    const auto first_key = [&](int n) { return n * BK + warpgroup * half_keys; };
+
+    Softmax softmax;
+    float o[half_columns / 2] = {};
+    float sums[half_keys / 2];
+    bool cleaned = false;
+
+    BiasTile<modified ? half_keys : 8> bias;
+    const auto load_terms = [&](int n) {
+      if constexpr (modified)
+        if (p.bias.data) bias.load(p, work.b(), work.h(), work.row0() + row_in_tile, first_key(n), lane);
+    };
+    const auto multiply_keys = [&] {
+      products_fence();
+      multiply_columns<T, half_keys, columns, 64, BK>(sums, shared.q(0),
+                                                      shared.k(k_ring.stage()) + warpgroup * half_keys * 128);
+      products_commit();
+    };
+    const auto softmax_step = [&](int n, float (&alpha)[2]) {
+      if constexpr (modified)
+        ScoreTile<half_keys>{p, work.b(), work.h(), work.row0() + row_in_tile, first_key(n), lane, work.offset()}.apply(
+            sums, bias, work.full(n), rows);
+      else if (!work.full(n))
+        mask_scores<half_keys>(sums, rows(), first_key(n), lane);
+      softmax.template step<half_keys>(sums, scale, alpha, [&](float (&top)[2]) {
+        exchange(0, top, maxima_ready, [](float x, float y) { return fmaxf(x, y); });
+      });
+    };
+    // Two tiles in turn: the other warpgroup may still multiply by the one before.
+    const auto share_probabilities = [&](int n) {
+      if constexpr (modified)
+        if (p.dropout_seed)
+          drop<half_keys>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, first_key(n), lane);
+      p_ring.advance();
+      unsigned char* tile =
+          shared.base + Tile::layout.p_at + p_ring.stage() * 64 * 128 + row_in_tile * 128 + lane % 4 * 4;
+#pragma unroll
+      for (int i = 0; i < half_keys / 8; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          *reinterpret_cast<uint32_t*>(tile + 8 * r * 128 + ((warpgroup * half_keys / 8 + i) ^ lane / 4) * 16) =
+              pack<T>(sums[4 * i + 2 * r], sums[4 * i + 2 * r + 1]);
+      fence_async_shared();
+      named_sync(probabilities_ready, 256);
+    };
+    const auto uncleaned = [&](int n) { return !(modified && p.mask.data) && work.full(n); };
+    const auto multiply_values = [&](int n) {
+      barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
+      if (!uncleaned(n)) {
+        barrier_wait(shared.barrier(Tile::v_clean + v_ring.stage()), clean_parity >> v_ring.stage() & 1);
+        clean_parity ^= 1u << v_ring.stage();
+      }
+      products_fence();
+      multiply_tiles<T, half_columns, BK, 64, BK>(o, shared.at + Tile::layout.p_at + p_ring.stage() * 64 * 128,
+                                                  shared.v(v_ring.stage()) + warpgroup * half_columns / 64 * BK * 128);
+      products_commit();
+    };
+    const auto release_values = [&](int n) {
+      if (!uncleaned(n)) {
+        const volatile uint32_t* found = shared.found(v_ring.stage());
+        cleaned |= (found[0] | found[1] | found[2]) != 0;
+      }
+      release(Tile::v_empty + v_ring.stage());
+      v_ring.advance();
+    };
+
+    if (work.passes()) {
+      float alpha[2];
+      int n = work.last() - 1;
+      const int first = work.first();
+      load_terms(n);
+      barrier_wait(shared.barrier(Tile::q_full), q_ring.parity());
+      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      multiply_keys();
+      products_wait<0>();
+      settle(sums);
+      release(Tile::k_empty + k_ring.stage());
+      k_ring.advance();
+      softmax_step(n, alpha);
+      share_probabilities(n);
+
+      // n is the tile whose probabilities are ready; a round computes those of n - 1.
+#pragma unroll 1
+      for (; n > first; --n) {
+        load_terms(n - 1);
+        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+        settle(o);
+        multiply_keys();
+        multiply_values(n);
+        products_wait<1>();
+        settle(sums);
+        release(Tile::k_empty + k_ring.stage());
+        k_ring.advance();
+        softmax_step(n - 1, alpha);
+        settle(sums);  // the wait below must not move up past the softmax
+        products_wait<0>();
+        settle(o);
+        release_values(n);
+        if (__any_sync(0xffffffffu, alpha[0] != 1.f || alpha[1] != 1.f)) {
+#pragma unroll
+          for (int i = 0; i < half_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
+        }
+        share_probabilities(n - 1);
+      }
+      release(Tile::q_empty);
+      q_ring.advance();
+      settle(o);
+      multiply_values(n);
+      products_wait<0>();
+      settle(o);
+      release_values(n);
+    }
+
+    const int b = work.b(), h = work.h();
+    float weight[2], lse[2];
+    softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse, [&](float (&l)[2]) {
+      if (work.passes()) exchange(1, l, sums_ready, [](float x, float y) { return x + y; });
+    });
+    T *row[2], *half_row[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = work.row0() + row_in_tile + 8 * r;
+      row[r] = query < p.Nq ? static_cast<T*>(params.o.data) + b * params.o.stride[0] + h * params.o.stride[1] +
+                                  query * params.o.stride[2]
+                            : nullptr;
+      half_row[r] = row[r] ? row[r] + column0 : nullptr;
+      if (params.lse && row[r] && lane % 4 == 0 && warpgroup == 0)
+        params.lse[(int64_t{b} * p.Hq + h) * p.Nq + query] = params.lse_base2 ? lse[r] : lse[r] * ln_2;
+    }
+    write_rows<T, half_columns>(o, weight, half_row, p.Dv - column0, lane);
+    if (cleaned) {
+      const RowPair pair = rows();
+      return_nonfinite<Tile>(p, work, row, column0, min(column0 + half_columns, p.Dv), lane, [&](int r, int key) {
+        return key >= pair.begin[r] && key < pair.end[r] &&
+               (!modified || !p.mask.data || mask_shows(p, b, h, work.row0() + row_in_tile + 8 * r, key));
+      });
+    }
+    release(Tile::work_empty + slot.stage());
+  }
+}
+
+// Grid: at most one block an SM, no more than there are tiles.
+template <class Tile>
+__device__ __forceinline__ void forward(const ForwardParams& params, const HopperSchedule& s, const TensorMap* q,
+                                        const TensorMap* k, const TensorMap* v) {
+  extern __shared__ unsigned char raw_shared[];
+  const ForwardShared<Tile> shared(raw_shared);
+  // Through a shuffle, so that the compiler keeps what follows from it in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4,
+            lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    prefetch_map(q);
+    prefetch_map(k);
+    prefetch_map(v);
+    constexpr int consumer_warps = Tile::warpgroups * 4, readers = consumer_warps + 3;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.barrier(Tile::work_full + i), 1);
+      barrier_init(shared.barrier(Tile::work_empty + i), readers);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::consumers; ++i) {
+      barrier_init(shared.barrier(Tile::q_full + i), 1);
+      barrier_init(shared.barrier(Tile::q_empty + i), consumer_warps / Tile::consumers);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::stages; ++i) {
+      barrier_init(shared.barrier(Tile::k_full + i), 1);
+      barrier_init(shared.barrier(Tile::k_empty + i), consumer_warps);
+      barrier_init(shared.barrier(Tile::v_full + i), 1);
+      barrier_init(shared.barrier(Tile::v_empty + i), readers);
+      barrier_init(shared.barrier(Tile::v_clean + i), 3);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    give_registers<Tile::feeder_registers>();
+    if (warp == 0) {
+      if (lane == 0) feed<Tile>(params.p, s, shared, q, k, v);
+    } else {
+      clean<Tile>(params.p, shared, warp - 1, lane);
+    }
+  } else {
+    take_registers<Tile::consumer_registers>();
+    if constexpr (Tile::halves)
+      consume_halves<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
+    else
+      consume<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
+  }
+}
+
+}  // namespace mfa::cuda::hopper

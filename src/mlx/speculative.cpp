@@ -1,0 +1,175 @@
+// speculative.cpp: attention of trees of draft tokens. Source: Miao et al., "SpecInfer", arXiv:2305.09781.
+#include "mfa/speculative.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "common/check.h"
+#include "mlx/merge.h"
+#include "mlx/ops.h"
+#include "mlx/route.h"
+#include "mlx/transforms.h"
+
+namespace mfa {
+namespace {
+
+constexpr const char* kFunction = "flash_attention_tree";
+
+TreeMask make_tree_mask(const mx::array& parents, const char* function, mx::Stream s) {
+  check(mx::issubdtype(parents.dtype(), mx::integer), function, "parents must have an integer dtype; got ",
+        parents.dtype());
+  check(parents.ndim() == 1 || parents.ndim() == 2, function, "parents must have shape [N] or [B, N]; got ",
+        parents.shape());
+  check(!parents.is_tracer(), function, "parents must be known when the graph is built, not traced");
+  const int trees = parents.ndim() == 2 ? parents.shape(0) : 1, N = parents.shape(-1), words = (N + 31) / 32;
+  auto known = mx::contiguous(mx::astype(parents, mx::int64, s), false, s);
+  known.eval();
+  const int64_t* parent = known.data<int64_t>();
+
+  std::vector<int32_t> depths(static_cast<size_t>(trees) * N);
+  const auto visible = std::make_unique<bool[]>(depths.size() * N);  // zeros; vector<bool> has no data()
+  std::vector<uint32_t> bits(depths.size() * words);
+  for (int t = 0; t < trees; ++t) {
+    const size_t first = static_cast<size_t>(t) * N;
+    for (int i = 0; i < N; ++i) {
+      const int64_t up = parent[first + i];
+      check(up >= -1 && up < i, function, "the parent of node ", i, " must be a node before it or -1; got ", up);
+      bool* row = &visible[(first + i) * N];
+      uint32_t* row_bits = &bits[(first + i) * words];
+      if (up >= 0) {
+        depths[first + i] = depths[first + up] + 1;
+        std::copy_n(&visible[(first + up) * N], N, row);
+        std::copy_n(&bits[(first + up) * words], words, row_bits);
+      }
+      row[i] = true;
+      row_bits[i / 32] |= uint32_t{1} << (i % 32);
+    }
+  }
+  const bool batched = parents.ndim() == 2;
+  auto shape = [&](mx::Shape one) {
+    if (batched) one.insert(one.begin(), trees);
+    return one;
+  };
+  return {mx::array(depths.data(), shape({N}), mx::int32), mx::array(visible.get(), shape({N, N}), mx::bool_),
+          mx::array(bits.data(), shape({N, words}), mx::uint32)};
+}
+
+AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
+                    mx::Stream s) {
+  AttentionSources sources;
+  sources.function = kFunction;
+  auto outputs = launch(make_request(q, k, v, options, false, s, sources), options.backend, {.lse = true});
+  return {outputs[0], outputs[1], std::nullopt};
+}
+
+// The number of committed tokens of each entry, int32 [B].
+mx::array committed_tokens(const mx::array& kv_lengths, int B, int N, int Nk, mx::Stream s) {
+  const auto lengths = to_int32(kv_lengths, 1, "kv_lengths", kFunction, s);
+  check(lengths.shape(0) == B, kFunction, "kv_lengths must have shape (", B,
+        ",), one length for each batch entry; got ", lengths.shape());
+  if (s.device == mx::Device::cpu && !lengths.is_tracer() && lengths.is_available()) {
+    for (int b = 0; b < B; ++b) {
+      const int32_t n = lengths.data<int32_t>()[b * lengths.strides(0)];
+      check(n >= N && n <= Nk, kFunction, "kv_lengths must be in [N, Nk] = [", N, ", ", Nk, "]; got ", n,
+            " for batch entry ", b);
+    }
+  }
+  return mx::clip(mx::subtract(lengths, mx::array(N), s), mx::array(0), mx::array(std::max(0, Nk - N)), s);
+}
+
+}  // namespace
+
+TreeMask tree_mask(const mx::array& parents, mx::StreamOrDevice s) {
+  return make_tree_mask(parents, "make_tree_mask", mx::to_stream(s));
+}
+
+AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& parents,
+                               const AttentionOptions& options, mx::StreamOrDevice stream_or_device) {
+  const mx::Stream s = mx::to_stream(stream_or_device);
+  check(!options.bias && !options.mask, kFunction, "attn_bias and mask are not offered");
+  check(options.dropout_p == 0.f, kFunction, "dropout_p must be 0; got ", options.dropout_p);
+  check(!options.return_probs, kFunction, "return_probs must be false");
+  check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, kFunction,
+        "q, k and v must have 4 dimensions [B, H, N, D]; got shapes ", q.shape(), ", ", k.shape(), " and ", v.shape());
+  const TreeMask tree = make_tree_mask(parents, kFunction, s);
+  const int B = q.shape(0), Hq = q.shape(1), N = q.shape(2), Nk = k.shape(2);
+  const int trees = parents.ndim() == 2 ? parents.shape(0) : 1;
+  check(parents.shape(-1) == N && (parents.ndim() == 1 || trees == B), kFunction,
+        "parents must have shape [N] or [B, N] of q, (", N, ") or (", B, ",", N, "); got ", parents.shape());
+  check(k.shape(2) == v.shape(2), kFunction, "k and v must have the same length; got ", Nk, " and ", v.shape(2));
+  check(Nk >= N, kFunction, "k and v must hold the ", N, " nodes of the tree; got ", Nk, " tokens");
+
+  std::optional<mx::array> committed;
+  if (options.kv_lengths) committed = committed_tokens(*options.kv_lengths, B, N, Nk, s);
+  const auto depth = mx::reshape(tree.depths, {trees, 1, N, 1}, s);
+  const auto depth_of_key = mx::reshape(tree.depths, {trees, 1, 1, N}, s);
+  AttentionOptions part;
+  part.scale = options.scale;
+  part.softcap = options.softcap;
+  part.backend = options.backend;
+
+  // The committed tokens: no node is before the end of them, so the left side of the window is all that limits them.
+  AttentionOptions before = part;
+  before.alibi_slopes = options.alibi_slopes;
+  const int most = committed ? Nk : Nk - N;
+  const auto tokens = committed ? mx::reshape(*committed, {B, 1, 1, 1}, s) : mx::array(Nk - N);
+  if (committed) before.kv_lengths = committed;
+  if (options.window_left >= 0) {
+    const auto keys = mx::reshape(mx::arange(0, most, mx::int32, s), {1, 1, 1, most}, s);
+    const auto distance = mx::subtract(mx::add(tokens, depth, s), keys, s);
+    before.mask = mx::less_equal(distance, mx::array(options.window_left), s);
+  }
+  const auto from_start = [&](const mx::array& x) {
+    return committed ? x : mx::slice(x, {0, 0, 0, 0}, {x.shape(0), x.shape(1), most, x.shape(3)}, s);
+  };
+  if (options.sinks) check_per_head(*options.sinks, "sinks", Hq, kFunction);
+  AttentionResult past = run(q, from_start(k), from_start(v), before, s);
+
+  // The nodes, which lie behind the committed tokens of each entry: N tokens are gathered, or a view taken.
+  AttentionOptions within = part;
+  within.mask = mx::reshape(tree.visible, {trees, 1, N, N}, s);
+  if (options.window_left >= 0) {
+    const auto near = mx::less_equal(mx::subtract(depth, depth_of_key, s), mx::array(options.window_left), s);
+    within.mask = mx::logical_and(*within.mask, near, s);
+  }
+  if (options.alibi_slopes) {
+    const auto slopes = mx::reshape(mx::astype(*options.alibi_slopes, mx::float32, s), {1, Hq, 1, 1}, s);
+    within.bias = mx::multiply(slopes, mx::astype(mx::subtract(depth_of_key, depth, s), mx::float32, s), s);
+    // The first part counted its rows from i + max(0, committed - N).
+    const auto counted = mx::add(mx::reshape(mx::arange(0, N, mx::int32, s), {1, 1, N, 1}, s),
+                                 mx::maximum(mx::subtract(tokens, mx::array(N), s), mx::array(0), s), s);
+    const auto off = mx::astype(mx::subtract(counted, mx::add(tokens, depth, s), s), mx::float32, s);
+    past.lse = mx::add(past.lse, mx::squeeze(mx::multiply(slopes, off, s), 3, s), s);
+  }
+  const auto nodes = [&](const mx::array& x) {
+    if (!committed) return mx::slice(x, {0, 0, Nk - N, 0}, x.shape(), s);
+    const auto rows = mx::add(tokens, mx::reshape(mx::arange(0, N, mx::int32, s), {1, 1, N, 1}, s), s);
+    return mx::take_along_axis(x, mx::broadcast_to(rows, {B, x.shape(1), N, x.shape(3)}, s), 2, s);
+  };
+  const AttentionResult own = run(q, nodes(k), nodes(v), within, s);
+  return merge_parts(past, own, options.sinks, q.dtype(), s);
+}
+
+mx::array draft_proxy_logprobs(const mx::array& out, const mx::array& draft_ids, float temperature,
+                               mx::StreamOrDevice stream_or_device) {
+  constexpr const char* function = "flash_attention_speculative_verify";
+  const mx::Stream s = mx::to_stream(stream_or_device);
+  check(out.ndim() == 4, function, "out must have 4 dimensions [B, Hq, N, Dv]; got shape ", out.shape());
+  check(mx::issubdtype(draft_ids.dtype(), mx::integer), function, "draft_ids must have an integer dtype; got ",
+        draft_ids.dtype());
+  check(draft_ids.ndim() == 2 && draft_ids.shape(0) == out.shape(0) && draft_ids.shape(1) == out.shape(2), function,
+        "draft_ids must have shape [B, N] of the queries, (", out.shape(0), ",", out.shape(2), "); got ",
+        draft_ids.shape());
+  check(std::isfinite(temperature) && temperature > 0.f, function, "temperature must be finite and positive; got ",
+        temperature);
+  const auto mean = mx::mean(mx::astype(out, mx::float32, s), 1, false, s);
+  const auto logits = mx::divide(mean, mx::array(temperature), s);
+  const auto wide = draft_ids.itemsize() < 4 ? mx::astype(draft_ids, mx::int32, s) : draft_ids;
+  const auto ids = mx::clip(wide, mx::array(0, wide.dtype()), mx::array(out.shape(3) - 1, wide.dtype()), s);
+  const auto picked = mx::take_along_axis(logits, mx::expand_dims(ids, 2, s), 2, s);
+  return mx::squeeze(mx::subtract(picked, mx::logsumexp(logits, 2, true, s), s), 2, s);
+}
+
+}  // namespace mfa
