@@ -84,7 +84,9 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
     splits = std::clamp<int32_t>(ceil_div(4 * threads, row_tasks), 1, std::max(1, blocks / kMinSplitBlocks));
   plan.split_blocks = std::max(1, ceil_div(blocks, splits));
   plan.key_splits = std::max(1, ceil_div(blocks, plan.split_blocks));
-  plan.tasks = row_tasks * plan.key_splits;
+  if (p.query_starts && plan.key_splits == 1)
+    plan.batch = static_cast<int32_t>(std::clamp<int64_t>(row_tasks / (int64_t{64} * std::max(1, threads)), 1, 32));
+  plan.tasks = (row_tasks + plan.batch - 1) / plan.batch * plan.key_splits;
   return plan;
 }
 

@@ -169,6 +169,7 @@ void score_floors(const AttentionProblem& p, const int32_t* keep, float* floors)
     plan.row_tile = plan.tiling.tile;
     plan.row_width = (plan.row_tile + kernels.traits.lanes - 1) / kernels.traits.lanes * kernels.traits.lanes;
     plan.tiles = TileMap(scored, plan.tiling);
+    plan.batch = 1;
     plan.tasks = plan.tiles.count();
   }
   std::vector<int32_t> kept;

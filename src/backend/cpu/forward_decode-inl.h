@@ -34,13 +34,6 @@ struct DecodeScratch {
   }
 };
 
-template <class T>
-HWY_INLINE void PrefetchRow(const T* row, int width) {
-  const char* at = reinterpret_cast<const char*>(row);
-  const size_t bytes = static_cast<size_t>(width) * sizeof(T);
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-}
-
 // Channels [d, d + 2 * kLanes) of kLanes rows as pairs.
 HWY_INLINE void LoadPairRows(const bfloat16* const* rows, int d, VF (&pairs)[kLanes]) {
   const hn::Repartition<uint16_t, DF> d16;
@@ -135,7 +128,7 @@ struct NextBlock {
   HWY_INLINE void Fetch(int k) const {
     if (width == 0) return;
     const int turn = k % passes;
-    if (turn >= pass && turn < pass + share) PrefetchRow(rows.At(k), width);
+    if (turn >= pass && turn < pass + share) rows.Fetch(k, width);
   }
 };
 
@@ -216,7 +209,7 @@ class DecodeForward {
         finder_(p_, kPairs),
         x_(p_, job.plan.tiling.decode_rows, static_cast<char*>(scratch)) {}
 
-  void Run(int64_t index, const TileMap::Place& place, int split) {
+  void Run(int64_t index, const TileMap::Place& place, int split, const TileMap::Place* /*next*/) {
     const ForwardPlan& plan = job_.plan;
     Begin(index, place);
     const int keys = key_count(p_, place.b), blocks = (keys + kKeyBlock - 1) / kKeyBlock;
@@ -285,18 +278,22 @@ class DecodeForward {
                     fetched > 0);
     }
     const int lo = x_.block.all.lo, hi = x_.block.all.hi;
-    const T *k[kKeyBlock], *v[kKeyBlock];
-    KeyRows(p_, p_.k, b, h, x_.block.list, lo, hi, k);
-    KeyRows(p_, p_.v, b, h, x_.block.list, lo, hi, v);
-    const bool fetch = !x_.block.listed && k0 + 2 * kKeyBlock <= keys;
-    const T *next_k[kKeyBlock], *next_v[kKeyBlock];
-    if (fetch) {  // the same entries of the next block
-      KeyList& next = x_.next;
-      for (int c = lo; c < hi; ++c) next.key[c] = x_.block.list.key[c] + kKeyBlock;
-      KeyRows(p_, p_.k, b, h, next, lo, hi, next_k);
-      KeyRows(p_, p_.v, b, h, next, lo, hi, next_v);
+    if (tables_for_ == index && !x_.block.listed) {
+      table_ ^= 1;
+    } else {
+      KeyRows(p_, p_.k, b, h, x_.block.list, lo, hi, k_rows_[table_]);
+      KeyRows(p_, p_.v, b, h, x_.block.list, lo, hi, v_rows_[table_]);
     }
-    Attend(index, RowTable<T>{k}, RowTable<T>{v}, RowTable<T>{next_k}, RowTable<T>{next_v}, fetch);
+    const bool fetch = !x_.block.listed && hi - lo == kKeyBlock && k0 + 2 * kKeyBlock <= keys;
+    const int next = table_ ^ 1;
+    tables_for_ = fetch ? index + 1 : -1;
+    if (fetch) {
+      for (int c = 0; c < kKeyBlock; ++c) x_.next.key[c] = x_.block.list.key[c] + kKeyBlock;
+      KeyRows(p_, p_.k, b, h, x_.next, 0, kKeyBlock, k_rows_[next]);
+      KeyRows(p_, p_.v, b, h, x_.next, 0, kKeyBlock, v_rows_[next]);
+    }
+    Attend(index, RowTable<T>{k_rows_[table_]}, RowTable<T>{v_rows_[table_]}, RowTable<T>{k_rows_[next]},
+           RowTable<T>{v_rows_[next]}, fetch);
   }
 
   template <class Rows>
@@ -305,7 +302,7 @@ class DecodeForward {
     const int lo = seen.lo, hi = seen.hi;
     for (int k_lo = lo; k_lo < hi; k_lo += kLanes) {
       if (prefetch)
-        for (int i = 0; i < kLanes; ++i) PrefetchRow(next_k.At(Min(k_lo + i, hi - 1)), p_.D);
+        for (int i = 0; i < kLanes; ++i) next_k.Fetch(Min(k_lo + i, hi - 1), p_.D);
       if (RotatesKeys(p_)) {
         RotateKeys(k, k_lo, hi);
       } else {
@@ -591,6 +588,9 @@ class DecodeForward {
   DecodeScratch x_;
   int64_t tile_index_ = 0;
   int rows_ = 0;
+  // Rows of this block and of the next, where they are found one by one; `tables_for_`: the block of the latter.
+  const T *k_rows_[2][kKeyBlock], *v_rows_[2][kKeyBlock];
+  int table_ = 0, tables_for_ = -1;
   bool visible_[kMaxDecodeRows][kKeyBlock];
 };
 

@@ -30,7 +30,7 @@ HWY_INLINE void MergeState(float* m_at, float* l_at, VF block_m, VF block_l, VF&
 
 struct ForwardScratch {
   RowTile tile;
-  TileBlock block;
+  BlockRows blocks[2];  // the one that is computed and the next
   RowState state;
   float* q;       // [group][D][width]
   float* o;       // [group][Dv][width]
@@ -79,8 +79,8 @@ class TiledForward {
 
   size_t scratch_bytes() const { return x_.bytes; }
 
-  // Part `split` of the keys for tile number `index`.
-  void Run(int64_t index, const TileMap::Place& place, int split) {
+  // Part `split` of the keys for tile number `index`. Rows of the tile at `next`, if any, are fetched meanwhile.
+  void Run(int64_t index, const TileMap::Place& place, int split, const TileMap::Place* next) {
     const ForwardPlan& plan = job_.plan;
     if (!SelectRows(index, place)) return;
     PackQueries();
@@ -88,7 +88,28 @@ class TiledForward {
     if (job_.floors) selector_.Begin(x_.select, job_.kept[place.b], tile_width_);
     const int keys = key_count(p_, place.b), blocks = (keys + kKeyBlock - 1) / kKeyBlock;
     const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
-    for (int i = first; i < last; ++i) Block(i, keys);
+    BlockRows *rows = &x_.blocks[0], *other = &x_.blocks[1];
+    for (int i = Seek(first, last, keys, *rows); i < last;) {
+      const int after = Seek(i + 1, last, keys, *other);
+      at_ = rows;
+      KeyBlock block{};
+      block.index = i;
+      block.lo = rows->block.all.lo;
+      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+        LoadBlock<T>(block);
+        if (after < last) {
+          FetchAfter<T>(*other, block.next);
+        } else if (next) {
+          FetchKeys<T>(*next, block.next);
+        }
+      });
+      Attend(block);
+      i = after;
+      BlockRows* done = rows;
+      rows = other;
+      other = done;
+    }
+    if (next) FetchQueries(*next);
     if (job_.floors) {
       for (int r = 0; r < x_.tile.count; ++r) job_.floors[LseIndex(r)] = selector_.Floor(r);
     } else if (plan.key_splits == 1) {
@@ -167,37 +188,71 @@ class TiledForward {
     }
   }
 
-  void Block(int index, int keys) {
-    KeyBlock block{};
-    block.index = index;
-    const int64_t k0 = int64_t{index} * kKeyBlock;
-    finder_.Find(x_.tile, tile_width_, k0, static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0)), x_.block);
-    if (!x_.block.all.empty()) {
-      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-        LoadBlock<T>(block);
-        if (x_.block.listed || GathersRows(p_) || k0 + 2 * kKeyBlock > keys) return;
-        const int b = x_.tile.b, h = x_.tile.kv_head;
-        block.next_k = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.k, b, h, k0 + kKeyBlock));
-        block.next_v = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.v, b, h, k0 + kKeyBlock));
-        block.next_k_stride = p_.k.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
-        block.next_v_stride = p_.v.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
-        block.k_bytes = p_.D * static_cast<int>(sizeof(T));
-        block.v_bytes = p_.Dv * static_cast<int>(sizeof(T));
-      });
+  // The first block from `index` on, before `last`, that some row sees, in `out`; `last` if there is none.
+  int Seek(int index, int last, int keys, BlockRows& out) {
+    for (; index < last; ++index) {
+      const int64_t k0 = int64_t{index} * kKeyBlock;
+      finder_.Find(x_.tile, tile_width_, k0, static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0)), out.block);
+      if (out.block.all.empty()) {
+        for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) MarkUnseen(index, g0);
+        continue;
+      }
+      if (out.block.listed || GathersRows(p_)) {
+        WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+          const TileBlock& at = out.block;
+          KeyRows(p_, p_.k, x_.tile.b, x_.tile.kv_head, at.list, at.all.lo, at.all.hi,
+                  reinterpret_cast<const T**>(out.k));
+          KeyRows(p_, p_.v, x_.tile.b, x_.tile.kv_head, at.list, at.all.lo, at.all.hi,
+                  reinterpret_cast<const T**>(out.v));
+        });
+      }
+      break;
     }
-    Attend(block);
+    return index;
+  }
+
+  template <class T>
+  void FetchAfter(const BlockRows& rows, NextRows& next) const {
+    const TileBlock& at = rows.block;
+    next.count = at.all.hi - at.all.lo;
+    if (at.listed || GathersRows(p_)) {
+      next.k_table = rows.k + at.all.lo;
+      next.v_table = rows.v + at.all.lo;
+    } else {
+      FetchRun<T>(x_.tile.b, x_.tile.kv_head, at.k0 + at.all.lo, next);
+    }
+  }
+  template <class T>
+  void FetchRun(int b, int kv_head, int64_t key, NextRows& next) const {
+    next.k = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.k, b, kv_head, key));
+    next.v = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.v, b, kv_head, key));
+    next.k_step = p_.k.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
+    next.v_step = p_.v.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
+  }
+  // The first keys of another tile, and its queries if they are in order.
+  template <class T>
+  void FetchKeys(const TileMap::Place& place, NextRows& next) const {
+    const int keys = Min(key_count(p_, place.b), kKeyBlock);
+    if (GathersRows(p_) || steps_.cuts || keys == 0) return;
+    next.count = keys;
+    FetchRun<T>(place.b, place.kv_head, 0, next);
+  }
+  void FetchQueries(const TileMap::Place& place) const {
+    const int G = p_.Hq / p_.Hkv, rows = Min(query_count(p_, place.b), kGroupRows / G);
+    if (steps_.cuts) return;
+    WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+      for (int h = 0; h < G; ++h)
+        for (int i = 0; i < rows; ++i) PrefetchRow(QueryRow<T>(p_, p_.q, place.b, place.kv_head * G + h, i), p_.D);
+    });
   }
 
   template <class T>
   void LoadBlock(KeyBlock& block) {
-    const TileBlock& at = x_.block;
+    const TileBlock& at = at_->block;
     const int b = x_.tile.b, h = x_.tile.kv_head;
     if (at.listed || GathersRows(p_)) {
-      const T* rows[kKeyBlock];
-      KeyRows(p_, p_.v, b, h, at.list, at.all.lo, at.all.hi, rows);
-      LoadValues<T>(RowTable<T>{rows}, block);
-      KeyRows(p_, p_.k, b, h, at.list, at.all.lo, at.all.hi, rows);
-      return LoadGathered(rows, block);
+      LoadValues<T>(RowTable<T>{reinterpret_cast<const T* const*>(at_->v)}, block);
+      return LoadGathered(reinterpret_cast<const T* const*>(at_->k), block);
     }
     LoadValues<T>(StridedRows<T>{KeyRow<T>(p_, p_.v, b, h, at.k0), p_.v.stride[2]}, block);
     const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, at.k0), p_.k.stride[2]};
@@ -218,7 +273,7 @@ class TiledForward {
 
   template <class T, class Rows>
   void LoadValues(const Rows& rows, KeyBlock& block) {
-    const int lo = x_.block.all.lo, hi = x_.block.all.hi;
+    const int lo = at_->block.all.lo, hi = at_->block.all.hi;
     if (job_.floors) {  // only the scores count: values are not read, and none is NaN
       block.v = x_.v;
       return;
@@ -237,7 +292,7 @@ class TiledForward {
 
   template <class T>
   void LoadGathered(const T* const* rows, KeyBlock& block) {
-    const TileBlock& at = x_.block;
+    const TileBlock& at = at_->block;
     const int b = x_.tile.b;
     const ptrdiff_t stride = RoundUp(p_.D, kLanes);
     if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
@@ -267,16 +322,16 @@ class TiledForward {
     int nonfinite = -1;  // not looked at yet
     for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
       const int vectors = Min(kGroupRows, tile_width_ - g0) / kLanes;
-      const BlockKeys keys = x_.block.all.empty() ? x_.block.all : x_.block.Of(x_.tile, g0, vectors * kLanes);
+      const BlockKeys keys = at_->block.Of(x_.tile, g0, vectors * kLanes);
       if (keys.empty()) {
         MarkUnseen(block.index, g0);
         continue;
       }
       // An odd bound of a pair lets the product touch a key that the group does not see.
       const bool odd = block.v16 && (keys.lo % 2 || keys.hi % 2);
-      const bool masked = steps_.Masked(p_, x_.tile, g0, vectors * kLanes, x_.block, keys);
+      const bool masked = steps_.Masked(p_, x_.tile, g0, vectors * kLanes, at_->block, keys);
       const bool hides = !keys.full || masked || steps_.hides() || odd;
-      if (hides && nonfinite < 0 && !job_.floors) nonfinite = NonFiniteValues(block, x_.block.all);
+      if (hides && nonfinite < 0 && !job_.floors) nonfinite = NonFiniteValues(block, at_->block.all);
       const bool skip_hidden = hides && nonfinite > 0;
       if constexpr (kNativeBf16) {
         if (block.v16) {
@@ -377,12 +432,12 @@ class TiledForward {
     if (masked) {
       bool any = false;
       for (int c = 0; c < NR; ++c)
-        any |= PackMask(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.mask + c * kLanes, kWidth);
+        any |= PackMask(p_, x_.tile, g0 + c * kLanes, at_->block, lo, hi - lo, x_.mask + c * kLanes, kWidth);
       if (!any) return MarkUnseen(block.index, g0);
     }
     if (steps_.bias)
       for (int c = 0; c < NR; ++c)
-        PackBias(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.bias + c * kLanes, kWidth);
+        PackBias(p_, x_.tile, g0 + c * kLanes, at_->block, lo, hi - lo, x_.bias + c * kLanes, kWidth);
 
     // S = K Q^T
     const bool plain = keys.full && !masked && !steps_.any();
@@ -407,7 +462,7 @@ class TiledForward {
     if (!plain) {
       MFA_UNROLL
       for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
-      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, x_.block.list.key, lo, hi, x_.bias, mask, S, kWidth, block_m,
+      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, at_->block.list.key, lo, hi, x_.bias, mask, S, kWidth, block_m,
                           nullptr);
     }
     if (HWY_UNLIKELY(job_.floors != nullptr)) return selector_.Add<NR>(S, g0, lo, hi);
@@ -453,7 +508,7 @@ class TiledForward {
       Exponentials<NR, true>(S, lo, hi, safe, block_l);
     }
     if (drops) {
-      ApplyDropout(p_, x_.tile, g0, kWidth, x_.block.list.key, lo, hi, S, kWidth);
+      ApplyDropout(p_, x_.tile, g0, kWidth, at_->block.list.key, lo, hi, S, kWidth);
       if constexpr (kPairs) {
         for (int k = pair_lo; k < pair_hi; k += 2)
           for (int c = 0; c < NR; ++c) {
@@ -518,19 +573,22 @@ class TiledForward {
     }
   }
 
-  // Each of the `groups` column groups fetches its share of the next block's rows, a few lines between two tiles: more
-  // at once would fill the queue of outstanding misses and hold up the loads of the products.
+  // Each of the `groups` column groups fetches its share of the next rows, a few lines between two tiles: more at once
+  // would fill the queue of outstanding misses and hold up the loads of the products.
   HWY_INLINE void PrefetchNext(const KeyBlock& block, int g0, int k, int rows) const {
-    if (!block.next_k) return;
+    const NextRows& next = block.next;
+    if (next.count == 0) return;
     const int groups = (tile_width_ + kGroupRows - 1) / kGroupRows, group = g0 / kGroupRows;
+    const int size = p_.dtype == DType::f32 ? 4 : 2;
     const auto share = [&](const char* row, int bytes) HWY_ATTR {
       const int lines = (bytes + 63) / 64;
       for (int i = lines * group / groups; i < lines * (group + 1) / groups; ++i)
         __builtin_prefetch(row + i * 64, 0, 2);
     };
-    for (int r = k; r < k + rows; ++r) {
-      share(block.next_k + r * block.next_k_stride, block.k_bytes);
-      share(block.next_v + r * block.next_v_stride, block.v_bytes);
+    const int first = k - block.lo, last = Min(first + rows, next.count);
+    for (int r = first; r < last; ++r) {
+      share(next.Key(r), p_.D * size);
+      share(next.Value(r), p_.Dv * size);
     }
   }
 
@@ -546,7 +604,7 @@ class TiledForward {
     }
   }
   void StoreScores(int g0, int lo, int hi, int width) {
-    const KeyList& list = x_.block.list;
+    const KeyList& list = at_->block.list;
     for (int r = 0; r < width && g0 + r < x_.tile.count; ++r) {
       float* row = ProbabilityRow(g0 + r);
       for (int k = lo; k < hi; ++k)
@@ -567,6 +625,7 @@ class TiledForward {
   BlockFinder finder_;
   ForwardScratch x_;
   ScoreSelector selector_;
+  const BlockRows* at_ = nullptr;  // the block that is computed
   int64_t tile_index_ = 0;
   int tile_width_ = 0;
 };

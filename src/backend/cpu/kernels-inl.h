@@ -58,10 +58,17 @@ size_t ForwardScratchBytes(const ForwardJob& job) {
   return bytes;
 }
 void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
-  const int64_t index = task / job.plan.key_splits;
-  const TileMap::Place place = job.plan.tiles.locate(index);
-  WithForward(job, Decodes(job, place), scratch,
-              [&](auto& kernel) { kernel.Run(index, place, static_cast<int>(task % job.plan.key_splits)); });
+  const ForwardPlan& plan = job.plan;
+  const int split = static_cast<int>(task % plan.key_splits);
+  const int64_t first = task / plan.key_splits * plan.batch, last = Min(plan.tiles.count(), first + plan.batch);
+  TileMap::Place place = plan.tiles.locate(first);
+  for (int64_t index = first; index < last; ++index) {
+    const bool more = index + 1 < last;
+    const TileMap::Place next = more ? plan.tiles.locate(index + 1) : place;
+    WithForward(job, Decodes(job, place), scratch,
+                [&](auto& kernel) { kernel.Run(index, place, split, more ? &next : nullptr); });
+    place = next;
+  }
 }
 void MergeTask(const ForwardJob& job, int64_t index, void* scratch) {
   const TileMap::Place place = job.plan.tiles.locate(index);

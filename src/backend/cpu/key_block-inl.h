@@ -32,6 +32,23 @@ HWY_INLINE void GatherKeys(const AttentionProblem& p, int b, const KeyList& list
 // Whether rows must be found one by one: those of a list always, others by what the problem is.
 HWY_INLINE bool GathersRows(const AttentionProblem& p) { return p.pages.table; }
 
+// One block of a tile and, where its rows are found one by one, where they lie.
+struct BlockRows {
+  TileBlock block;
+  const void* k[kKeyBlock];
+  const void* v[kKeyBlock];
+};
+
+// `count` rows of keys and of values: in tables, or steps apart.
+struct NextRows {
+  int count = 0;
+  const void *const *k_table = nullptr, *const *v_table = nullptr;
+  const char *k = nullptr, *v = nullptr;
+  ptrdiff_t k_step = 0, v_step = 0;  // bytes
+  HWY_INLINE const char* Key(int i) const { return k_table ? static_cast<const char*>(k_table[i]) : k + i * k_step; }
+  HWY_INLINE const char* Value(int i) const { return v_table ? static_cast<const char*>(v_table[i]) : v + i * v_step; }
+};
+
 struct KeyBlock {
   int index;       // of the block
   const float* k;  // rows of D; of entry c
@@ -40,10 +57,9 @@ struct KeyBlock {
   const bfloat16* k16;  // the same for native bfloat16: rows and panels of pairs
   ptrdiff_t k16_stride;
   const bfloat16* v16;
-  // The next block in memory, fetched into the cache while this one is computed; null at the end.
-  const char *next_k, *next_v;
-  ptrdiff_t next_k_stride, next_v_stride;  // bytes
-  int k_bytes, v_bytes;                    // of a row
+  // Rows that come next, fetched into the cache while this block is computed; none at the end.
+  NextRows next;
+  int lo;  // the first entry of this block: the others' numbers count from it
 };
 constexpr ptrdiff_t kValuePanel = PanelStride(kKeyBlock);
 template <class A>

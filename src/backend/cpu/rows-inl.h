@@ -105,12 +105,20 @@ HWY_INLINE void KeyRows(const AttentionProblem& p, const TensorRef& x, int b, in
     if (list.padding[c]) rows[c] = ZeroRow<T>();
 }
 
+template <class T>
+HWY_INLINE void PrefetchRow(const T* row, int width) {
+  const char* at = reinterpret_cast<const char*>(row);
+  const size_t bytes = static_cast<size_t>(width) * sizeof(T);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // Rows as PackPanels and the decode kernel read them: a fixed step apart, or anywhere.
 template <class T>
 struct StridedRows {
   const T* first;
   ptrdiff_t step;
   HWY_INLINE const T* At(int r) const { return first + r * step; }
+  HWY_INLINE void Fetch(int r, int width) const { PrefetchRow(At(r), width); }
   HWY_INLINE StridedRows Columns(int c) const { return {first + c, step}; }
 };
 template <class T>
@@ -118,6 +126,10 @@ struct RowTable {
   const T* const* rows;
   int column = 0;
   HWY_INLINE const T* At(int r) const { return rows[r] + column; }
+  HWY_INLINE void Fetch(int r, int width) const {
+    PrefetchRow(At(r), width);
+    __builtin_prefetch(At(r) + width - 1);  // no row that follows has the last line, if rows do not begin with one
+  }
   HWY_INLINE RowTable Columns(int c) const { return {rows, column + c}; }
 };
 

@@ -6,8 +6,8 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-// The k-th largest of x[0, n), 1 <= k <= n, by partition around pivots. `x` and `spare` have room for a vector more
-// than n; both are overwritten.
+// The k-th largest of x[0, n), 1 <= k <= n, by partition around pivots. `x` and `spare` have room for one more than n;
+// both are overwritten.
 HWY_NOINLINE float KthLargest(float* x, int64_t n, int64_t k, float* spare) {
   constexpr int64_t kFew = 16;
   for (;;) {
@@ -23,17 +23,13 @@ HWY_NOINLINE float KthLargest(float* x, int64_t n, int64_t k, float* spare) {
     }
     const float a = x[n / 4], b = x[n / 2], c = x[n - 1 - n / 8];
     const float pivot = Max(Min(a, b), Min(Max(a, b), c));
-    const VF p = hn::Set(df, pivot);
-    int64_t greater = 0, less = 0, i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      const VF v = hn::LoadU(df, x + i);
-      greater += static_cast<int64_t>(hn::CompressStore(v, hn::Gt(v, p), df, spare + greater));
-      less += static_cast<int64_t>(hn::CompressStore(v, hn::Lt(v, p), df, x + less));
-    }
-    for (; i < n; ++i) {
+    int64_t greater = 0, less = 0;
+    for (int64_t i = 0; i < n; ++i) {  // without a branch: the outcomes cannot be foreseen
       const float v = x[i];
-      if (v > pivot) spare[greater++] = v;
-      if (v < pivot) x[less++] = v;
+      spare[greater] = v;
+      greater += v > pivot;
+      x[less] = v;
+      less += v < pivot;
     }
     if (k <= greater) {
       float* other = x;
@@ -104,16 +100,13 @@ class ScoreSelector {
 
   void Shrink(int r) {
     const float floor = Select(r);
-    const VF f = hn::Set(df, floor);
     float* x = buffers_ + r * stride_;
-    const int64_t n = count_[r];
-    int64_t kept = 0, i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      const VF v = hn::LoadU(df, x + i);
-      kept += static_cast<int64_t>(hn::CompressStore(v, hn::Gt(v, f), df, x + kept));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count_[r]; ++i) {
+      const float v = x[i];
+      x[kept] = v;
+      kept += v > floor;
     }
-    for (; i < n; ++i)
-      if (x[i] > floor) x[kept++] = x[i];
     while (kept < keep_) x[kept++] = floor;
     count_[r] = kept;
     least_[r] = floor;

@@ -50,7 +50,8 @@ std::vector<int32_t> keys_of(const Neighbourhood& n, int32_t i) {
 }
 
 TEST(GoldenNeighbourhood, KeysAlongOneAxisAreExact) {
-  for (const Json& c : Json::golden("gna.json")["one_dim"]) {
+  const Json golden = Json::golden("gna.json");
+  for (const Json& c : golden["one_dim"]) {
     Neighbourhood n;
     n.axes = 1;
     n.axis[0] = {integer(c["L"]), integer(c["window"]), integer(c["stride"]), integer(c["dilation"]),
@@ -58,8 +59,8 @@ TEST(GoldenNeighbourhood, KeysAlongOneAxisAreExact) {
     SCOPED_TRACE("L " + c["L"].text() + " window " + c["window"].text() + " stride " + c["stride"].text());
     n.shifts = n.leans_left = true;
     for (int32_t i = 0; i < n.axis[0].size; ++i) {
-      const std::vector<double> golden = c["keys"][i].flat();
-      EXPECT_EQ(keys_of(n, i), std::vector<int32_t>(golden.begin(), golden.end())) << "query " << i;
+      const std::vector<double> keys = c["keys"][i].flat();
+      EXPECT_EQ(keys_of(n, i), std::vector<int32_t>(keys.begin(), keys.end())) << "query " << i;
     }
     if (!c.has("truncated_convention")) continue;
     n.shifts = n.leans_left = false;
@@ -72,7 +73,8 @@ TEST(GoldenNeighbourhood, KeysAlongOneAxisAreExact) {
 }
 
 TEST(GoldenNeighbourhood, KeysOfGridsHaveTheChecksums) {
-  for (const Json& c : Json::golden("gna.json")["three_dim"]) {
+  const Json golden = Json::golden("gna.json");
+  for (const Json& c : golden["three_dim"]) {
     const Neighbourhood n = grid(c);
     const int32_t tokens = tokens_of(n);
     int64_t h = 0;
@@ -86,7 +88,8 @@ TEST(GoldenNeighbourhood, KeysOfGridsHaveTheChecksums) {
 }
 
 TEST(GoldenNeighbourhood, VisitedTilesAreThoseOfTheSimulator) {
-  for (const Json& c : Json::golden("gna.json")["simulator"]) {
+  const Json golden = Json::golden("gna.json");
+  for (const Json& c : golden["simulator"]) {
     const Neighbourhood n = grid(c);
     int32_t q_tile[3] = {}, kv_tile[3] = {};
     for (int32_t x = 0; x < n.axes; ++x) {
@@ -142,7 +145,9 @@ TEST(TileKeys, BoxesAndTheirListsCoverWhatRowsSee) {
         const bool pairs = random.chance(0.5);
         keys.list(k0, std::min(p.Nk, k0 + kKeyBlock), pairs, list);
         for (int32_t c = 0; c < list.count; ++c) {
-          if (pairs && !list.contiguous) ASSERT_EQ(list.key[c] % 2, c % 2);
+          if (pairs && !list.contiguous) {
+            ASSERT_EQ(list.key[c] % 2, c % 2);
+          }
           if (list.padding[c]) continue;
           listed.push_back(list.key[c]);
         }

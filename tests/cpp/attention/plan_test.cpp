@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "support/random.h"
 
 namespace mfa {
 namespace {
@@ -88,6 +91,70 @@ TEST(PlanForward, TasksCoverEveryRowAndKeyBlockOnce) {
       }
     }
   });
+}
+
+// Packed sequences, some of them empty, with and without block lists: every row of every head is in one tile.
+TEST(PlanForward, TilesOfPackedSequencesHaveEveryRowOnce) {
+  testing::Random random(81);
+  for (int round = 0; round < 60; ++round) {
+    AttentionProblem p = shape(static_cast<int32_t>(random.integer(1, 40)), 6, 3, 0, 600);
+    std::vector<int32_t> starts = {0};
+    for (int32_t b = 0; b < p.B; ++b) {
+      const auto length = static_cast<int32_t>(random.chance(0.2) ? 0 : random.integer(0, random.pick({5, 100, 900})));
+      p.Nq = std::max(p.Nq, length);
+      starts.push_back(starts.back() + length);
+    }
+    p.query_starts = starts.data();
+    p.packed_queries = starts.back();
+    const int64_t offsets[1] = {0};
+    if (random.chance(0.5)) {
+      p.blocks.offsets = offsets;  // only its shape is looked at
+      p.blocks.block_q = random.pick({16, 64, 128});
+      p.blocks.stride_h = random.pick({0, 1});
+    }
+    for (const CpuKernelTraits& cpu : all_traits()) {
+      const int threads = random.pick({1, 2, 8});
+      const ForwardPlan plan = plan_forward(p, cpu, threads, random.chance(0.3));
+      if (p.Nq == 0) {
+        EXPECT_EQ(plan.kernel, ForwardKernel::empty);
+        continue;
+      }
+      EXPECT_EQ(plan.tasks, ceil_div(plan.tiles.count(), plan.batch) * plan.key_splits);
+      const BackwardPlan backward = plan_backward(p, cpu);
+      const auto expect_all_rows = [&](const RowTiling& tiling, const TileMap& tiles, int32_t most_rows) {
+        std::vector<int> met(static_cast<size_t>(p.packed_queries) * static_cast<size_t>(p.Hq));
+        for (int64_t index = 0; index < tiles.count(); ++index) {
+          const TileMap::Place place = tiles.locate(index);
+          int32_t query[512], head[512];
+          const int32_t rows = fill_rows(tiling, p, place.b, place.kv_head, place.tile, query, head);
+          ASSERT_GE(rows, 1);
+          ASSERT_LE(rows, most_rows);
+          for (int32_t r = 0; r < rows; ++r) {
+            ASSERT_EQ(head[r] / 2, place.kv_head);
+            ++met[static_cast<size_t>(head[r]) * static_cast<size_t>(p.packed_queries) +
+                  static_cast<size_t>(starts[static_cast<size_t>(place.b)] + query[r])];
+          }
+        }
+        for (int count : met) ASSERT_EQ(count, 1);
+      };
+      expect_all_rows(plan.tiling, plan.tiles, std::max(plan.row_tile, cpu.max_decode_rows));
+      expect_all_rows(backward.tiling, backward.tiles, backward.row_tile);
+      // The partials of dq do not overlap.
+      std::vector<std::pair<int64_t, int64_t>> ranges;
+      for (int64_t index = 0; index < backward.tiles.count(); ++index) {
+        const TileMap::Place place = backward.tiles.locate(index);
+        int32_t query[512], head[512];
+        const int64_t rows = fill_rows(backward.tiling, p, place.b, place.kv_head, place.tile, query, head);
+        for (int32_t part = 0; part < backward.key_partitions; ++part) {
+          const int64_t first = backward.partial_row(p, place.b, place.kv_head, part, place.tile);
+          ranges.emplace_back(first, first + ceil_div(rows, cpu.lanes) * cpu.lanes);
+        }
+      }
+      std::sort(ranges.begin(), ranges.end());
+      for (size_t i = 1; i < ranges.size(); ++i) ASSERT_GE(ranges[i].first, ranges[i - 1].second);
+      ASSERT_LE(ranges.empty() ? 0 : ranges.back().second, backward.partial_row_count(p));
+    }
+  }
 }
 
 TEST(PlanForward, AnEmptyOutputHasNoTasks) {
