@@ -44,9 +44,9 @@ struct KvCacheResult {
   std::optional<mlx::core::array> k, v;  // the cache with the new keys, if there are some
 };
 
-// Appends `added` to the cache and attends to all of it, `function` standing in error messages. As attention() with
-// kv_lengths; causal and the other options count queries as the last of a sequence's keys. q is cast to the dtype of
-// the cache and the result back. options.kv_lengths must be empty.
+// Appends `added` to the cache and attends to all of it, `function`, a string that outlives the graph, standing in
+// error messages. As attention() with kv_lengths; causal and the other options count queries as the last of a
+// sequence's keys. q is cast to the dtype of the cache and the result back. options.kv_lengths must be empty.
 //
 // A pool and a preallocated cache are written in place when nothing but this call holds them when it is evaluated: then
 // appending takes the time of the new rows alone. Otherwise they are copied, and the arrays given keep their values.

@@ -85,8 +85,12 @@ class Cache:
         return out
 
 
+def unturned(x, back):
+    return x
+
+
 def random_call(rng):
-    """A problem, its cache and the arguments of the call, and how q and k are turned."""
+    """A problem, its cache and the call's arguments; how q and k are turned, and whether k is at load; the lengths."""
     B, sizes = random_sizes(rng)
     kind, appends = str(rng.choice(KINDS)), bool(rng.random() < 0.6)
     remaps = bool(rng.random() < 0.3) and not (kind == "grows" and appends)
@@ -102,7 +106,7 @@ def random_call(rng):
     options, arguments = random_options(rng, B, sizes["Hq"], Nq, Nk, cache.keys)
     for name, value in options.items():
         setattr(p, name, value)
-    given, turns = dict(cache.arguments), (lambda x, back: x, lambda x, back: x)
+    given, turn_q, turn_k, at_load = dict(cache.arguments), unturned, unturned, True
     if rng.random() < 0.5:
         cos, sin = tables(POSITIONS, 2 * int(rng.integers(1, sizes["D"] // 2 + 1)))
         interleaved = bool(rng.random() < 0.5)
@@ -110,32 +114,29 @@ def random_call(rng):
         if rng.random() < 0.4:
             q_first = new_first = rng.integers(0, POSITIONS - 65, B)
             given["cache_seqlens"] = mx.array(q_first)
-        all_keys = kind == "grows" and not appends
-        if kind == "grows" and remaps:
-            all_keys = True
+        at_load = kind == "grows" and not appends
         if rng.random() < 0.2:
-            all_keys = not all_keys
-            given["rotate_cached_keys"] = all_keys
+            at_load = not at_load
+            given["rotate_cached_keys"] = at_load
         given |= {"rotary_cos": mx.array(cos), "rotary_sin": mx.array(sin), "interleaved": interleaved}
 
+        def turn_q(x, back):
+            return rotate(x, cos, sin, q_first, interleaved, back)
+
         def turn_k(x, back):
-            if all_keys:
+            if at_load:
                 return rotate(x, cos, sin, np.zeros(B, int), interleaved, back)
             turned, j = rotate(x, cos, sin, new_first - before, interleaved, back), np.arange(Nk)
             return np.where((j >= before[:, None])[:, None, :, None], turned, x)
 
-        turns = (lambda x, back: rotate(x, cos, sin, q_first, interleaved, back)), turn_k
-        stored = (lambda x: x) if all_keys else (lambda x: turn_k(x, False))
-    else:
-        stored = lambda x: x  # noqa: E731
     label = f"{kind} {sizes} before {before} added {added} Nq {Nq} remaps {remaps} {sorted(options)} {sorted(given)}"
-    return case_of(rng, p, label), cache, given, arguments, turns, stored, total
+    return case_of(rng, p, label), cache, given, arguments, turn_q, turn_k, at_load, total
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_random_caches_are_within_the_error_rule(block, seed):
     def check(rng, index):
-        case, cache, given, arguments, turns, stored, total = random_call(rng)
+        case, cache, given, arguments, turn_q, turn_k, at_load, total = random_call(rng)
         p = case.problem
 
         def attend(x):
@@ -149,18 +150,19 @@ def test_random_caches_are_within_the_error_rule(block, seed):
         if cache.new is not None:
             _, _, k, v = attend(dict(inputs))
             tolerance = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}[p.dtype]
-            expected = stored(p.k)
+            expected = p.k if at_load else turn_k(p.k, False)
             for b, n in enumerate(total):
                 expected[b, :, n:] = 0
-            assert np.abs(cache.read(k, total) - expected).max() <= tolerance * max(1, np.abs(expected).max())
+            held = cache.read(k, total)
+            assert np.abs(held - expected).max() <= tolerance * max(1, np.abs(expected).max())
             assert np.array_equal(cache.read(v, total), p.v)
-            held = cache.read(k, total)  # rounded to the dtype of the cache, which is what attention gets
-            turns = turns[0], lambda x, back, turn=turns[1]: turn(x, True) if back else turn_held(held)
+            if not at_load:  # attention gets what is stored, rounded to the dtype of the cache
+                turn_back, turn_k = turn_k, lambda x, back: turn_back(x, True) if back else held
         inputs |= {n: x for n, x in arguments.items() if mx.issubdtype(x.dtype, mx.floating)}
         parts = {n: lambda g, n=n: {RENAMED[n]: g} for n in arguments if n in RENAMED}
         Nk = p.k.shape[2]
         parts["attn_bias"] = lambda g: {"bias": g if g.shape[-1] == 1 else g[..., :Nk]}
-        rule = RotaryRule(p, case.d_o, case.dlse, index, *turns)
+        rule = RotaryRule(p, case.d_o, case.dlse, index, turn_q, turn_k)
         check_entry(case, inputs, lambda x: attend(x)[:2], parts, rule=rule)
 
     run_block(block, seed, check)
