@@ -70,7 +70,7 @@ def checkerboard(n: int) -> np.ndarray:
     return (rng.random((n, n)) < 0.35) | np.eye(n, dtype=bool)
 
 
-# name: (what is drawn, the distance of lines in cells, if tiles or rows of a grid are to be seen)
+# name: (what is drawn, the distance of lines in cells where tiles, rows of a grid or parts of the keys are to be seen)
 PICTURES: dict[str, tuple[Callable[[], np.ndarray], int]] = {
     "full": (lambda: dense(16, 24), 0),
     "causal": (lambda: dense(24, 24, causal=True), 0),
@@ -80,8 +80,8 @@ PICTURES: dict[str, tuple[Callable[[], np.ndarray], int]] = {
     "lengths": (lambda: dense(8, 24, causal=True, kv_lengths=[17]), 0),
     "sink_window": (lambda: sink_window(24, 3, 5), 0),
     "segments": (lambda: segments(5, 11, 8), 0),
-    "cascade": (lambda: cascade(16, 8), 0),
-    "tree": (lambda: tree([-1, 0, 0, 1, 1, 2, 5], 8), 0),
+    "cascade": (lambda: cascade(16, 8), 16),
+    "tree": (lambda: tree([-1, 0, 0, 1, 1, 2, 5], 8), 8),
     "block_sparse": (lambda: tiles(checkerboard(6), 4), 4),
     "block_sparse_causal": (lambda: tiles(checkerboard(6), 4, causal=True), 4),
     "gna_1d": (lambda: neighbourhood((24,), (7,), (1,)), 0),

@@ -2,6 +2,8 @@
 // score of the package that this one replaces.
 #pragma once
 
+#include <string_view>
+
 #include "mfa/attention.h"
 
 namespace mfa {
@@ -32,8 +34,9 @@ MFA_API AttentionResult attention_tree(const mlx::core::array& q, const mlx::cor
 
 // What the replaced package calls target log-probabilities: log-softmax over the channels of the mean over heads of
 // `out` [B, Hq, N, Dv] divided by `temperature`, at `draft_ids` [B, N] clipped to [0, Dv - 1]; float32 [B, N]. It has
-// no relation to probabilities of a vocabulary. Throws std::invalid_argument.
+// no relation to probabilities of a vocabulary. Throws std::invalid_argument, naming `function`.
 MFA_API mlx::core::array draft_proxy_logprobs(const mlx::core::array& out, const mlx::core::array& draft_ids,
-                                              float temperature, mlx::core::StreamOrDevice s = {});
+                                              float temperature, mlx::core::StreamOrDevice s = {},
+                                              std::string_view function = "draft_proxy_logprobs");
 
 }  // namespace mfa

@@ -41,8 +41,11 @@ Returns:
 Raises:
     ValueError, RuntimeError: As :func:`mlx_mfa.flash_attention_tree`.
 )");
-  m.def("draft_proxy_logprobs", &draft_proxy_logprobs, "out"_a, "draft_ids"_a, "temperature"_a, "stream"_a = nb::none(),
-        R"(
+  m.def(
+      "draft_proxy_logprobs",
+      [](const mx::array& out, const mx::array& draft_ids, float temperature, std::string_view function,
+         mx::StreamOrDevice stream) { return draft_proxy_logprobs(out, draft_ids, temperature, stream, function); },
+      "out"_a, "draft_ids"_a, "temperature"_a, "function"_a, "stream"_a = nb::none(), R"(
 Log-softmax over the channels of the mean over heads, at ``draft_ids``. As
 :func:`mlx_mfa.flash_attention_speculative_verify`.
 
@@ -50,7 +53,7 @@ Returns:
     array: float32 ``[B, N]``.
 
 Raises:
-    ValueError: If shapes or dtypes disagree or ``temperature`` is not positive.
+    ValueError: If shapes or dtypes disagree or ``temperature`` is not positive; the message names ``function``.
 )");
 }
 

@@ -62,7 +62,13 @@ from .prefix import flash_attention_cascade, flash_attention_splitfuse, make_sha
 from .rope import flash_attention_rope, flash_attention_rope_unified
 from .rope_tables import make_rope_3d_tables
 from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
-from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
+from .speculative import (
+    TreeMask,
+    flash_attention_speculative_verify,
+    flash_attention_speculative_verify_paged,
+    flash_attention_tree,
+    make_tree_mask,
+)
 from .topk import flash_attention_topk
 from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
@@ -93,6 +99,7 @@ __all__ = [
     "flash_attention_rope_unified",
     "flash_attention_sparse",
     "flash_attention_speculative_verify",
+    "flash_attention_speculative_verify_paged",
     "flash_attention_splitfuse",
     "flash_attention_topk",
     "flash_attention_tree",

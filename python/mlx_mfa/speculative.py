@@ -10,6 +10,7 @@ import mlx.core as mx
 from . import _ext
 from ._options import LOG2_E, Stream, make_options
 from .attention import Backend, flash_attention
+from .paged import flash_attention_paged
 
 
 class TreeMask(NamedTuple):
@@ -138,7 +139,64 @@ def flash_attention_speculative_verify(
         q_target, k_cache, v_cache, scale, causal, softcap, alibi_slopes, window_size=window_size, return_lse=True,
         stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths,
     )  # fmt: skip
-    return out, lse, _ext.draft_proxy_logprobs(out, draft_ids, temperature, stream)
+    return (
+        out,
+        lse,
+        _ext.draft_proxy_logprobs(out, draft_ids, temperature, "flash_attention_speculative_verify", stream),
+    )
+
+
+def flash_attention_speculative_verify_paged(
+    q_target: mx.array,
+    k_pages: mx.array,
+    v_pages: mx.array,
+    block_table: mx.array,
+    seq_lens: mx.array | Sequence[int],
+    draft_ids: mx.array,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    block_size: int | None = None,
+    cache_batch_idx: mx.array | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    stream: Stream = None,
+    softcap: float = 0.0,
+    alibi_slopes: mx.array | None = None,
+    window_size: Sequence[int] | None = None,
+    attn_bias: mx.array | None = None,
+    backend: Backend = "auto",
+    mask: mx.array | None = None,
+    sinks: mx.array | None = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """:func:`flash_attention_speculative_verify` over a cache in pages.
+
+    Args:
+        q_target (array): ``[B, Hq, N, D]``, the queries of N draft tokens.
+        k_pages, v_pages, block_table, seq_lens, block_size, cache_batch_idx: As :func:`flash_attention_paged`, the
+            draft tokens the last of each sequence.
+        draft_ids (array): integers ``[B, N]``.
+        causal (bool): Default True.
+        temperature (float): Finite and positive. Default 1.
+        scale, softcap, alibi_slopes, window_size, attn_bias, backend, mask, sinks, stream: As
+            :func:`flash_attention_paged`.
+
+    Returns:
+        tuple: ``(out, lse, logprobs)``, as :func:`flash_attention_speculative_verify`.
+
+    Raises:
+        ValueError: If ``draft_ids`` or ``temperature`` is not as said here, and as :func:`flash_attention_paged`.
+        RuntimeError, TypeError: As :func:`flash_attention_paged`.
+    """
+    out, lse = flash_attention_paged(
+        q_target, k_pages, v_pages, block_table, seq_lens, scale=scale, causal=causal, block_size=block_size,
+        cache_batch_idx=cache_batch_idx, return_lse=True, stream=stream, softcap=softcap, alibi_slopes=alibi_slopes,
+        window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
+    )  # fmt: skip
+    return (
+        out,
+        lse,
+        _ext.draft_proxy_logprobs(out, draft_ids, temperature, "flash_attention_speculative_verify_paged", stream),
+    )
 
 
 def _parents(parents: mx.array | Sequence[int] | Sequence[Sequence[int]]) -> mx.array:

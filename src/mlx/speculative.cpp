@@ -153,8 +153,7 @@ AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx:
 }
 
 mx::array draft_proxy_logprobs(const mx::array& out, const mx::array& draft_ids, float temperature,
-                               mx::StreamOrDevice stream_or_device) {
-  constexpr const char* function = "flash_attention_speculative_verify";
+                               mx::StreamOrDevice stream_or_device, std::string_view function) {
   const mx::Stream s = mx::to_stream(stream_or_device);
   check(out.ndim() == 4, function, "out must have 4 dimensions [B, Hq, N, Dv]; got shape ", out.shape());
   check(mx::issubdtype(draft_ids.dtype(), mx::integer), function, "draft_ids must have an integer dtype; got ",

@@ -7,7 +7,18 @@ import numpy as np
 import oracle
 import pytest
 from entry_points import BLOCKS, check_entry, run_block
-from problems import golden, keywords, make_case, make_problem, mfa, needs_kernels, random_arrays, random_case, to_numpy
+from problems import (
+    cpu_kernels_only,
+    golden,
+    keywords,
+    make_case,
+    make_problem,
+    mfa,
+    needs_kernels,
+    random_arrays,
+    random_case,
+    to_numpy,
+)
 
 NOT_OFFERED = ("dropout", "bias", "mask", "kv_lengths")
 
@@ -247,6 +258,27 @@ def test_verify_returns_attention_and_the_documented_proxy():
         assert np.abs(np.array(lse) * oracle.LN2 - answer.lse).max() < 1e-5
         assert proxy.dtype == mx.float32
         assert np.abs(np.array(proxy) - expected).max() < 1e-5
+
+
+@needs_kernels
+@cpu_kernels_only
+def test_verify_of_pages_is_verify_of_the_same_keys():
+    page, lengths = 8, [20, 13]
+    q, k, v = random_arrays(3, (2, 4, 3, 16), (2, 2, 24, 16), (2, 2, 24, 16))
+    table = mx.array([[4, 0, 2], [5, 1, 3]], mx.int32)
+    pools = []
+    for x in (k, v):
+        pages = x.reshape(2, 2, 3, page, 16).transpose(0, 2, 3, 1, 4).reshape(6, page, 2, 16)
+        pool = mx.zeros_like(pages)
+        pool[table.reshape(-1)] = pages
+        pools.append(pool)
+    ids = mx.array([[1, 2, 3], [15, 16, -1]])
+    options = {"temperature": 0.7, "softcap": 3.0}
+    mine = mfa.flash_attention_speculative_verify_paged(q, *pools, table, lengths, ids, block_size=page, **options)
+    expected = mfa.flash_attention_speculative_verify(q, k, v, ids, kv_lengths=lengths, **options)
+    assert all(mx.array_equal(a, b) for a, b in zip(mine, expected))
+    with pytest.raises(ValueError, match=r"^\[flash_attention_speculative_verify_paged\] temperature must be finite"):
+        mfa.flash_attention_speculative_verify_paged(q, *pools, table, lengths, ids, temperature=0)
 
 
 def test_verify_takes_the_modifiers():
