@@ -64,6 +64,8 @@ def cases() -> list[Case]:
             rows.append(Case(f"forward D{D} {suffix} 16k", 1, 16, 16, 16384, 16384, D, causal=causal))
             rows.append(Case(f"forward D{D} {suffix} 4k", 4, 16, 16, 4096, 4096, D, causal=causal))
     rows.append(Case("forward D192/128 causal 8k", 1, 16, 16, 8192, 8192, 192, 128, causal=True))
+    rows.append(Case("forward D576/512 causal 8k", 1, 16, 16, 8192, 8192, 576, 512, causal=True))
+    rows.append(Case("forward D512 causal 4k", 4, 16, 16, 4096, 4096, 512, causal=True))
     for D in (80, 96, 112, 512):
         rows.append(Case(f"forward D{D} full 4k", 4, 16, 16, 4096, 4096, D))
     for D in (64, 128, 256):
@@ -79,6 +81,8 @@ def cases() -> list[Case]:
             rows.append(Case(f"decode B{B} 8k D{D}", B, 32, 8, 1, 8192, D, kind="decode"))
     rows.append(Case("decode B1 8k D64", 1, 32, 8, 1, 8192, 64, kind="decode"))
     rows.append(Case("decode B1 2k D128", 1, 32, 8, 1, 2048, 128, kind="decode"))
+    rows.append(Case("decode B32 8k D128 one key head", 32, 32, 1, 1, 8192, 128, kind="decode"))
+    rows.append(Case("decode B8 8k D576/512 one key head", 8, 128, 1, 1, 8192, 576, 512, kind="decode"))
     rows.append(Case("forward float32 D64 full 4k", 1, 16, 16, 4096, 4096, 64, dtype="float32"))
     rows.append(Case("forward float32 D128 full 4k", 1, 16, 16, 4096, 4096, 128, dtype="float32"))
     return rows

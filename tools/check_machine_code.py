@@ -19,7 +19,9 @@ from pathlib import Path
 MATRIX = ((re.compile(r"^hopper_(forward|dq|dkv).*_(bf16|f16)$"), "HGMMA"), (re.compile(r".*_(bf16|f16)_\d+$"), "HMMA"))
 
 # Bytes of stack that a kernel may use: it keeps a few values of a step there rather than take smaller steps.
-STACK = {"hopper_dkv_128_bf16": 48, "hopper_dkv_128_f16": 48}
+STACK = {
+    f"hopper_dkv_{stem}_{dtype}": 48 for stem in ("128", "modified_96", "modified_128") for dtype in ("bf16", "f16")
+}
 
 
 def find_cuobjdump() -> str | None:

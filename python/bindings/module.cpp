@@ -29,6 +29,7 @@ NB_MODULE(_ext, m) {
   mfa::python::bind_kv_cache(m);
   mfa::python::bind_linear(m);
   mfa::python::bind_masks(m);
+  mfa::python::bind_block_selection(m);
   mfa::python::bind_packed(m);
   mfa::python::bind_prefix(m);
   mfa::python::bind_rope_tables(m);

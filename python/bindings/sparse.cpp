@@ -1,4 +1,4 @@
-// sparse.cpp: block-sparse and neighbourhood attention for Python.
+// sparse.cpp: block-sparse, neighbourhood and top-k attention for Python.
 #include "mfa/sparse.h"
 
 #include <nanobind/stl/pair.h>
@@ -7,23 +7,34 @@
 
 #include "bindings.h"
 #include "mfa/neighbourhood.h"
+#include "mfa/topk.h"
 #include "options.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace mfa::python {
+namespace {
+
+using MaskArgument = std::variant<BlockMask, mx::array>;
+using TileArgument = std::optional<std::pair<int64_t, int64_t>>;
+
+BlockMask block_mask_of(const MaskArgument& mask, const TileArgument& block_size, const mx::array& q,
+                        const mx::array& k, const char* function) {
+  std::optional<TileSize> tile;
+  if (block_size) tile = TileSize{block_size->first, block_size->second};
+  const auto* array = std::get_if<mx::array>(&mask);
+  return array ? to_block_mask(*array, q, k, tile, function) : std::get<BlockMask>(mask);
+}
+
+}  // namespace
 
 void bind_sparse(nb::module_& m) {
   m.def(
       "attention_sparse",
-      [](const mx::array& q, const mx::array& k, const mx::array& v, const std::variant<BlockMask, mx::array>& mask,
-         std::optional<std::pair<int64_t, int64_t>> block_size, const AttentionOptions& options, bool return_lse,
-         mx::StreamOrDevice stream) {
-        std::optional<TileSize> tile;
-        if (block_size) tile = TileSize{block_size->first, block_size->second};
-        const auto* array = std::get_if<mx::array>(&mask);
-        const BlockMask blocks = array ? to_block_mask(*array, q, k, tile) : std::get<BlockMask>(mask);
+      [](const mx::array& q, const mx::array& k, const mx::array& v, const MaskArgument& mask,
+         const TileArgument& block_size, const AttentionOptions& options, bool return_lse, mx::StreamOrDevice stream) {
+        const BlockMask blocks = block_mask_of(mask, block_size, q, k, "flash_attention_sparse");
         if (!return_lse) return nb::make_tuple(attention_sparse(q, k, v, blocks, options, stream), nb::none());
         const auto result = attention_sparse_with_lse(q, k, v, blocks, options, stream);
         return nb::make_tuple(result.out, result.lse);
@@ -58,6 +69,27 @@ Returns:
 
 Raises:
     ValueError, RuntimeError: As :func:`mlx_mfa.flash_attention_gna`.
+)");
+  m.def(
+      "attention_topk",
+      [](const mx::array& q, const mx::array& k, const mx::array& v, double ratio,
+         const std::optional<MaskArgument>& mask, const TileArgument& block_size, const AttentionOptions& options,
+         bool return_lse, mx::StreamOrDevice stream) {
+        std::optional<BlockMask> blocks;
+        if (mask) blocks = block_mask_of(*mask, block_size, q, k, "flash_attention_topk");
+        if (!return_lse) return nb::make_tuple(attention_topk(q, k, v, ratio, blocks, options, stream), nb::none());
+        const auto result = attention_topk_with_lse(q, k, v, ratio, blocks, options, stream);
+        return nb::make_tuple(result.out, result.lse);
+      },
+      "q"_a, "k"_a, "v"_a, "topk_ratio"_a, "mask"_a.none(), "block_size"_a.none(), "options"_a, "return_lse"_a,
+      "stream"_a = nb::none(), R"(
+Attention to the keys of the largest scores. As :func:`mlx_mfa.flash_attention_topk`.
+
+Returns:
+    tuple: ``(out, lse)``, natural logarithms; None without ``return_lse``.
+
+Raises:
+    ValueError, RuntimeError: As :func:`mlx_mfa.flash_attention_topk`.
 )");
 }
 

@@ -18,6 +18,16 @@ if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
     )
 
 from .attention import explain, explain_calls, flash_attention, merge_attention_states
+from .block_selection import (
+    make_draft_mask,
+    make_lcsa_mask,
+    make_sla_mask,
+    make_sliding_tile_mask,
+    make_sparge_mask,
+    make_topk_spatial_mask,
+    make_vsa_mask,
+    make_xattention_mask,
+)
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .kv_cache import append_to_cache, flash_attention_kvcache, flash_attention_kvcache_rope_append
@@ -53,6 +63,7 @@ from .rope import flash_attention_rope, flash_attention_rope_unified
 from .rope_tables import make_rope_3d_tables
 from .sparse import flash_attention_sparse, sparse_attention_dispatch, sparse_attention_nax
 from .speculative import TreeMask, flash_attention_speculative_verify, flash_attention_tree, make_tree_mask
+from .topk import flash_attention_topk
 from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
 
 enable_by_default()
@@ -83,6 +94,7 @@ __all__ = [
     "flash_attention_sparse",
     "flash_attention_speculative_verify",
     "flash_attention_splitfuse",
+    "flash_attention_topk",
     "flash_attention_tree",
     "flash_attention_varlen",
     "flash_attention_varlen_kv_packed",
@@ -101,19 +113,27 @@ __all__ = [
     "make_cross_stream_mask",
     "make_diagonal_mask",
     "make_dilated_temporal_mask",
+    "make_draft_mask",
     "make_gna_mask",
+    "make_lcsa_mask",
     "make_reference_frame_mask",
     "make_rope_3d_tables",
     "make_segment_mask",
     "make_shared_prefix_cache",
     "make_sink_window_mask",
+    "make_sla_mask",
+    "make_sliding_tile_mask",
     "make_sliding_window_mask",
+    "make_sparge_mask",
     "make_spatial_2d_mask",
     "make_spatial_3d_mask",
     "make_strided_mask",
     "make_temporal_distance_bias",
     "make_temporal_group_mask",
+    "make_topk_spatial_mask",
     "make_tree_mask",
+    "make_vsa_mask",
+    "make_xattention_mask",
     "matmul",
     "merge_attention_states",
     "quantized_matmul",

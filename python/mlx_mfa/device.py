@@ -66,11 +66,11 @@ def get_supported_configs() -> dict[str, Any]:
     available = (
         "causal", "gqa", "sliding_window", "softcap", "alibi", "attn_bias", "mask", "sinks", "kv_lengths", "dropout",
         "return_lse", "return_attn_weights", "backend_select", "native_backward", "warmup_kernels", "bfloat16",
-        "float16", "float32", "d512",
+        "float16", "float32", "d512", "block_sparse", "sparse_backward", "packed_api",
     )  # fmt: skip
     absent = (
-        "block_sparse", "sparse_backward", "rope", "paged_kv", "varlen", "flash_decode", "kvcache_rope_append",
-        "packed_api", "sage_attention", "sage_attention_kvcache", "sage_inference_context", "m3_routing", "m5_stub",
+        "rope", "paged_kv", "varlen", "flash_decode", "kvcache_rope_append",
+        "sage_attention", "sage_attention_kvcache", "sage_inference_context", "m3_routing", "m5_stub",
     )  # fmt: skip
     return {
         "head_dims": range(_ext.min_head_dim, _ext.max_head_dim + 1),

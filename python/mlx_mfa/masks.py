@@ -8,8 +8,8 @@ Every builder takes these arguments beside its own:
 
 ``head_dim`` (int)
     Sets the tile: 32 queries by 32 keys up to 64, else 32 by 16. Default 128.
-``block_size`` (tuple of int)
-    ``(block_q, block_k)``, another tile.
+``block_size`` (int or tuple of int)
+    ``(block_q, block_k)``, or one number for both: another tile.
 ``exact`` (bool)
     Leave out tiles that hold no visible pair of tokens; boxes around tiles, which the spatial builders go by, keep
     some. It takes a test of token pairs in each tile.
@@ -32,15 +32,22 @@ import mlx.core as mx
 from . import _ext
 from ._ext import BlockMask
 
-BlockSize = tuple[int, int] | None
+BlockSize = int | Sequence[int] | None
 Mask = mx.array | BlockMask
+
+
+def tile_sides(block_size: int | Sequence[int]) -> tuple[int, int]:
+    """``(block_q, block_k)`` of a size that may be one number for both."""
+    sides = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    if len(sides) != 2:
+        raise ValueError(f"[block_size] one number or two, queries and keys, were expected; got {block_size}")
+    return sides[0], sides[1]
 
 
 def default_block_size(head_dim: int, block_size: BlockSize = None) -> tuple[int, int]:
     """``(block_q, block_k)`` of a mask for heads of ``head_dim`` channels, unless ``block_size`` says another."""
     if block_size is not None:
-        block_q, block_k = block_size
-        return int(block_q), int(block_k)
+        return tile_sides(block_size)
     return (32, 32) if head_dim <= 64 else (32, 16)
 
 
@@ -52,7 +59,9 @@ def _mask(rule: _ext.BlockRule, exact: bool, as_lists: bool, as_tokens: bool) ->
     return rule.lists() if as_lists else rule.tiles()
 
 
-def _video(function: str, height: int, width: int, frames: int, patch: int, temporal_patch: int = 1) -> tuple[int, ...]:
+def _video(
+    function: str, height: int, width: int, frames: int, patch: int, temporal_patch: int = 1
+) -> tuple[int, int, int]:
     """(frames, height, width) in tokens."""
     if patch < 1 or temporal_patch < 1:
         raise ValueError(
@@ -531,7 +540,7 @@ def make_gna_mask(
 
 def make_diagonal_mask(
     seq_len: int,
-    block_size: int | tuple[int, int] = 0,
+    block_size: int | Sequence[int] = 0,
     num_diagonals: int = 1,
     bandwidth: int = 1,
     head_dim: int = 128,
@@ -661,9 +670,8 @@ def make_temporal_distance_bias(
     Raises:
         ValueError: If the decay is unknown, there are not as many rates as heads, or the bias is too large.
     """
-    if hasattr(decay_rate, "tolist"):
-        decay_rate = decay_rate.tolist()
-    rates = [float(r) for r in decay_rate] if isinstance(decay_rate, Sequence) else [float(decay_rate)] * num_heads
+    given: Any = decay_rate.tolist() if isinstance(decay_rate, mx.array) else decay_rate
+    rates = [float(r) for r in given] if isinstance(given, Sequence) else [float(given)] * num_heads
     if len(rates) != num_heads:
         raise ValueError(
             f"[make_temporal_distance_bias] decay_rate must be one number or {num_heads}, one for each head;"

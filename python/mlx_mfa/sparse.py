@@ -75,7 +75,8 @@ def flash_attention_sparse(
         dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
-    out, lse = _ext.attention_sparse(q, k, v, block_mask, _tile(block_size), options, return_lse, stream)
+    tile = tile_sides(block_size, "flash_attention_sparse")
+    out, lse = _ext.attention_sparse(q, k, v, block_mask, tile, options, return_lse, stream)
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
@@ -139,7 +140,7 @@ def sparse_attention_nax(
     return sparse_attention_dispatch(Q, K, V, mask, block_tile=block_tile, scale=scale, causal=causal)
 
 
-def _tile(block_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def tile_sides(block_size: int | Sequence[int] | None, function: str) -> tuple[int, int] | None:
     """``(block_q, block_k)`` of what may be one number."""
     if block_size is None:
         return None
@@ -151,6 +152,4 @@ def _tile(block_size: int | Sequence[int] | None) -> tuple[int, int] | None:
             return operator.index(block_size[0]), operator.index(block_size[1])
     except TypeError:
         pass
-    raise ValueError(
-        f"[flash_attention_sparse] block_size must be an integer or a pair of integers; got {block_size!r}"
-    )
+    raise ValueError(f"[{function}] block_size must be an integer or a pair of integers; got {block_size!r}")

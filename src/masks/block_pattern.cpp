@@ -135,6 +135,7 @@ double BlockPattern::density() const {
 
 void BlockPattern::write_dense(uint8_t* out) const {
   const int64_t NQ = grid_.query_blocks(), NK = grid_.key_blocks();
+  if (NK == 0) return;
   const int64_t chunk = rows_per_task(grid_), rows = lists() * NQ;
   parallel_for((rows + chunk - 1) / chunk, [&](int64_t task, int) {
     for (int64_t n = task * chunk; n < std::min(rows, (task + 1) * chunk); ++n) {

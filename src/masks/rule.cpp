@@ -27,6 +27,7 @@ BlockRule exact(BlockRule rule) {
 
 void write_tiles(const BlockRule& rule, uint8_t* out) {
   const int64_t NQ = rule.grid.query_blocks(), NK = rule.grid.key_blocks();
+  if (NK == 0) return;
   for_rows(NQ, NK, [&](int64_t r) {
     std::memset(out + r * NK, 0, NK);
     rule.mark(static_cast<int32_t>(r), out + r * NK);

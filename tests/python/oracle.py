@@ -186,7 +186,8 @@ class _Arithmetic:
     """How an evaluation rounds: exactly (float64), or as an unfused implementation in ``dtype`` would.
 
     With a generator the intermediate grids are shifted by a random factor a row, as another association of the same
-    products would shift them, and exponentials are to base 2: each draw is one more sample of the rounding errors.
+    products would shift them, sums have another order, and exponentials are to base 2: each draw is one more sample of
+    the rounding errors.
     """
 
     def __init__(self, dtype=None, rng=None):
@@ -228,7 +229,13 @@ class _Arithmetic:
         return x.sum(-1, keepdims=True) if self.exact or x.shape[-1] == 0 else x.cumsum(axis=-1)[..., -1:]
 
     def matmul(self, a, b):
-        return a @ b if self.exact else _sequential_product(a, b)
+        """``a @ b``; a draw adds the terms of its sums in another order."""
+        if self.exact:
+            return a @ b
+        if self.rng is not None:
+            order = self.rng.permutation(a.shape[-1])
+            a, b = a[..., order], b[..., order, :]
+        return _sequential_product(a, b)
 
     def result(self, x):
         return x if self.exact else round_to(x, self.dtype)

@@ -20,6 +20,15 @@ def test_causal_agrees_with_the_oracle_in_every_dtype(Nq, Nk, dtype):
     check(make_problem(Nq + Nk, Hq=2, Nq=Nq, Nk=Nk, D=64, dtype=dtype, causal=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("Nq", "G", "D", "Dv"), [(1, 40, 64, 64), (1, 130, 576, 512), (3, 24, 128, 128), (16, 5, 72, 264)]
+)
+def test_a_few_queries_of_many_heads_to_a_key_head(Nq, G, D, Dv, dtype):
+    options = {"causal": True, "window": (900, -1), "sinks": np.linspace(-1, 1, G), "alibi": np.linspace(0, 0.1, G)}
+    check(make_problem(Nq + G, B=2, Hq=G, Hkv=1, Nq=Nq, Nk=1300, D=D, Dv=Dv, dtype=dtype, **options))
+
+
 @routes
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("Nq", "Nk"), FEWER_EQUAL_MORE_KEYS)

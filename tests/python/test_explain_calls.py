@@ -63,6 +63,7 @@ def test_entry_points_are_explained(name, arguments, calls):
     [
         ("flash_attention_sparse", lambda: (*qkv(), mx.ones((1, 1), mx.bool_))),
         ("flash_attention_gna", lambda: (*qkv(), (4, 4), (3, 3), (1, 1))),
+        ("flash_attention_topk", lambda: (*qkv(), 0.5)),
     ],
 )
 def test_entry_points_of_tiles_and_grids_are_explained(name, arguments):

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "backend/cuda/plan_hopper.h"
 #include "backend/cuda/tiles.h"
@@ -12,6 +13,7 @@ namespace mfa::cuda {
 namespace {
 
 constexpr int kMaxSplits = 128;
+constexpr int kPackedQueries = 16;
 constexpr int kRowsPerBlock = 4;  // of the kernels in which a warp takes a row
 constexpr int kWarpRowThreads = 128;
 constexpr int kHeadThreads = 256;
@@ -138,7 +140,9 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, cons
   const int64_t rows = rows_of_group(p), heads = int64_t{p.B} * p.Hkv;
   ForwardPlan plan;
   const bool few_rows = rows <= DecodeTile::kRows;
-  if (!few_rows && hopper_takes(p, call, device)) {
+  // Hopper's tiles hold the queries of one head; with a few of each they would stay empty, where others pack a group's.
+  const bool packs = p.Hq > p.Hkv && p.Nq <= kPackedQueries;
+  if (!few_rows && !packs && hopper_takes(p, call, device)) {
     plan.attention = plan_hopper_forward(p, call, device, plan.row_tile, plan.key_tile);
     return plan;
   }
@@ -155,11 +159,12 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, cons
     plan.attention = launch_of(few ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, index,
                                heads * ceil_div(rows, tile.BQ), tile.threads(), tile.shared_bytes(size));
   }
-  if (few_rows && heads > 0) {
+  if ((few_rows || packs) && heads > 0) {
     const int64_t resident = std::clamp<int64_t>(device.shared_bytes / plan.attention.shared_bytes, 1, 2);
-    const int splits = choose_splits(heads, p.Nk, device.multiprocessors * resident);
+    const int splits = choose_splits(plan.attention.grid[0], p.Nk, device.multiprocessors * resident);
     // Whole tiles, for decode one for each warp.
-    plan.split_keys = static_cast<int>(ceil_div(ceil_div(p.Nk, splits), 64) * 64);
+    const int unit = std::lcm(64, plan.key_tile);
+    plan.split_keys = static_cast<int>(ceil_div(ceil_div(p.Nk, splits), unit) * unit);
     plan.splits = static_cast<int>(std::max<int64_t>(1, p.Nk > 0 ? ceil_div(p.Nk, plan.split_keys) : 1));
     plan.attention.grid[2] = static_cast<uint32_t>(plan.splits);
   }

@@ -137,6 +137,17 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return y;
 }
 
+// Of pairs of T that are not negative, the larger elements; NaN if either is.
+template <class T>
+__device__ __forceinline__ uint32_t larger(uint32_t x, uint32_t y) {
+  uint32_t z;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  else
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+
 // In a pair of T, all ones over each element that is NaN or infinite: adding one exponent step carries into the sign.
 template <class T>
 __device__ __forceinline__ uint32_t nonfinite_mask(uint32_t pair) {

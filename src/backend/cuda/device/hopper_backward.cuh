@@ -316,6 +316,15 @@ __device__ __forceinline__ void write_gradient(const float (&d)[Tile::columns / 
 }
 
 template <class Tile>
+__device__ __forceinline__ auto mask_bits(const Problem& p, const SharedWork& work, int pass, int row_in_tile, int n,
+                                          int lane) {
+  typename GradientTile<Tile::BN, !Tile::keeps_queries>::MaskBits bits{};
+  if constexpr (Tile::modified)
+    if (p.mask.data) bits = gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).mask_bits();
+  return bits;
+}
+
+template <class Tile>
 __device__ __forceinline__ void consume(const BackwardParams& params, const BackwardShared<Tile>& shared, int warpgroup,
                                         int thread) {
   using T = typename Tile::T;
@@ -371,6 +380,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage()));
         products_commit();
+        // Read while the products are computed.
+        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, n, lane);
         products_wait<Tile::modified ? 0 : 1>();
         settle(x);
         // The products of the round before are finished too.
@@ -391,7 +402,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         exponents<Tile>(x, lse, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
         if (!work.full(n)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
         if constexpr (Tile::modified)
-          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x);
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x, mask);
         if constexpr (Tile::values) {
           if (Tile::modified && p.dropout_seed)
             pack_kept<T, BN>(x, kept, p.dropout_scale, packed_p);

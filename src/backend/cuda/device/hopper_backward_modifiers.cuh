@@ -54,18 +54,30 @@ struct GradientTile {
     }
   }
 
+  // What the lane reads of a mask that can be read by words.
+  struct MaskBits {
+    uint32_t own[transposed ? 1 : 2];
+  };
+  __device__ __forceinline__ MaskBits mask_bits() const {
+    if (!mask_has_words(p)) return {};
+    if constexpr (transposed) {
+      return {keys_bits()};
+    } else {
+      MaskTile<BN> mask;
+      mask.load(p, b, h, row, column - 2 * (lane % 4), lane);
+      return {mask.own_bits(0), mask.own_bits(1)};
+    }
+  }
   // Probabilities that the mask hides become zero.
-  __device__ __forceinline__ void hide(float (&x)[BN / 2]) const {
+  __device__ __forceinline__ void hide(float (&x)[BN / 2], const MaskBits& bits) const {
     if (!mask_has_words(p)) {
       each_score<BN>(x, [&](float& s, int r, int c) {
         if (query(r, c) >= p.Nq || key(r, c) >= p.Nk || !mask_shows(p, b, h, query(r, c), key(r, c))) s = 0.f;
       });
     } else if constexpr (transposed) {
-      hide_by_words(x);
+      hide_by_bits(x, bits.own[0]);
     } else {
-      MaskTile<BN> mask;
-      mask.load(p, b, h, row, column - 2 * (lane % 4), lane);
-      mask.apply(x, lane, 0.f);
+      MaskTile<BN>::apply(x, bits.own, 0.f, lane);
     }
   }
 
@@ -126,11 +138,12 @@ struct GradientTile {
     });
   }
 
-  // The 16 keys of a warp are one group of bytes of each query: lane l reads those of columns l and l + 32.
-  __device__ __forceinline__ void hide_by_words(float (&x)[BN / 2]) const {
+  // The 16 keys of a warp are one group of bytes of each query: lane l reads those of columns l and l + 32. Bit
+  // 16 half + i: key i.
+  __device__ __forceinline__ uint32_t keys_bits() const {
     static_assert(BN <= 64);
     const int key0 = row - lane / 4, column0 = column - 2 * (lane % 4);
-    uint32_t own = 0;  // bit 16 half + i: key i
+    uint32_t own = 0;
 #pragma unroll
     for (int half = 1; half >= 0; --half) {
       const int from = 32 * half + lane;
@@ -139,6 +152,9 @@ struct GradientTile {
           p.mask.data + b * p.mask.stride[0] + h * p.mask.stride[1] + (column0 + from) * p.mask.stride[2] + key0;
       own = append_bits(inside ? __ldg(reinterpret_cast<const uint4*>(at)) : uint4{0, 0, 0, 0}, own);
     }
+    return own;
+  }
+  __device__ __forceinline__ void hide_by_bits(float (&x)[BN / 2], uint32_t own) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll

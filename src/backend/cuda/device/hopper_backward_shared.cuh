@@ -51,6 +51,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 0), shared.first(ring.stage()));
         products_commit();
+        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, n, lane);
         products_wait<0>();
         settle(x);
         barrier_arrive_if(shared.barrier(Tile::stay_empty), lane == 0 && pass == passes - 1 && n == work.last() - 1);
@@ -72,7 +73,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
         exponents<Tile>(x, none, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
         if (!work.full(n)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
         if constexpr (Tile::modified)
-          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x);
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x, mask);
         barrier_wait(shared.barrier(Tile::p_empty + p_ring.stage()), p_ring.parity() ^ 1);
         float4* to = exchange(shared, p_ring.stage(), thread);
 #pragma unroll

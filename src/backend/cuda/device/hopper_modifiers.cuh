@@ -60,15 +60,21 @@ struct MaskTile {
       }
     }
   }
+  // Of a row, bit 16 g + i: byte i of group g.
+  __device__ __forceinline__ uint32_t own_bits(int r) const {
+    return append_bits(bytes[r][0], append_bits(bytes[r][1], 0));
+  }
+  __device__ __forceinline__ void apply(float (&s)[BK / 2], int lane) const {
+    apply(s, {own_bits(0), own_bits(1)}, -INFINITY, lane);
+  }
   // What is not seen becomes `hidden`.
-  __device__ __forceinline__ void apply(float (&s)[BK / 2], int lane, float hidden = -INFINITY) const {
+  static __device__ __forceinline__ void apply(float (&s)[BK / 2], const uint32_t (&own)[2], float hidden, int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t own = append_bits(bytes[r][0], append_bits(bytes[r][1], 0));  // bit 16 g + i: byte i of group g
       uint32_t bits = 0;  // of this lane's columns: bit 8 from + 4 g + 2 (i % 2) + e, i = 2 (from + 4 g) + i % 2
 #pragma unroll
       for (int from = 3; from >= 0; --from) {
-        const uint32_t pairs = __shfl_sync(0xffffffffu, own, from, 4) >> 2 * (lane % 4) & 0x03030303u;
+        const uint32_t pairs = __shfl_sync(0xffffffffu, own[r], from, 4) >> 2 * (lane % 4) & 0x03030303u;
         bits = __funnelshift_l(pairs * 0x01041040u, bits, 8);
       }
 #pragma unroll

@@ -99,17 +99,24 @@ __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap* map, uin
 // tile's part of this warp had any.
 template <class T, int bytes, int warps>
 __device__ __forceinline__ bool clean_tile(unsigned char* tile, int warp, int lane) {
-  uint32_t found = 0;
+  const int from = (warp * 32 + lane) * 16;
+  constexpr int step = warps * 32 * 16;
+  // Hardly ever is there any: first look for the largest magnitude.
+  uint32_t largest[2] = {};
 #pragma unroll 4
-  for (int at = (warp * 32 + lane) * 16; at < bytes; at += warps * 32 * 16) {
+  for (int at = from; at < bytes; at += step) {
     const uint4 x = *reinterpret_cast<const uint4*>(tile + at);
-    const uint4 bad = {nonfinite_mask<T>(x.x), nonfinite_mask<T>(x.y), nonfinite_mask<T>(x.z), nonfinite_mask<T>(x.w)};
-    if (bad.x | bad.y | bad.z | bad.w) {
-      *reinterpret_cast<uint4*>(tile + at) = {x.x & ~bad.x, x.y & ~bad.y, x.z & ~bad.z, x.w & ~bad.w};
-      found = 1;
-    }
+    largest[0] = larger<T>(larger<T>(largest[0], x.x & 0x7fff7fffu), x.y & 0x7fff7fffu);
+    largest[1] = larger<T>(larger<T>(largest[1], x.z & 0x7fff7fffu), x.w & 0x7fff7fffu);
   }
-  return __any_sync(0xffffffffu, found);
+  if (!__any_sync(0xffffffffu, nonfinite_mask<T>(largest[0]) | nonfinite_mask<T>(largest[1]))) return false;
+#pragma unroll 1
+  for (int at = from; at < bytes; at += step) {
+    uint4& x = *reinterpret_cast<uint4*>(tile + at);
+    x = {x.x & ~nonfinite_mask<T>(x.x), x.y & ~nonfinite_mask<T>(x.y), x.z & ~nonfinite_mask<T>(x.z),
+         x.w & ~nonfinite_mask<T>(x.w)};
+  }
+  return true;
 }
 
 // Transposes the 4 x 4 matrices whose rows are the registers of four lanes that lie `stride` apart.

@@ -101,6 +101,21 @@ TEST(CudaPlanForward, DecodeRingsThatDoNotFitLeaveTheTiledKernel) {
   EXPECT_EQ(plan_forward(p, {}, kA100).attention.kernel, Kernel::forward_decode);
 }
 
+TEST(CudaPlanForward, PacksAFewQueriesOfManyHeads) {
+  AttentionProblem p = shape(1, 128, 1, 1, 8192, 576, DType::bf16);
+  p.Dv = 512;
+  const ForwardPlan latent = plan_forward(p, {}, kH100);
+  EXPECT_EQ(name_of(latent.attention), "forward_tiled_bf16_576");
+  EXPECT_GE(latent.attention.grid[0] * latent.splits, 100u);
+  const ForwardPlan multi_query = plan_forward(shape(32, 32, 1, 1, 8192, 128, DType::bf16), {}, kH100);
+  EXPECT_EQ(name_of(multi_query.attention), "forward_tiled_bf16_128");
+  EXPECT_GT(multi_query.splits, 1);
+  EXPECT_EQ(name_of(plan_forward(shape(32, 32, 1, 17, 8192, 128, DType::bf16), {}, kH100).attention),
+            "hopper_forward_128_bf16");
+  EXPECT_EQ(name_of(plan_forward(shape(32, 32, 32, 17, 8192, 128, DType::bf16), {}, kH100).attention),
+            "hopper_forward_128_bf16");
+}
+
 TEST(CudaPlanForward, NamesTheKernel) {
   EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), kTiled, kH100).attention),
             "forward_tiled_bf16_128");
