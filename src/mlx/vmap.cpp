@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "mlx/attention.h"
+#include "mlx/one_by_one.h"
 #include "mlx/ops.h"
 
 namespace mfa {
@@ -91,33 +92,13 @@ mx::array unfold(const mx::array& x, int target, int extent, const Mapped& m) {
   return mx::unflatten(x, target, {m.V, extent}, m.stream);
 }
 
-// `run` for each mapped entry, the results stacked along a new first axis.
-template <typename Run>
-std::pair<std::vector<mx::array>, std::vector<int>> one_by_one(const std::vector<mx::array>& inputs,
-                                                               const std::vector<int>& axes, const Mapped& m, Run run) {
-  std::vector<std::vector<mx::array>> columns;
-  for (int v = 0; v < m.V; ++v) {
-    std::vector<mx::array> mine;
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      mine.push_back(axes[i] < 0 ? inputs[i] : mx::take(inputs[i], v, axes[i], m.stream));
-    }
-    const auto outputs = run(std::move(mine));
-    columns.resize(outputs.size());
-    for (size_t n = 0; n < outputs.size(); ++n) columns[n].push_back(outputs[n]);
-  }
-  std::vector<mx::array> stacked;
-  for (const auto& column : columns) stacked.push_back(mx::stack(column, 0, m.stream));
-  std::vector<int> out_axes(stacked.size(), 0);
-  return {std::move(stacked), std::move(out_axes)};
-}
-
 }  // namespace
 
 std::pair<std::vector<mx::array>, std::vector<int>> Attention::vmap(const std::vector<mx::array>& inputs,
                                                                     const std::vector<int>& axes) {
   const Mapped m = describe_map(params_, {}, inputs, axes, stream());
   auto run = [&](std::vector<mx::array> x) { return make(stream(), params_, std::move(x)); };
-  if (m.fold == Fold::none) return one_by_one(inputs, axes, m, run);
+  if (m.fold == Fold::none) return one_by_one(inputs, axes, m.stream, run);
 
   const auto kinds = kinds_of(params_, inputs.size());
   std::vector<mx::array> folded;
@@ -133,7 +114,7 @@ std::pair<std::vector<mx::array>, std::vector<int>> AttentionBackward::vmap(cons
                                                                             const std::vector<int>& axes) {
   const Mapped m = describe_map(params_, wanted_, inputs, axes, stream());
   auto run = [&](std::vector<mx::array> x) { return make(stream(), params_, wanted_, std::move(x)); };
-  if (m.fold == Fold::none) return one_by_one(inputs, axes, m, run);
+  if (m.fold == Fold::none) return one_by_one(inputs, axes, m.stream, run);
 
   const InputLayout at(params_);
   const auto kinds = kinds_of(params_, inputs.size());

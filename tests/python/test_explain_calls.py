@@ -9,6 +9,14 @@ def qkv(B=2, Hq=4, Hkv=2, Nq=16, Nk=16, D=16):
     return random_arrays(1, (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, D))
 
 
+def pools():
+    return random_arrays(2, (4, 16, 2, 16), (4, 16, 2, 16))
+
+
+def rotary():
+    return random_arrays(3, (40, 8), (40, 8))
+
+
 @needs_kernels
 def test_each_call_is_explained_as_explain_does():
     q, k, v = qkv()
@@ -29,6 +37,16 @@ def test_each_call_is_explained_as_explain_does():
         ("flash_attention_splitfuse", lambda: (*qkv(), *qkv(Nq=1)), 2),
         ("flash_attention_cascade", lambda: (qkv()[0], *qkv(B=1, Nk=50)[1:], *qkv()[1:]), 2),
         ("flash_attention_tree", lambda: (*qkv(Nk=40), list(range(-1, 15))), 2),
+        ("flash_attention_paged", lambda: (qkv()[0], *pools(), mx.array([[0, 1], [2, 3]]), [20, 32]), 1),
+        (
+            "flash_attention_paged_varlen",
+            lambda: (qkv(B=1)[0], *pools(), mx.array([[0, 1], [2, 3]]), [20, 32], [0, 15, 16]),
+            1,
+        ),
+        ("flash_attention_kvcache", qkv, 1),
+        ("flash_attention_kvcache_rope_append", lambda: (*qkv(), None, None, *rotary()), 1),
+        ("flash_attention_rope", lambda: (*qkv(), *rotary()), 1),
+        ("flash_attention_rope_unified", lambda: (*qkv(), *rotary()), 1),
         ("flash_attention_speculative_verify", lambda: (*qkv(Nk=40), mx.zeros((2, 16), mx.int32)), 1),
     ],
 )

@@ -3,11 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
-
-#include "support/random.h"
 
 namespace mfa {
 namespace {
@@ -125,26 +124,6 @@ TEST(Append, RoundsToTheDtypeOnce) {
   append_rows(p);
   EXPECT_EQ(cache[0].bits, to_bfloat16(0.6f - 3 * 0.8f).bits);
   EXPECT_EQ(cache[1].bits, to_bfloat16(0.8f + 3 * 0.6f).bits);
-}
-
-TEST(Append, LongRowsAreTheSameInManyTasks) {
-  constexpr int32_t N = 3000, D = 64;
-  std::vector<float> cache(2 * N * D), rows(N * D);
-  testing::Random random(1);
-  for (float& x : rows) x = random.normal();
-  const int32_t start = 17;
-  CacheRows p;
-  p.B = p.H = 1;
-  p.N = N;
-  p.D = D;
-  p.capacity = 2 * N;
-  p.cache = {cache.data(), {0, 0, D}};
-  p.rows = {rows.data(), {0, 0, D}};
-  p.starts = &start;
-  append_rows(p);
-  EXPECT_TRUE(std::equal(rows.begin(), rows.end(), cache.begin() + start * D));
-  EXPECT_EQ(cache[start * D - 1], 0.f);
-  EXPECT_EQ(cache[(start + N) * D], 0.f);
 }
 
 TEST(Append, PlacesThatDoNotFitAreRefused) {
