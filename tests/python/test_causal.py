@@ -22,11 +22,11 @@ def test_causal_agrees_with_the_oracle_in_every_dtype(Nq, Nk, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("Nq", "G", "D", "Dv"), [(1, 40, 64, 64), (1, 130, 576, 512), (3, 24, 128, 128), (16, 5, 72, 264)]
+    ("Nq", "G", "D", "Dv"), [(1, 40, 64, 64), (1, 20, 576, 512), (3, 12, 128, 128), (16, 5, 72, 264)]
 )
 def test_a_few_queries_of_many_heads_to_a_key_head(Nq, G, D, Dv, dtype):
-    options = {"causal": True, "window": (900, -1), "sinks": np.linspace(-1, 1, G), "alibi": np.linspace(0, 0.1, G)}
-    check(make_problem(Nq + G, B=2, Hq=G, Hkv=1, Nq=Nq, Nk=1300, D=D, Dv=Dv, dtype=dtype, **options))
+    options = {"causal": True, "window": (500, -1), "sinks": np.linspace(-1, 1, G), "alibi": np.linspace(0, 0.1, G)}
+    check(make_problem(Nq + G, Hq=G, Hkv=1, Nq=Nq, Nk=700, D=D, Dv=Dv, dtype=dtype, **options))
 
 
 @routes

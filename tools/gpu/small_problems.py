@@ -7,7 +7,10 @@ import mlx_mfa as mfa
 
 
 def main() -> None:
-    dtypes, head_dims = (mx.bfloat16, mx.float16, mx.float32), ((64, 64), (128, 128), (120, 80), (33, 192), (576, 512))
+    dtypes, head_dims = (
+        (mx.bfloat16, mx.float16, mx.float32),
+        ((64, 64), (128, 128), (120, 80), (33, 192), (256, 256), (576, 512)),
+    )
     for dtype, (D, Dv) in itertools.product(dtypes, head_dims):
         for Nq, Nk, options in (
             (37, 70, {"causal": True}),

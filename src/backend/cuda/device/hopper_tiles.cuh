@@ -53,7 +53,7 @@ constexpr TileChoice forward_tiles[] = {
 };
 // The same with every modifier of scores, which need registers.
 constexpr TileChoice forward_modified_tiles[] = {
-    {64, 2, 64, 2, false},
+    {64, 3, 64, 3, false},
     {96, 2, 64, 2, false},
     {128, 2, 64, 2, false},
     {192, 2, 64, 2, false},
