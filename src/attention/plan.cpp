@@ -13,8 +13,10 @@ constexpr int32_t kMinSplitBlocks = 2;
 
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
+// Products of bfloat16 pairs: not of rotated rows, which would have to be rounded, nor where scores are compared with a
+// floor, as the backward computes them again from widened values.
 bool multiplies_pairs(const AttentionProblem& p, const CpuKernelTraits& cpu) {
-  return cpu.native_bf16 && p.dtype == DType::bf16 && p.D % 2 == 0 && !p.score_floor;
+  return cpu.native_bf16 && p.dtype == DType::bf16 && p.D % 2 == 0 && !p.rope.cos && !p.score_floor;
 }
 
 // Heads of a group share tiles unless they see different block lists.
@@ -57,7 +59,6 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
   if (p.B == 0 || p.Hq == 0 || p.Nq == 0) return plan;
   const int32_t blocks = ceil_div(p.Nk, kKeyBlock);
   plan.rows = int64_t{p.Hq / p.Hkv} * p.Nq;
-  // Scores that are compared with a floor are those that the backward computes again, from widened values.
   plan.native_bf16 = multiplies_pairs(p, cpu);
 
   RowTiling& t = plan.tiling;

@@ -105,7 +105,7 @@ int32_t fill_rows(const RowTiling& t, const AttentionProblem& p, int32_t b, int3
 }
 
 void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_t lanes, int32_t (&box)[3]) {
-  constexpr double kLoadRows = 10;  // bringing a key in costs as much as this many rows that see it
+  constexpr double kLoadRows = 40;  // bringing a key in costs as much as this many rows that see it
   double best = 0;
   const auto extents = [&](int32_t x) {
     std::vector<int32_t> list;

@@ -586,9 +586,18 @@ class TiledForward {
         __builtin_prefetch(row + i * 64, 0, 2);
     };
     const int first = k - block.lo, last = Min(first + rows, next.count);
-    for (int r = first; r < last; ++r) {
-      share(next.Key(r), p_.D * size);
-      share(next.Value(r), p_.Dv * size);
+    const int k_bytes = p_.D * size, v_bytes = p_.Dv * size;
+    if (next.k_table) {
+      for (int r = first; r < last; ++r) {
+        share(static_cast<const char*>(next.k_table[r]), k_bytes);
+        share(static_cast<const char*>(next.v_table[r]), v_bytes);
+      }
+      return;
+    }
+    const char *key = next.k + first * next.k_step, *value = next.v + first * next.v_step;
+    for (int r = first; r < last; ++r, key += next.k_step, value += next.v_step) {
+      share(key, k_bytes);
+      share(value, v_bytes);
     }
   }
 

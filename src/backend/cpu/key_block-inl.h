@@ -45,8 +45,6 @@ struct NextRows {
   const void *const *k_table = nullptr, *const *v_table = nullptr;
   const char *k = nullptr, *v = nullptr;
   ptrdiff_t k_step = 0, v_step = 0;  // bytes
-  HWY_INLINE const char* Key(int i) const { return k_table ? static_cast<const char*>(k_table[i]) : k + i * k_step; }
-  HWY_INLINE const char* Value(int i) const { return v_table ? static_cast<const char*>(v_table[i]) : v + i * v_step; }
 };
 
 struct KeyBlock {
