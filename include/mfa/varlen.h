@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "mfa/attention.h"
+#include "mfa/masks.h"
 
 namespace mfa {
 
@@ -18,6 +19,10 @@ struct PackedSequences {
   // mask and dropout count rows within a sequence.
   std::optional<int> max_seqlen_q;
   std::optional<int> max_seqlen_k;
+
+  // The tiles that every sequence sees, of max_seqlen_q queries and max_seqlen_k keys; of each sequence, those that it
+  // has. Default: all. One batch entry; 1 or Hq heads.
+  std::optional<BlockMask> block_mask;
 };
 
 // Attention within each of B sequences: `q` [1, Hq, packed queries, D] over `k` [1, Hkv, packed keys, D] and `v` [1,

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "block_masks.h"
 #include "mfa/neighbourhood.h"
 #include "mfa/topk.h"
 #include "options.h"
@@ -16,18 +17,24 @@ using namespace nb::literals;
 namespace mfa::python {
 namespace {
 
-using MaskArgument = std::variant<BlockMask, mx::array>;
-using TileArgument = std::optional<std::pair<int64_t, int64_t>>;
+std::optional<TileSize> tile_of(const TileArgument& block_size) {
+  if (!block_size) return std::nullopt;
+  return TileSize{block_size->first, block_size->second};
+}
 
 BlockMask block_mask_of(const MaskArgument& mask, const TileArgument& block_size, const mx::array& q,
                         const mx::array& k, const char* function) {
-  std::optional<TileSize> tile;
-  if (block_size) tile = TileSize{block_size->first, block_size->second};
   const auto* array = std::get_if<mx::array>(&mask);
-  return array ? to_block_mask(*array, q, k, tile, function) : std::get<BlockMask>(mask);
+  return array ? to_block_mask(*array, q, k, tile_of(block_size), function) : std::get<BlockMask>(mask);
 }
 
 }  // namespace
+
+BlockMask block_mask_of(const MaskArgument& mask, const TileArgument& block_size, int64_t Nq, int64_t Nk, int head_dim,
+                        const char* function) {
+  const auto* array = std::get_if<mx::array>(&mask);
+  return array ? to_block_mask(*array, Nq, Nk, head_dim, tile_of(block_size), function) : std::get<BlockMask>(mask);
+}
 
 void bind_sparse(nb::module_& m) {
   m.def(

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, lengths, make_options, positions
+from ._options import LOG2_E, Positions, Stream, integers, lengths, make_options, positions
 from .attention import Backend
 from .paged import check_page_size
 
@@ -140,11 +140,13 @@ def flash_attention_kvcache_rope_append(
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_kvcache`.
     """
-    return attend_to_cache(
+    results = attend_to_cache(
         "flash_attention_kvcache_rope_append", q, k_cache, v_cache, k_new, v_new, rotary_cos=rotary_cos,
         rotary_sin=rotary_sin, cache_seqlens=cache_seqlens, scale=scale, causal=causal, interleaved=interleaved,
         stream=stream, seq_lens=seq_lens, block_table=block_table, **options,
     )  # fmt: skip
+    assert isinstance(results, tuple)  # rows were appended, so the caches are returned
+    return results
 
 
 def append_to_cache(
@@ -174,7 +176,7 @@ def append_to_cache(
         RuntimeError: If such values were still to be computed (when they are evaluated; nothing is written), or the
             stream is on a GPU.
     """
-    return _ext.append_to_cache(cache, rows, lengths(starts), block_table, stream)
+    return _ext.append_to_cache(cache, rows, integers(starts), block_table, stream)
 
 
 def attend_to_cache(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, lengths, make_options
+from ._options import LOG2_E, Stream, integers, lengths, make_options
 from .attention import Backend
 
 
@@ -76,7 +76,7 @@ def flash_attention_paged(
     )  # fmt: skip
     check_page_size(block_size, k_pages, function)
     out, lse = _ext.attention_paged(
-        q, k_pages, v_pages, block_table, lengths(seq_lens), lengths(cache_batch_idx), options, stream
+        q, k_pages, v_pages, block_table, integers(seq_lens), lengths(cache_batch_idx), options, stream
     )
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
@@ -137,7 +137,7 @@ def flash_attention_paged_varlen(
     )  # fmt: skip
     check_page_size(block_size, k_pages, function)
     out, lse = _ext.attention_paged_varlen(
-        q, k_pages, v_pages, block_table, lengths(seq_lens_kv), lengths(cache_batch_idx), lengths(cu_seqlens_q),
+        q, k_pages, v_pages, block_table, integers(seq_lens_kv), lengths(cache_batch_idx), integers(cu_seqlens_q),
         max_seqlen_q, options, stream,
     )  # fmt: skip
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out

@@ -148,8 +148,22 @@ def flash_attention_rope_unified(
     return results[:2] if return_lse else results[0]
 
 
-def _attend(function, q, k, v, cos, sin, q_positions, k_positions, rope_3d, interleaved, rotary_dim, return_lse, stream,
-            options):  # fmt: skip
+def _attend(
+    function: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array | None,
+    sin: mx.array | None,
+    q_positions: Positions,
+    k_positions: Positions,
+    rope_3d: Mapping[str, Any] | None,
+    interleaved: bool,
+    rotary_dim: int | None,
+    return_lse: bool,
+    stream: Stream,
+    options: dict[str, Any],
+) -> mx.array | tuple[mx.array, mx.array]:
     cos, sin = _tables(function, q, cos, sin, rope_3d, q_positions)
     out, lse = _ext.attention_rope(
         q, k, v, cos, sin, interleaved, rotary_dim, positions(q_positions, q), positions(k_positions, q), True,
@@ -158,7 +172,14 @@ def _attend(function, q, k, v, cos, sin, q_positions, k_positions, rope_3d, inte
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
-def _tables(function, q, cos, sin, rope_3d, offset):
+def _tables(
+    function: str,
+    q: mx.array,
+    cos: mx.array | None,
+    sin: mx.array | None,
+    rope_3d: Mapping[str, Any] | None,
+    offset: Positions,
+) -> tuple[mx.array, mx.array]:
     """The tables that the arguments give."""
     if rope_3d is None:
         if cos is None or sin is None:

@@ -10,6 +10,8 @@ import mlx.core as mx
 from . import _ext
 from ._options import LOG2_E, Stream, integers, make_options
 from .attention import Backend
+from .masks import BlockMask
+from .sparse import tile_sides
 
 
 def flash_attention_varlen(
@@ -22,8 +24,10 @@ def flash_attention_varlen(
     max_seqlen_k: int | None = None,
     scale: float | None = None,
     causal: bool = False,
+    block_mask: BlockMask | mx.array | None = None,
     stream: Stream = None,
     *,
+    block_size: int | Sequence[int] | None = None,
     softcap: float = 0.0,
     alibi_slopes: mx.array | None = None,
     dropout_p: float = 0.0,
@@ -52,6 +56,9 @@ def flash_attention_varlen(
         cu_seqlens_k (array or sequence of int): ``[B + 1]``, the same of the keys.
         max_seqlen_q (int, optional): No sequence has more queries. Default: the packed queries.
         max_seqlen_k (int, optional): No sequence has more keys. Default: the packed keys.
+        block_mask (BlockMask or array, optional): The tiles that every sequence sees, of ``max_seqlen_q`` queries and
+            ``max_seqlen_k`` keys: a :class:`BlockMask`, or bool as :func:`flash_attention_sparse` takes it.
+        block_size (int or tuple of int, optional): ``(block_q, block_k)`` of a mask that is an array, as there.
         scale, causal, softcap, alibi_slopes, dropout_p, window_size, backend, sinks, dropout_seed, stream: As
             :func:`flash_attention`.
         return_lse (bool): Also return the **base-2** log-sum-exp of each row. Default False.
@@ -74,9 +81,11 @@ def flash_attention_varlen(
         dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
+    tile = tile_sides(block_size, "flash_attention_varlen")
     result: Any = _ext.attention_varlen(
-        q, k, v, integers(cu_seqlens_q), integers(cu_seqlens_k), options, max_seqlen_q, max_seqlen_k, return_lse, stream
-    )
+        q, k, v, integers(cu_seqlens_q), integers(cu_seqlens_k), options, max_seqlen_q, max_seqlen_k, block_mask, tile,
+        return_lse, stream,
+    )  # fmt: skip
     return (result[0], mx.multiply(result[1], LOG2_E, stream=stream)) if return_lse else result
 
 

@@ -8,15 +8,19 @@
 
 namespace mfa {
 
-BlockLists block_lists(const BlockMask& mask, const mx::array& q, const mx::array& k, const char* function) {
+ScoreExtents score_extents(const mx::array& q, const mx::array& k, const char* function) {
   check(q.ndim() == 4 && k.ndim() == 4, function, "q and k must have 4 dimensions [B, H, N, D]; got shapes ", q.shape(),
         " and ", k.shape());
+  return {q.shape(0), q.shape(1), q.shape(2), k.shape(2)};
+}
+
+BlockLists block_lists(const BlockMask& mask, const ScoreExtents& scores, const char* function) {
   const TileGrid& grid = mask.grid();
-  check(grid.Nq == q.shape(2) && grid.Nk == k.shape(2), function, "the block mask must be of ", q.shape(2),
-        " queries and ", k.shape(2), " keys; got one of ", grid.Nq, " and ", grid.Nk);
-  check(mask.batch() == 1 || mask.batch() == q.shape(0), function, "the block mask must be of 1 or ", q.shape(0),
+  check(grid.Nq == scores.Nq && grid.Nk == scores.Nk, function, "the block mask must be of ", scores.Nq,
+        " queries and ", scores.Nk, " keys; got one of ", grid.Nq, " and ", grid.Nk);
+  check(mask.batch() == 1 || mask.batch() == scores.B, function, "the block mask must be of 1 or ", scores.B,
         " batch entries; got ", mask.batch());
-  check(mask.heads() == 1 || mask.heads() == q.shape(1), function, "the block mask must be of 1 or ", q.shape(1),
+  check(mask.heads() == 1 || mask.heads() == scores.Hq, function, "the block mask must be of 1 or ", scores.Hq,
         " heads; got ", mask.heads());
   return {.block_q = grid.block_q,
           .block_k = grid.block_k,
@@ -35,7 +39,7 @@ std::vector<mx::array> run(const mx::array& q, const mx::array& k, const mx::arr
                            bool wants_lse) {
   AttentionSources sources;
   sources.function = function;
-  sources.blocks = block_lists(mask, q, k, function);
+  sources.blocks = block_lists(mask, score_extents(q, k, function), function);
   return launch(make_request(q, k, v, options, options.return_probs, s, sources), options.backend,
                 {.lse = wants_lse, .probs = options.return_probs});
 }
@@ -54,16 +58,13 @@ AttentionResult attention_sparse_with_lse(const mx::array& q, const mx::array& k
   return {outputs[0], outputs[1], std::nullopt};
 }
 
-BlockMask to_block_mask(const mx::array& mask, const mx::array& q, const mx::array& k, std::optional<TileSize> tile,
+BlockMask to_block_mask(const mx::array& mask, int64_t Nq, int64_t Nk, int head_dim, std::optional<TileSize> tile,
                         const char* function) {
   check(mask.dtype() == mx::bool_, function, "block_mask must be bool; got ", mask.dtype());
   check(mask.ndim() >= 2 && mask.ndim() <= 4, function,
         "block_mask must have shape [NQ, NK], [H, NQ, NK] or [B, H, NQ, NK]; got ", mask.shape());
   check(!mask.is_tracer(), function,
         "block_mask must be known when the graph is built, not traced: make a BlockMask of it before");
-  check(q.ndim() == 4 && k.ndim() == 4, function, "q and k must have 4 dimensions [B, H, N, D]; got shapes ", q.shape(),
-        " and ", k.shape());
-  const int64_t Nq = q.shape(2), Nk = k.shape(2);
   auto fits = [&](TileSize size) {
     return mask.shape(-2) == (Nq + size.q - 1) / size.q && mask.shape(-1) == (Nk + size.k - 1) / size.k;
   };
@@ -74,11 +75,17 @@ BlockMask to_block_mask(const mx::array& mask, const mx::array& q, const mx::arr
           " keys; got shape ", mask.shape());
     return BlockMask::from_dense(mask, Nq, Nk, *tile);
   }
-  const TileSize first = default_tiles(q.shape(3)), second = {32, 32};
+  const TileSize first = default_tiles(head_dim), second = {32, 32};
   check(fits(first) || fits(second), function, "block_mask must have tiles of (", first.q, ", ", first.k, ")",
         first.k == second.k ? "" : " or (32, 32)", " for ", Nq, " queries and ", Nk,
         " keys, or block_size must be given; got shape ", mask.shape());
   return BlockMask::from_dense(mask, Nq, Nk, fits(first) ? first : second);
+}
+
+BlockMask to_block_mask(const mx::array& mask, const mx::array& q, const mx::array& k, std::optional<TileSize> tile,
+                        const char* function) {
+  const ScoreExtents scores = score_extents(q, k, function);
+  return to_block_mask(mask, scores.Nq, scores.Nk, q.shape(3), tile, function);
 }
 
 }  // namespace mfa

@@ -6,8 +6,15 @@
 
 namespace mfa {
 
-// Throws std::invalid_argument, naming `function`, unless the mask is of the lengths, and of the batch and heads (or 1)
-// of q and k.
-BlockLists block_lists(const BlockMask& mask, const mx::array& q, const mx::array& k, const char* function);
+struct ScoreExtents {
+  int B = 0, Hq = 0, Nq = 0, Nk = 0;
+};
+
+// Throws std::invalid_argument, naming `function`, unless the mask is of these lengths, and of this batch and these
+// heads or 1.
+BlockLists block_lists(const BlockMask& mask, const ScoreExtents& scores, const char* function);
+
+// The extents of batched q and k; throws likewise if they are not of rank 4.
+ScoreExtents score_extents(const mx::array& q, const mx::array& k, const char* function);
 
 }  // namespace mfa

@@ -93,7 +93,7 @@ std::vector<mx::array> run(const mx::array& q, const mx::array& k, const mx::arr
   check(std::isfinite(ratio) && ratio > 0 && ratio <= 1, kFunction, "topk_ratio must be in (0, 1]; got ", ratio);
   AttentionSources sources;
   sources.function = kFunction;
-  if (mask) sources.blocks = block_lists(*mask, q, k, kFunction);
+  if (mask) sources.blocks = block_lists(*mask, score_extents(q, k, kFunction), kFunction);
 
   AttentionOptions scored = options;  // neither moves a score
   scored.sinks = std::nullopt;

@@ -1,7 +1,10 @@
 #include "mfa/varlen.h"
 
+#include <algorithm>
+
 #include "common/check.h"
 #include "mlx/route.h"
+#include "mlx/sparse.h"
 
 namespace mfa {
 namespace {
@@ -28,6 +31,15 @@ AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, 
   sources.function = kFunction;
   sources.packed = PackedRows{starts_q, starts_k, longest(sequences.max_seqlen_q, q.shape(2), "max_seqlen_q"),
                               longest(sequences.max_seqlen_k, k.shape(2), "max_seqlen_k")};
+  if (sequences.block_mask) {
+    const auto& packed = *sources.packed;
+    check(sequences.block_mask->batch() == 1, kFunction, "the block mask must be of 1 batch entry; got ",
+          sequences.block_mask->batch());
+    sources.blocks = block_lists(
+        *sequences.block_mask,
+        {1, q.shape(1), std::min(packed.longest_query, q.shape(2)), std::min(packed.longest_key, k.shape(2))},
+        kFunction);
+  }
   const WantedOutputs wanted{.lse = wants_lse};
   auto outputs = launch(make_request(q, k, v, options, options.return_probs, s, sources), options.backend, wanted);
   return {outputs[0], outputs[1], std::nullopt};

@@ -178,6 +178,29 @@ def test_works_under_compile_checkpoint_and_async_eval(seed):
     assert mx.array_equal(mapped[1], function(2 * q, 2 * k, 2 * v)).item()
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_every_sequence_sees_the_tiles_of_the_block_mask(heads, seed):
+    rng = np.random.default_rng(seed)
+    s = make_sequences(rng, (40, 0, 130, 64), (33, 9, 130, 0), Hq=4, Hkv=2, D=8, causal=True)
+    q, k, v = (to_mlx(pack(x, n), "float32") for x, n in zip((s.problem.q, s.problem.k, s.problem.v),
+               (s.query_lengths, s.key_lengths, s.key_lengths)))  # fmt: skip
+    tiles = rng.random((heads, 9, 5)) < 0.5  # of 16 queries and 32 keys
+    visible = mx.array(tiles.repeat(16, axis=1).repeat(32, axis=2)[None, :, :130, :130])
+    expected = call(s, {"mask": visible}, q, k, v)
+    given = mx.array(tiles if heads > 1 else tiles[0])
+    for mask, size in ((given, (16, 32)), (mfa.BlockMask(given, (16, 32), q_len=130, kv_len=130), None)):
+        o, lse = call(s, {"block_mask": mask, "block_size": size}, q, k, v)
+        assert mx.array_equal(o, expected[0]).item()
+        assert mx.array_equal(lse, expected[1]).item()
+
+    def gradients(**extra):
+        return mx.grad(lambda *x: call(s, extra, *x)[0].square().sum(), argnums=(0, 1, 2))(q, k, v)
+
+    masks = {"block_mask": given, "block_size": (16, 32)}
+    for x, y in zip(gradients(**masks), gradients(mask=visible)):
+        assert mx.allclose(x, y, rtol=1e-4, atol=1e-5).item()
+
+
 @pytest.mark.parametrize("layout", ["fused", "stacked"])
 def test_packed_arrays_are_their_parts(layout, seed):
     s = make_sequences(np.random.default_rng(seed), (9, 0, 70), (9, 0, 70), Hq=2, D=8, causal=True)
@@ -218,6 +241,7 @@ MISTAKES = {
     "negative longest": ({"max_seqlen_k": -1}, "max_seqlen_k must not be negative; got -1"),
     "mask of other shape": ({"mask": (3, 1, 1, 9)}, "mask must be broadcastable"),
     "lengths of other shape": ({"kv_lengths": [1, 2, 3]}, "kv_lengths must have shape"),
+    "block mask of another size": ({"block_mask": (2, 2), "block_size": 4}, "block_mask must have 3 by 3 tiles"),
     "window": ({"window_size": 3}, "window_size must be a tuple"),
     "backend": ({"backend": "composed"}, "backend must be"),
 }
@@ -234,6 +258,8 @@ def test_bad_input_is_one_clear_error(mistake):
         arguments[name] = mx.array(arguments[name]) if arguments[name] else mx.zeros((0,), mx.int32)
     if "mask" in arguments:
         arguments["mask"] = mx.ones(arguments["mask"], mx.bool_)
+    if "block_mask" in arguments:
+        arguments["block_mask"] = mx.ones(arguments["block_mask"], mx.bool_)
     if "beyond" in mistake:
         arguments["cu_seqlens_k"] = mx.array([0, 2**40, 9], mx.int64)
     with pytest.raises((ValueError, RuntimeError), match=r"^\[flash_attention_varlen\] .*" + message.split(";")[0]):
