@@ -103,7 +103,6 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CpuKernelTraits& cpu
   plan.rows = int64_t{p.Hq / p.Hkv} * p.Nq;
   RowTiling& t = plan.tiling;
   share_heads(p, t);
-  plan.rounds_rotated = multiplies_pairs(p, cpu);
   t.tile = cpu.backward_row_tile;
   cut_at_keys(p, cpu, t.tile, t);
   plan.row_tile = t.tile;

@@ -52,7 +52,6 @@ struct ForwardPlan {
 ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, int threads, bool wants_probs);
 
 struct BackwardPlan {
-  bool rounds_rotated = false;  // rotated rows are rounded to bfloat16, as the forward has done
   int64_t rows = 0;
   int32_t row_tile = 0;
   int64_t row_tiles = 0;

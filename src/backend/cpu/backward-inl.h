@@ -208,7 +208,7 @@ class Backward {
         KeyList list;
         for (int k = 0; k < keys; ++k) list.key[k] = static_cast<int32_t>(k0) + k;
         KeyRows(p_, p_.k, b_, kv_head_, list, 0, keys, table);
-        GatherKeys(p_, b_, list, table, 0, keys, job_.plan.rounds_rotated, x_.k, d);
+        GatherKeys(p_, b_, list, table, 0, keys, x_.k, d);
         k_ = x_.k;
         k_stride_ = d;
         if (GathersRows(p_)) {
@@ -275,7 +275,7 @@ class Backward {
       x_.delta[r] = live ? job_.delta[index] : 0.f;
       if (live) {
         WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-          LoadQuery<T>(p_, t.b, t.head[r], t.query[r], job_.plan.rounds_rotated, q);
+          LoadQuery<T>(p_, t.b, t.head[r], t.query[r], q);
           WidenRow(QueryRow<T>(p_, job_.in->d_o, t.b, t.head[r], t.query[r]), p_.Dv, d_o);
         });
       } else {
@@ -522,8 +522,7 @@ class Backward {
       const float excess = (total - expected) * (1.f - sink);
       float* mean = x_.q;
       bool any = false;
-      WithType(p_.dtype,
-               [&]<class T>(T*) HWY_ATTR { any = MeanOfVisibleKeys<T>(p_, t, r, job_.plan.rounds_rotated, mean); });
+      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR { any = MeanOfVisibleKeys<T>(p_, t, r, mean); });
       if (!any) continue;
       const int g0 = r / kGroupRows * kGroupRows, width = Min(kGroupRows, width_ - g0);
       float* column = sum + static_cast<ptrdiff_t>(g0) * p_.D + (r - g0);

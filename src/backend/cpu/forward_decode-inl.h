@@ -19,7 +19,7 @@ struct DecodeScratch {
   float* o;        // [rows][padded Dv]
   float* s;        // [rows][kScoreStride]
   float* block_o;  // [rows][padded Dv]
-  float* k;        // [2 * kLanes][padded D], rotated rows, and what they round to
+  float* k;        // [kLanes][padded D], rotated keys
   size_t bytes;
 
   DecodeScratch(const AttentionProblem& p, int rows, char* base) {
@@ -30,7 +30,7 @@ struct DecodeScratch {
     s = o + rows * dv;
     block_o = s + static_cast<size_t>(rows) * kScoreStride;
     k = block_o + rows * dv;
-    bytes = (rows * (d + 2 * dv + kScoreStride) + (RotatesQueries(p) ? 2 * kLanes * d : 0)) * sizeof(float);
+    bytes = (rows * (d + 2 * dv + kScoreStride) + (RotatesKeys(p) ? kLanes * d : 0)) * sizeof(float);
   }
 };
 
@@ -248,15 +248,10 @@ class DecodeForward {
       x_.l[g] = x_.m[g] == -kInf ? 0.f : 1.f;
       float* q = x_.q + g * d_padded_;
       if constexpr (kPairs) {
-        if (RotatesQueries(p_)) {
-          LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g], x_.tile.query[g], false, x_.k);
-          RoundRow(x_.k, p_.D, reinterpret_cast<T*>(q));
-        } else {
-          __builtin_memcpy(q, QueryRow<T>(p_, p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D * sizeof(T));
-        }
+        __builtin_memcpy(q, QueryRow<T>(p_, p_.q, x_.tile.b, x_.tile.head[g], x_.tile.query[g]), p_.D * sizeof(T));
         continue;
       }
-      LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g], x_.tile.query[g], false, q);
+      LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g], x_.tile.query[g], q);
       const VF scale = hn::Set(df, p_.scale * kLog2e);
       for (int d = 0; d < d_padded_; d += kLanes) hn::Store(hn::Mul(hn::Load(df, q + d), scale), df, q + d);
     }
@@ -370,18 +365,9 @@ class DecodeForward {
       float* row = x_.k + i * d_padded_;
       const int c = Min(entry + i, hi - 1);
       WidenRow(k.At(c), p_.D, row);
-      if (!(list.has_padding && list.padding[c])) RotateKey(p_, x_.tile.b, list.key[c], false, row);
+      if (!(list.has_padding && list.padding[c])) RotateKey(p_, x_.tile.b, list.key[c], row);
       return row;
     };
-    if constexpr (kPairs) {
-      const T* rows[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        T* rounded = reinterpret_cast<T*>(x_.k + (kLanes + i) * d_padded_);
-        RoundRow(rotate(i), p_.D, rounded);
-        rows[i] = rounded;
-      }
-      return Products(rows, entry);
-    }
     const float* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = rotate(i);
     Products(rows, entry);

@@ -155,7 +155,7 @@ class TiledForward {
             const float* rotated[kLanes];
             for (int i = 0; i < kLanes; ++i) {
               float* row = x_.s + i * RoundUp(p_.D, kLanes);
-              LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i], false, row);
+              LoadQuery<T>(p_, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i], row);
               rotated[i] = row;
             }
             PackTransposed(rotated, p_.D, p_.scale * kLog2e, to, width);
@@ -177,12 +177,6 @@ class TiledForward {
       uint32_t* to = reinterpret_cast<uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2);
       for (int r = 0; r < width; ++r) {
         const bfloat16* row = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[g0 + r], x_.tile.query[g0 + r]);
-        if (RotatesQueries(p_)) {
-          bfloat16* rounded = reinterpret_cast<bfloat16*>(x_.s + RoundUp(p_.D, kLanes));
-          LoadQuery<bfloat16>(p_, x_.tile.b, x_.tile.head[g0 + r], x_.tile.query[g0 + r], false, x_.s);
-          RoundRow(x_.s, p_.D, rounded);
-          row = rounded;
-        }
         for (int i = 0; i < p_.D / 2; ++i) to[i * width + r] = PairAt(row + 2 * i);
       }
     }
@@ -298,21 +292,14 @@ class TiledForward {
     if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
       if (job_.plan.native_bf16) {
         bfloat16* out = reinterpret_cast<bfloat16*>(x_.k);
-        for (int c = at.all.lo; c < at.all.hi; ++c) {
-          if (RotatesKeys(p_)) {
-            WidenRow(rows[c], p_.D, x_.s);
-            if (!(at.list.has_padding && at.list.padding[c])) RotateKey(p_, b, at.list.key[c], false, x_.s);
-            RoundRow(x_.s, p_.D, out + c * stride);
-          } else {
-            __builtin_memcpy(out + c * stride, rows[c], static_cast<size_t>(p_.D) * sizeof(T));
-          }
-        }
+        for (int c = at.all.lo; c < at.all.hi; ++c)
+          __builtin_memcpy(out + c * stride, rows[c], static_cast<size_t>(p_.D) * sizeof(T));
         block.k16 = out;
         block.k16_stride = stride;
         return;
       }
     }
-    GatherKeys(p_, b, at.list, rows, at.all.lo, at.all.hi, false, x_.k, stride);
+    GatherKeys(p_, b, at.list, rows, at.all.lo, at.all.hi, x_.k, stride);
     block.k = x_.k;
     block.k_stride = stride;
   }

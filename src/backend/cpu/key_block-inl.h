@@ -18,14 +18,13 @@ HWY_INLINE const float* WidenBlock(const StridedRows<T>& x, int lo, int hi, int 
   }
 }
 
-// The keys [lo, hi) of a block as float rows in `scratch`, rotated where the problem says so; `rounds` as in LoadQuery.
+// The keys [lo, hi) of a block as float rows in `scratch`, rotated where the problem says so.
 template <class T>
 HWY_INLINE void GatherKeys(const AttentionProblem& p, int b, const KeyList& list, const T* const* rows, int lo, int hi,
-                           bool rounds, float* scratch, ptrdiff_t stride) {
+                           float* scratch, ptrdiff_t stride) {
   for (int c = lo; c < hi; ++c) {
     WidenRow(rows[c], p.D, scratch + c * stride);
-    if (RotatesKeys(p) && !(list.has_padding && list.padding[c]))
-      RotateKey(p, b, list.key[c], rounds, scratch + c * stride);
+    if (RotatesKeys(p) && !(list.has_padding && list.padding[c])) RotateKey(p, b, list.key[c], scratch + c * stride);
   }
 }
 

@@ -11,7 +11,7 @@ namespace {
 // false if it sees none of the keys looked at. Only visible keys are read.
 constexpr int kMeanKeys = 8;
 template <class T>
-HWY_INLINE bool MeanOfVisibleKeys(const AttentionProblem& p, const RowTile& t, int r, bool rounds, float* out) {
+HWY_INLINE bool MeanOfVisibleKeys(const AttentionProblem& p, const RowTile& t, int r, float* out) {
   const int64_t begin = t.begin[r], count = Max<int64_t>(0, int64_t{t.end[r]} - begin);
   const T* rows[kMeanKeys];
   int64_t keys[kMeanKeys];
@@ -36,7 +36,7 @@ HWY_INLINE bool MeanOfVisibleKeys(const AttentionProblem& p, const RowTile& t, i
     for (int d = 0; d < p.D; ++d) out[d] = 0.f;
     for (int i = 0; i < n; ++i) {
       WidenRow(rows[i], p.D, row);
-      RotateKey(p, t.b, keys[i], rounds, row);
+      RotateKey(p, t.b, keys[i], row);
       for (int d = 0; d < p.D; ++d) out[d] += row[d] * factor;
     }
     return true;

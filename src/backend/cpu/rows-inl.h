@@ -173,32 +173,14 @@ HWY_INLINE int64_t KeyPosition(const AttentionProblem& p, int b, int64_t j) {
   return (p.rope.k_positions ? p.rope.k_positions[b] : 0) + j;
 }
 
-// Rounds a float row to bfloat16.
-HWY_INLINE void RoundRow(const float* in, int n, bfloat16* out) {
-  int d = 0;
-  for (; d + kLanes <= n; d += kLanes) StoreFloat(hn::LoadU(df, in + d), out + d);
-  for (; d < n; ++d) StoreScalar(in[d], out + d);
-}
-
-HWY_INLINE void RoundInPlace(int n, float* row) {
-  bfloat16 rounded[640];
-  RoundRow(row, n, rounded);
-  WidenRow(rounded, n, row);
-}
-
-// Query row (h, i) widened, and rotated where the problem says so; `out` as for WidenRow. With `rounds`, what is
-// rotated is rounded to bfloat16, as the products of its pairs see it.
+// Query row (h, i) widened, and rotated where the problem says so; `out` as for WidenRow.
 template <class T>
-HWY_INLINE void LoadQuery(const AttentionProblem& p, int b, int h, int64_t i, bool rounds, float* out) {
+HWY_INLINE void LoadQuery(const AttentionProblem& p, int b, int h, int64_t i, float* out) {
   WidenRow(QueryRow<T>(p, p.q, b, h, i), p.D, out);
-  if (!RotatesQueries(p)) return;
-  Rotate(p.rope, QueryPosition(p, b, i), false, out);
-  if (rounds) RoundInPlace(p.D, out);
+  if (RotatesQueries(p)) Rotate(p.rope, QueryPosition(p, b, i), false, out);
 }
-// A widened key likewise.
-HWY_INLINE void RotateKey(const AttentionProblem& p, int b, int64_t j, bool rounds, float* row) {
+HWY_INLINE void RotateKey(const AttentionProblem& p, int b, int64_t j, float* row) {
   Rotate(p.rope, KeyPosition(p, b, j), false, row);
-  if (rounds) RoundInPlace(p.D, row);
 }
 
 }  // namespace
