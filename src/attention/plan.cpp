@@ -10,6 +10,8 @@ namespace {
 
 // Decode ranges below this many keys cost more in merging than they gain.
 constexpr int32_t kMinSplitBlocks = 2;
+// Key blocks of a range that decoding reads for all heads of a pool in turn: their pages stay in the table of addresses.
+constexpr int32_t kPagedSplitBlocks = 4;
 
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
@@ -84,6 +86,8 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
   if (!wants_probs && threads > 1 && row_tasks > 0 && row_tasks < 4 * threads)
     splits = std::clamp<int32_t>(ceil_div(4 * threads, row_tasks), 1, std::max(1, blocks / kMinSplitBlocks));
   plan.split_blocks = std::max(1, ceil_div(blocks, splits));
+  if (plan.kernel == ForwardKernel::decode && p.pages.page_size > 0 && p.Hkv > 1)
+    plan.split_blocks = std::min(plan.split_blocks, kPagedSplitBlocks);
   plan.key_splits = std::max(1, ceil_div(blocks, plan.split_blocks));
   if (p.query_starts && plan.key_splits == 1)
     plan.batch = static_cast<int32_t>(std::clamp<int64_t>(row_tasks / (int64_t{64} * std::max(1, threads)), 1, 32));

@@ -214,7 +214,7 @@ class DecodeForward {
     Begin(index, place);
     const int keys = key_count(p_, place.b), blocks = (keys + kKeyBlock - 1) / kKeyBlock;
     const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
-    for (int i = first; i < last; ++i) Block(i, keys);
+    for (int i = first; i < last; ++i) Block(i, keys, i + 1 < last);
     if (plan.key_splits == 1) Finish();
   }
 
@@ -258,8 +258,8 @@ class DecodeForward {
     for (int i = 0; i < rows_ * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.o + i);
   }
 
-  // Rows of the block: a fixed step apart, or found one by one.
-  void Block(int index, int keys) {
+  // Rows of the block: a fixed step apart, or found one by one. `more`: the next block follows.
+  void Block(int index, int keys, bool more) {
     const int64_t k0 = int64_t{index} * kKeyBlock;
     const int count = static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0));
     finder_.Find(x_.tile, rows_, k0, count, x_.block);
@@ -268,7 +268,7 @@ class DecodeForward {
     if (!x_.block.listed && !GathersRows(p_)) {
       const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, k0), p_.k.stride[2]};
       const StridedRows<T> v{KeyRow<T>(p_, p_.v, b, h, k0), p_.v.stride[2]};
-      const int fetched = k0 + 2 * kKeyBlock <= keys ? kKeyBlock : 0;
+      const int fetched = more && k0 + 2 * kKeyBlock <= keys ? kKeyBlock : 0;
       return Attend(index, k, v, StridedRows<T>{k.At(fetched), k.step}, StridedRows<T>{v.At(fetched), v.step},
                     fetched > 0);
     }
@@ -279,7 +279,7 @@ class DecodeForward {
       KeyRows(p_, p_.k, b, h, x_.block.list, lo, hi, k_rows_[table_]);
       KeyRows(p_, p_.v, b, h, x_.block.list, lo, hi, v_rows_[table_]);
     }
-    const bool fetch = !x_.block.listed && hi - lo == kKeyBlock && k0 + 2 * kKeyBlock <= keys;
+    const bool fetch = more && !x_.block.listed && hi - lo == kKeyBlock && k0 + 2 * kKeyBlock <= keys;
     const int next = table_ ^ 1;
     tables_for_ = fetch ? index + 1 : -1;
     if (fetch) {

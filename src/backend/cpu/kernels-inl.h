@@ -59,8 +59,10 @@ size_t ForwardScratchBytes(const ForwardJob& job) {
 }
 void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
   const ForwardPlan& plan = job.plan;
-  const int split = static_cast<int>(task % plan.key_splits);
-  const int64_t first = task / plan.key_splits * plan.batch, last = Min(plan.tiles.count(), first + plan.batch);
+  // All heads at a range of keys before the next range: heads of a page lie side by side in memory.
+  const int64_t batches = plan.tasks / plan.key_splits;
+  const int split = static_cast<int>(task / batches);
+  const int64_t first = task % batches * plan.batch, last = Min(plan.tiles.count(), first + plan.batch);
   TileMap::Place place = plan.tiles.locate(first);
   for (int64_t index = first; index < last; ++index) {
     const bool more = index + 1 < last;
