@@ -6,8 +6,35 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-// The k-th largest of x[0, n), 1 <= k <= n, by partition around pivots. `x` and `spare` have room for one more than n;
-// both are overwritten.
+// For each mask of eight lanes the numbers of those that it names, four bits each.
+struct NamedLanes {
+  uint32_t packed[256] = {};
+  constexpr NamedLanes() {
+    for (uint32_t mask = 0; mask < 256; ++mask)
+      for (uint32_t lane = 0, named = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) packed[mask] |= lane << (4 * named++);
+  }
+};
+inline constexpr NamedLanes kNamedLanes;
+
+// Stores the lanes of `v` that `mask` names one after another, and returns how many: a whole vector is written, as a
+// store of part of one is slow on many processors. Eight lanes have a table here, as Highway 1.0 copies its own in each
+// call.
+HWY_INLINE int64_t StoreCompressed(VF v, MF mask, float* to) {
+  if constexpr (kLanes == 8) {
+    uint8_t bits[8];
+    hn::StoreMaskBits(df, mask, bits);
+    const VU lanes = hn::Shr(hn::Set(du, kNamedLanes.packed[bits[0]]), hn::Mul(hn::Iota(du, 0), hn::Set(du, 4u)));
+    hn::StoreU(hn::TableLookupLanes(v, hn::IndicesFromVec(df, hn::And(lanes, hn::Set(du, 7u)))), df, to);
+    return __builtin_popcount(bits[0]);
+  } else {
+    hn::StoreU(hn::Compress(v, mask), df, to);
+    return static_cast<int64_t>(hn::CountTrue(df, mask));
+  }
+}
+
+// The k-th largest of x[0, n), 1 <= k <= n, by partition around pivots. `x` and `spare` have room for a vector more
+// than n; both are overwritten.
 HWY_NOINLINE float KthLargest(float* x, int64_t n, int64_t k, float* spare) {
   constexpr int64_t kFew = 16;
   for (;;) {
@@ -24,7 +51,14 @@ HWY_NOINLINE float KthLargest(float* x, int64_t n, int64_t k, float* spare) {
     const float a = x[n / 4], b = x[n / 2], c = x[n - 1 - n / 8];
     const float pivot = Max(Min(a, b), Min(Max(a, b), c));
     int64_t greater = 0, less = 0;
-    for (int64_t i = 0; i < n; ++i) {  // without a branch: the outcomes cannot be foreseen
+    const VF around = hn::Set(df, pivot);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      const VF v = hn::LoadU(df, x + i);
+      greater += StoreCompressed(v, hn::Gt(v, around), spare + greater);
+      less += StoreCompressed(v, hn::Lt(v, around), x + less);
+    }
+    for (; i < n; ++i) {  // without a branch: the outcomes cannot be foreseen
       const float v = x[i];
       spare[greater] = v;
       greater += v > pivot;
@@ -76,13 +110,23 @@ class ScoreSelector {
       least[r] = least_[r0 + r];
     }
     float* const rows = buffers_ + r0 * stride_;
-    for (int k = lo; k < hi; ++k) {
-      const float* s = S + k * kWidth;
-      for (int r = 0; r < kWidth; ++r) {  // without a branch: which scores enter cannot be foreseen
-        rows[r * stride_ + count[r]] = s[r];
-        count[r] += s[r] > least[r];
+    int k = lo;
+    for (; k + kLanes <= hi; k += kLanes)
+      for (int r = 0; r < kWidth; r += kLanes) {
+        VF v[kLanes];
+        MFA_UNROLL
+        for (int i = 0; i < kLanes; ++i) v[i] = hn::LoadU(df, S + (k + i) * kWidth + r);
+        Transpose(v);
+        MFA_UNROLL
+        for (int j = 0; j < kLanes; ++j)
+          count[r + j] +=
+              StoreCompressed(v[j], hn::Gt(v[j], hn::Set(df, least[r + j])), rows + (r + j) * stride_ + count[r + j]);
       }
-    }
+    for (; k < hi; ++k)
+      for (int r = 0; r < kWidth; ++r) {
+        rows[r * stride_ + count[r]] = S[k * kWidth + r];
+        count[r] += S[k * kWidth + r] > least[r];
+      }
     for (int r = 0; r < kWidth; ++r) count_[r0 + r] = count[r];
   }
 
@@ -101,8 +145,12 @@ class ScoreSelector {
   void Shrink(int r) {
     const float floor = Select(r);
     float* x = buffers_ + r * stride_;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count_[r]; ++i) {
+    int64_t kept = 0, i = 0;
+    for (; i + kLanes <= count_[r]; i += kLanes) {
+      const VF v = hn::LoadU(df, x + i);
+      kept += StoreCompressed(v, hn::Gt(v, hn::Set(df, floor)), x + kept);
+    }
+    for (; i < count_[r]; ++i) {
       const float v = x[i];
       x[kept] = v;
       kept += v > floor;
