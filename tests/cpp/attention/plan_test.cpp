@@ -193,6 +193,19 @@ TEST(PlanForward, LongKeysOfFewRowsAreSharedByTheThreads) {
   EXPECT_GT(plan_forward(shape(1, 1, 1, 1, 32768), all_traits()[0], 16, false).tasks, 15);
 }
 
+TEST(PlanForward, DecodeOverPagesGoesThroughTheHeadsInShortRangesOfKeys) {
+  AttentionProblem p = shape(1, 8, 8, 1, 32768);
+  for (const CpuKernelTraits& cpu : all_traits()) {
+    EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 1);
+    p.pages.page_size = 16;
+    EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 32);
+    EXPECT_EQ(plan_forward(p, cpu, 1, false).tasks, 8 * 32);
+    p.Hq = p.Hkv = 1;  // nothing lies beside the head
+    EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 1);
+    p = shape(1, 8, 8, 1, 32768);
+  }
+}
+
 TEST(PlanForward, Bfloat16ProductsNeedTheInstructionAndTheType) {
   AttentionProblem p = shape(1, 8, 8, 128, 128);
   EXPECT_FALSE(plan_forward(p, all_traits()[1], 2, false).native_bf16);
