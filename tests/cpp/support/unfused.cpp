@@ -142,6 +142,10 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
           rotate(p.rope, query_position(p.rope, b, i), false, &q[int64_t{i} * p.D]);
       if (turns_keys)
         for (int32_t j = 0; j < keys; ++j) rotate(p.rope, key_position(p.rope, b, j), false, &k[int64_t{j} * p.D]);
+      double largest_q = 0, largest_key = 0;
+      for (int32_t i = 0; i < query_count(p, b); ++i) raise(largest_q, norm(&q[int64_t{i} * p.D], p.D));
+      for (int32_t j = 0; j < keys; ++j) raise(largest_key, norm(&k[int64_t{j} * p.D], p.D));
+      raise(out.score_deviation, std::abs(p.scale) * largest_q * largest_key * std::sqrt(0.5) * 0x1p-25);
       for (int32_t i = 0; i < query_count(p, b); ++i) {
         const int64_t r = row_index(p, b, h, i);
         const float* qi = &q[int64_t{i} * p.D];
