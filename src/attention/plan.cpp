@@ -10,7 +10,8 @@ namespace {
 
 // Decode ranges below this many keys cost more in merging than they gain.
 constexpr int32_t kMinSplitBlocks = 2;
-// Key blocks of a range that decoding reads for all heads of a pool in turn: their pages stay in the table of addresses.
+// Key blocks of a range that decoding reads for all heads of a pool in turn: their pages stay in the table of
+// addresses.
 constexpr int32_t kPagedSplitBlocks = 4;
 
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
