@@ -64,6 +64,13 @@ std::vector<float> load_keys(const AttentionProblem& p, const TensorRef& x, int3
   return result;
 }
 
+// One running sum, as a plain loop has: the terms of a score are added in the order of the channels.
+float product(const float* q, const float* k, int32_t size) {
+  float sum = 0;
+  for (int32_t d = 0; d < size; ++d) sum += q[d] * k[d];
+  return sum;
+}
+
 // Eight running sums, as a vectorised product has.
 float dot(const float* x, const float* y, int32_t size) {
   float sums[8] = {};
@@ -103,6 +110,7 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
   const int64_t rows = row_count(p), kv_rows = key_batches * key_heads * key_length;
   out.o.values.assign(rows * p.Dv, 0.f);
   out.lse.assign(rows, -kInfinity);
+  if (p.dtype == DType::f32) out.probs.assign(rows * p.Nk, 0.f);
   out.dq.values.assign(rows * p.D, 0.f);
   out.dk.values.assign(kv_rows * p.D, 0.f);
   out.dv.values.assign(kv_rows * p.Dv, 0.f);
@@ -142,10 +150,6 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
           rotate(p.rope, query_position(p.rope, b, i), false, &q[int64_t{i} * p.D]);
       if (turns_keys)
         for (int32_t j = 0; j < keys; ++j) rotate(p.rope, key_position(p.rope, b, j), false, &k[int64_t{j} * p.D]);
-      double largest_q = 0, largest_key = 0;
-      for (int32_t i = 0; i < query_count(p, b); ++i) raise(largest_q, norm(&q[int64_t{i} * p.D], p.D));
-      for (int32_t j = 0; j < keys; ++j) raise(largest_key, norm(&k[int64_t{j} * p.D], p.D));
-      raise(out.score_deviation, std::abs(p.scale) * largest_q * largest_key * std::sqrt(0.5) * 0x1p-25);
       for (int32_t i = 0; i < query_count(p, b); ++i) {
         const int64_t r = row_index(p, b, h, i);
         const float* qi = &q[int64_t{i} * p.D];
@@ -164,7 +168,7 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
             bias = load_as_float(p.bias.data, p.bias.dtype, b * s[0] + h * s[1] + i * s[2] + j * s[3]);
             if (bias == -kInfinity) continue;
           }
-          float s = p.scale * dot(qi, &k[int64_t{j} * p.D], p.D), d_softcap = 1.f;
+          float s = p.scale * product(qi, &k[int64_t{j} * p.D], p.D), d_softcap = 1.f;
           if (p.softcap > 0.f) {
             const float t = std::tanh(s / p.softcap);
             s = p.softcap * t;
@@ -187,6 +191,7 @@ Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float
         double o_noise = 0, o_variance = 0;
         for (size_t e = 0; e < seen.size(); ++e) {
           prob.push_back(round_to(p.dtype, std::exp(score[e] - m) / l));
+          if (p.dtype == DType::f32) out.probs[r * p.Nk + seen[e]] = prob[e];
           const float* vj = &v[int64_t{seen[e]} * p.Dv];
           add_scaled(prob[e] * z[e], vj, o, p.Dv);
           const double term = prob[e] * z[e] * largest(vj, p.Dv);

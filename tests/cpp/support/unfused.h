@@ -19,11 +19,8 @@ struct UnfusedResult {
 struct Unfused {
   UnfusedResult o, dq, dk, dv, dbias, dsinks, dalibi_slopes;
   std::vector<float> lse;
+  std::vector<float> probs;  // of float32 problems: others store them rounded
   double largest_score = 0;
-  // Standard deviation of the error of a score whose terms a float32 chain adds in order, for rows of the largest
-  // norms: the partial sums walk to the score at random, so it is half an ulp of |q| |k| / sqrt(2). It counts above D =
-  // 256.
-  double score_deviation = 0;
 };
 Unfused run_unfused(const AttentionProblem& p, const TensorRef& d_o, const float* dlse);
 
