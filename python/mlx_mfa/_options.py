@@ -87,3 +87,21 @@ def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, functio
     if not 0 <= number < 2**64:
         raise ValueError(f"[{function}] dropout_seed must be in [0, 2**64); got {number}")
     return number
+
+
+def tile_sides(block_size: int | Sequence[int], function: str) -> tuple[int, int]:
+    """``(block_q, block_k)`` of a size that may be one number for both."""
+    try:
+        if not isinstance(block_size, (tuple, list)):
+            side = operator.index(block_size)  # type: ignore[arg-type]
+            return side, side
+        if len(block_size) == 2:
+            return operator.index(block_size[0]), operator.index(block_size[1])
+    except TypeError:
+        pass
+    raise ValueError(f"[{function}] block_size must be an integer or a pair of integers; got {block_size!r}")
+
+
+def optional_tile_sides(block_size: int | Sequence[int] | None, function: str) -> tuple[int, int] | None:
+    """The same of what may be left out."""
+    return None if block_size is None else tile_sides(block_size, function)

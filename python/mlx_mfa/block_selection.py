@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
-from .masks import BlockMask, BlockSize, Mask, _radius, _video, default_block_size, tile_sides
+from ._options import tile_sides
+from .masks import BlockMask, BlockSize, Mask, _radius, _video, default_block_size
 
 
 def _result(mask: BlockMask, as_lists: bool) -> Mask:
@@ -46,7 +47,8 @@ def make_topk_spatial_mask(
     """
     name = "make_topk_spatial_mask"
     queries, keys = (x.shape[2] if x.ndim == 4 else 0 for x in (q, k))
-    rule = _ext.full_blocks(queries, keys, default_block_size(head_dim, block_size), name)
+    size = default_block_size(head_dim, block_size, name)
+    rule = _ext.full_blocks(queries, keys, size, name)
     return _result(_ext.averaged_top_blocks(q, k, rule, top_k, name), as_lists)
 
 
@@ -82,9 +84,10 @@ def make_lcsa_mask(
         array or BlockMask: bool ``[NQ, NK]``, one mask for all heads.
     """
     name = "make_lcsa_mask"
+    size = default_block_size(head_dim, block_size, name)
     shape = _video(name, height, width, num_frames, patch_size)
     space, time = _radius(name, "spatial_radius", spatial_radius), _radius(name, "temporal_radius", temporal_radius)
-    rule = _ext.spatial_blocks(shape, (time, space, space), default_block_size(head_dim, block_size), name)
+    rule = _ext.spatial_blocks(shape, (time, space, space), size, name)
     return _result(_ext.averaged_top_blocks(q, k, rule, top_k, name), as_lists)
 
 
@@ -149,7 +152,7 @@ def make_vsa_mask(
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    name, size = "make_vsa_mask", tile_sides(block_size)
+    name, size = "make_vsa_mask", tile_sides(block_size, "make_vsa_mask")
     _share(name, "sparsity", sparsity)
     tiles = -(-k.shape[2] // max(1, size[1])) if k.ndim == 4 else 0
     # A share such as 1 - 0.9 is a little above 0.1 in binary: what exceeds a whole tile by rounding is no further tile.
@@ -180,7 +183,7 @@ def make_sla_mask(
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    name, size = "make_sla_mask", tile_sides(block_size)
+    name, size = "make_sla_mask", tile_sides(block_size, "make_sla_mask")
     _share(name, "ratio", ratio)
     tiles = -(-k.shape[2] // max(1, size[1])) if k.ndim == 4 else 0
     top_k = max(1, int(ratio * tiles))
@@ -217,7 +220,7 @@ def make_sparge_mask(
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    size = tile_sides(block_size)
+    size = tile_sides(block_size, "make_sparge_mask")
     return _result(_ext.similarity_mass_blocks(q, k, mass, fraction, similarity, causal, sink, size), as_lists)
 
 
@@ -248,7 +251,8 @@ def make_xattention_mask(
     Returns:
         array or BlockMask: bool ``[B, Hq, NQ, NK]``, without the axes of extent 1 in front.
     """
-    return _result(_ext.antidiagonal_blocks(q, k, threshold, stride, causal, tile_sides(block_size)), as_lists)
+    size = tile_sides(block_size, "make_xattention_mask")
+    return _result(_ext.antidiagonal_blocks(q, k, threshold, stride, causal, size), as_lists)
 
 
 def make_sliding_tile_mask(
@@ -279,4 +283,4 @@ def make_sliding_tile_mask(
     rule = _ext.sliding_tile_blocks(list(tiles), list(window), tile_tokens, text_tokens)
     if block_size is None:
         return rule.lists() if as_lists else rule.tiles()
-    return _result(rule.lists().refine(tile_sides(block_size)), as_lists)
+    return _result(rule.lists().refine(tile_sides(block_size, "make_sliding_tile_mask")), as_lists)

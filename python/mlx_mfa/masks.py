@@ -31,23 +31,16 @@ import mlx.core as mx
 
 from . import _ext
 from ._ext import BlockMask
+from ._options import tile_sides
 
 BlockSize = int | Sequence[int] | None
 Mask = mx.array | BlockMask
 
 
-def tile_sides(block_size: int | Sequence[int]) -> tuple[int, int]:
-    """``(block_q, block_k)`` of a size that may be one number for both."""
-    sides = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(sides) != 2:
-        raise ValueError(f"[block_size] one number or two, queries and keys, were expected; got {block_size}")
-    return sides[0], sides[1]
-
-
-def default_block_size(head_dim: int, block_size: BlockSize = None) -> tuple[int, int]:
+def default_block_size(head_dim: int, block_size: BlockSize, function: str) -> tuple[int, int]:
     """``(block_q, block_k)`` of a mask for heads of ``head_dim`` channels, unless ``block_size`` says another."""
     if block_size is not None:
-        return tile_sides(block_size)
+        return tile_sides(block_size, function)
     return (32, 32) if head_dim <= 64 else (32, 16)
 
 
@@ -97,7 +90,8 @@ def make_causal_block_mask(
     Returns:
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
-    rule = _ext.causal_blocks(seq_len, default_block_size(head_dim, block_size))
+    size = default_block_size(head_dim, block_size, "make_causal_block_mask")
+    rule = _ext.causal_blocks(seq_len, size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -123,7 +117,8 @@ def make_sliding_window_mask(
     Returns:
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
-    rule = _ext.sliding_window_blocks(seq_len, window_size, causal, default_block_size(head_dim, block_size))
+    size = default_block_size(head_dim, block_size, "make_sliding_window_mask")
+    rule = _ext.sliding_window_blocks(seq_len, window_size, causal, size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -151,9 +146,10 @@ def make_spatial_2d_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     name = "make_spatial_2d_mask"
+    size = default_block_size(head_dim, block_size, name)
     shape = _video(name, height, width, 1, patch_size)
     radius = _radius(name, "spatial_radius", spatial_radius)
-    rule = _ext.spatial_blocks(shape, (0, radius, radius), default_block_size(head_dim, block_size), name)
+    rule = _ext.spatial_blocks(shape, (0, radius, radius), size, name)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -185,9 +181,10 @@ def make_spatial_3d_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     name = "make_spatial_3d_mask"
+    size = default_block_size(head_dim, block_size, name)
     shape = _video(name, height, width, num_frames, patch_size, temporal_patch_size)
     space, time = _radius(name, "spatial_radius", spatial_radius), _radius(name, "temporal_radius", temporal_radius)
-    rule = _ext.spatial_blocks(shape, (time, space, space), default_block_size(head_dim, block_size), name)
+    rule = _ext.spatial_blocks(shape, (time, space, space), size, name)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -210,7 +207,8 @@ def make_segment_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     lengths = [int(n) for n in segment_lengths]
-    rule = _ext.segment_blocks(lengths, lengths, False, default_block_size(head_dim, block_size), "make_segment_mask")
+    size = default_block_size(head_dim, block_size, "make_segment_mask")
+    rule = _ext.segment_blocks(lengths, lengths, False, size, "make_segment_mask")
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -233,9 +231,8 @@ def make_causal_segment_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     lengths = [int(n) for n in segment_lengths]
-    rule = _ext.segment_blocks(
-        lengths, lengths, True, default_block_size(head_dim, block_size), "make_causal_segment_mask"
-    )
+    size = default_block_size(head_dim, block_size, "make_causal_segment_mask")
+    rule = _ext.segment_blocks(lengths, lengths, True, size, "make_causal_segment_mask")
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -282,10 +279,9 @@ def make_adaptive_window_mask(
         )
     rows = max(1, base_window_h * train_h // now_h) // 2
     columns = max(1, base_window_w * train_w // now_w) // 2
+    size = default_block_size(head_dim, block_size, name)
     shape = _video(name, height, width, num_frames, patch_size)
-    rule = _ext.spatial_blocks(
-        shape, (base_window_t // 2, rows, columns), default_block_size(head_dim, block_size), name
-    )
+    rule = _ext.spatial_blocks(shape, (base_window_t // 2, rows, columns), size, name)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -314,9 +310,10 @@ def make_axial_spatial_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     name = "make_axial_spatial_mask"
+    size = default_block_size(head_dim, block_size, name)
     shape = _video(name, height, width, num_frames, patch_size)
     radius = _radius(name, "spatial_radius", spatial_radius)
-    rule = _ext.spatial_blocks(shape, (0, radius, radius), default_block_size(head_dim, block_size), name)
+    rule = _ext.spatial_blocks(shape, (0, radius, radius), size, name)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -347,9 +344,10 @@ def make_axial_temporal_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     name = "make_axial_temporal_mask"
+    size = default_block_size(head_dim, block_size, name)
     shape = _video(name, height, width, num_frames, patch_size)
     radius = _radius(name, "temporal_radius", temporal_radius)
-    rule = _ext.axial_temporal_blocks(shape, radius, causal, default_block_size(head_dim, block_size))
+    rule = _ext.axial_temporal_blocks(shape, radius, causal, size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -379,8 +377,9 @@ def make_dilated_temporal_mask(
     Returns:
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
+    size = default_block_size(head_dim, block_size, "make_dilated_temporal_mask")
     shape = _video("make_dilated_temporal_mask", height, width, num_frames, patch_size)
-    rule = _ext.dilated_temporal_blocks(shape, dilation_rate, local_window, default_block_size(head_dim, block_size))
+    rule = _ext.dilated_temporal_blocks(shape, dilation_rate, local_window, size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -410,9 +409,8 @@ def make_sink_window_mask(
     Returns:
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
-    rule = _ext.sink_window_blocks(
-        seq_len, window_size, num_sink_tokens, causal, default_block_size(head_dim, block_size)
-    )
+    size = default_block_size(head_dim, block_size, "make_sink_window_mask")
+    rule = _ext.sink_window_blocks(seq_len, window_size, num_sink_tokens, causal, size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -445,12 +443,11 @@ def make_reference_frame_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     name = "make_reference_frame_mask"
+    size = default_block_size(head_dim, block_size, name)
     shape = _video(name, height, width, num_frames, patch_size)
     space, time = _radius(name, "spatial_radius", spatial_radius), _radius(name, "temporal_radius", temporal_radius)
     references = [int(frame) for frame in reference_frames]
-    rule = _ext.reference_frame_blocks(
-        shape, references, (time, space, space), default_block_size(head_dim, block_size)
-    )
+    rule = _ext.reference_frame_blocks(shape, references, (time, space, space), size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -486,7 +483,7 @@ def make_cross_stream_mask(
     Raises:
         ValueError: If the pattern is unknown, or what it needs is missing or does not fit.
     """
-    name, size = "make_cross_stream_mask", default_block_size(head_dim, block_size)
+    name, size = "make_cross_stream_mask", default_block_size(head_dim, block_size, "make_cross_stream_mask")
     if pattern == "full":
         rule = _ext.full_blocks(n_tokens_q, n_tokens_kv, size, name)
     elif pattern == "temporal":
@@ -532,9 +529,8 @@ def make_gna_mask(
     Returns:
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
-    rule = _ext.neighbourhood_blocks(
-        list(seq_shape), list(window_size), list(stride), default_block_size(head_dim, block_size)
-    )
+    size = default_block_size(head_dim, block_size, "make_gna_mask")
+    rule = _ext.neighbourhood_blocks(list(seq_shape), list(window_size), list(stride), size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -563,9 +559,9 @@ def make_diagonal_mask(
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
     if isinstance(block_size, int):
-        block, size = block_size, default_block_size(head_dim)
+        block, size = block_size, default_block_size(head_dim, None, "make_diagonal_mask")
     else:
-        block, size = 0, default_block_size(head_dim, block_size)
+        block, size = 0, default_block_size(head_dim, block_size, "make_diagonal_mask")
     if block < 0 or num_diagonals < 0 or bandwidth < 0:
         raise ValueError(
             "[make_diagonal_mask] block_size, num_diagonals and bandwidth must be 0 or more;"
@@ -600,7 +596,8 @@ def make_strided_mask(
     Returns:
         array or BlockMask: bool ``[NQ, NK]``, unless asked otherwise.
     """
-    rule = _ext.strided_blocks(seq_len, window_size, global_stride, default_block_size(head_dim, block_size))
+    size = default_block_size(head_dim, block_size, "make_strided_mask")
+    rule = _ext.strided_blocks(seq_len, window_size, global_stride, size)
     return _mask(rule, exact, as_lists, as_tokens)
 
 
@@ -642,7 +639,7 @@ def make_temporal_group_mask(
         low, high = group["distance_range"]
         # No two frames are 2^31 apart: an open range may say so by infinity.
         ranges.append((math.ceil(min(low, 2**31)), math.ceil(min(high, 2**31)), float(group["density"])))
-    size = default_block_size(head_dim, block_size)
+    size = default_block_size(head_dim, block_size, "make_temporal_group_mask")
     return _mask(_ext.temporal_group_blocks(num_frames, spatial_size, ranges, seed, size), False, as_lists, False)
 
 
@@ -701,7 +698,7 @@ def temporal_distance_bias_to_mask(
     Raises:
         ValueError: If the bias has another rank or dtype, or the threshold is NaN.
     """
-    mask = _ext.bias_blocks(bias, threshold, default_block_size(head_dim, block_size))
+    mask = _ext.bias_blocks(bias, threshold, default_block_size(head_dim, block_size, "temporal_distance_bias_to_mask"))
     return mask if as_lists else mask.to_dense()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, make_options
+from ._options import LOG2_E, Stream, make_options, optional_tile_sides
 from .attention import Backend
 from .masks import BlockMask
 
@@ -75,7 +74,7 @@ def flash_attention_sparse(
         dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
-    tile = tile_sides(block_size, "flash_attention_sparse")
+    tile = optional_tile_sides(block_size, "flash_attention_sparse")
     out, lse = _ext.attention_sparse(q, k, v, block_mask, tile, options, return_lse, stream)
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
@@ -138,18 +137,3 @@ def sparse_attention_nax(
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_sparse`.
     """
     return sparse_attention_dispatch(Q, K, V, mask, block_tile=block_tile, scale=scale, causal=causal)
-
-
-def tile_sides(block_size: int | Sequence[int] | None, function: str) -> tuple[int, int] | None:
-    """``(block_q, block_k)`` of what may be one number."""
-    if block_size is None:
-        return None
-    try:
-        if not isinstance(block_size, (tuple, list)):
-            side = operator.index(block_size)  # type: ignore[arg-type]
-            return side, side
-        if len(block_size) == 2:
-            return operator.index(block_size[0]), operator.index(block_size[1])
-    except TypeError:
-        pass
-    raise ValueError(f"[{function}] block_size must be an integer or a pair of integers; got {block_size!r}")

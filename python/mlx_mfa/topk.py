@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, make_options
+from ._options import LOG2_E, Stream, make_options, optional_tile_sides
 from .attention import Backend
 from .masks import BlockMask
-from .sparse import tile_sides
 
 
 def flash_attention_topk(
@@ -68,6 +67,6 @@ def flash_attention_topk(
         dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=token_mask,
         sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
-    tile = tile_sides(block_size, "flash_attention_topk")
+    tile = optional_tile_sides(block_size, "flash_attention_topk")
     out, lse = _ext.attention_topk(q, k, v, topk_ratio, mask, tile, options, return_lse, stream)
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out

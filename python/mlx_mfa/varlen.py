@@ -8,10 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, integers, make_options
+from ._options import LOG2_E, Stream, integers, make_options, optional_tile_sides
 from .attention import Backend
 from .masks import BlockMask
-from .sparse import tile_sides
 
 
 def flash_attention_varlen(
@@ -81,7 +80,7 @@ def flash_attention_varlen(
         dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
-    tile = tile_sides(block_size, "flash_attention_varlen")
+    tile = optional_tile_sides(block_size, "flash_attention_varlen")
     result: Any = _ext.attention_varlen(
         q, k, v, integers(cu_seqlens_q), integers(cu_seqlens_k), options, max_seqlen_q, max_seqlen_k, block_mask, tile,
         return_lse, stream,

@@ -2,6 +2,7 @@
 
 #include "common/check.h"
 #include "mlx/cache_rows.h"
+#include "mlx/dtypes.h"
 #include "mlx/ops.h"
 #include "mlx/page_table.h"
 #include "mlx/rotary.h"

@@ -7,6 +7,7 @@
 
 #include "backend/cpu/attention.h"
 #include "common/check.h"
+#include "mlx/dtypes.h"
 #include "mlx/matmul.h"
 #include "mlx/ops.h"
 
@@ -17,12 +18,6 @@ using OptionalArray = std::optional<mx::array>;
 
 enum Kind { kMatmul, kQuantizedMatmul, kGatherMM, kGatherQMM, kKinds };
 std::array<std::atomic<uint64_t>, kKinds> graphs;
-
-bool is_supported(mx::Dtype dtype) { return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16; }
-
-mx::array cast(const mx::array& x, mx::Dtype dtype, mx::Stream s) {
-  return x.dtype() == dtype ? x : mx::astype(x, dtype, s);
-}
 
 bool broadcasts(const mx::Shape& a, const mx::Shape& b) {
   for (size_t i = 1; i <= std::min(a.size(), b.size()); ++i) {
@@ -49,7 +44,7 @@ std::optional<std::string> mismatch(const mx::array& x, const mx::array& w) {
 }
 
 std::optional<std::string> dtype_mismatch(mx::Dtype dtype, const char* names) {
-  if (is_supported(dtype)) return std::nullopt;
+  if (is_kernel_dtype(dtype)) return std::nullopt;
   return concat(names, " must promote to float32, float16 or bfloat16; got ", dtype);
 }
 
@@ -107,7 +102,7 @@ mx::array multiply(const char* function, Kind kind, const OptionalArray& c, mx::
   if (row) x = mx::expand_dims(x, 0, s);
   if (column) w = mx::expand_dims(w, 1, s);
   if (const auto why = mismatch(x, w)) check(false, function, *why);
-  std::vector<mx::array> inputs = {cast(x, dtype, s), cast(w, dtype, s)};
+  std::vector<mx::array> inputs = {cast_to(x, dtype, s), cast_to(w, dtype, s)};
   if (c) {
     mx::Shape shape = product_shape(x, w);
     mx::Shape visible = shape;
@@ -116,7 +111,7 @@ mx::array multiply(const char* function, Kind kind, const OptionalArray& c, mx::
     check(broadcasts_to(c->shape(), visible), function, "c must broadcast to the result's shape ", visible, "; got ",
           c->shape());
     if (beta != 0.f) {
-      mx::array added = cast(*c, dtype, s);
+      mx::array added = cast_to(*c, dtype, s);
       if (row || column) {  // the axes that the operands lack
         if (row && !column && added.ndim() >= 2) added = mx::expand_dims(added, -2, s);
         if (column && added.ndim() >= 1) added = mx::expand_dims(added, -1, s);
@@ -187,7 +182,9 @@ mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::arr
   const bool row = x.ndim() == 1;
   graphs[kQuantizedMatmul].fetch_add(1, std::memory_order_relaxed);
   const mx::array out = QuantizedMatmul::make(
-      s, {cast(row ? mx::expand_dims(x, 0, s) : x, dtype, s), w, cast(scales, dtype, s), cast(biases, dtype, s)}, q);
+      s,
+      {cast_to(row ? mx::expand_dims(x, 0, s) : x, dtype, s), w, cast_to(scales, dtype, s), cast_to(biases, dtype, s)},
+      q);
   return row ? mx::squeeze(out, -2, s) : out;
 }
 
@@ -202,7 +199,7 @@ mx::array gather_mm(const mx::array& x, const mx::array& w, const OptionalArray&
         x.shape(), " and ", w.shape());
   const mx::Dtype dtype = mx::result_type(x, w);
   if (const auto why = dtype_mismatch(dtype, "x and w")) check(false, kFunction, *why);
-  return gather(kGatherMM, {cast(x, dtype, s), cast(w, dtype, s)}, {}, lhs_indices, rhs_indices, s);
+  return gather(kGatherMM, {cast_to(x, dtype, s), cast_to(w, dtype, s)}, {}, lhs_indices, rhs_indices, s);
 }
 
 mx::array gather_qmm(const mx::array& x, const mx::array& w, const mx::array& scales, const mx::array& biases,
@@ -218,13 +215,13 @@ mx::array gather_qmm(const mx::array& x, const mx::array& w, const mx::array& sc
   if (const auto why = quantised_mismatch(x, w, scales, biases, q, false)) check(false, kFunction, *why);
   const mx::Dtype dtype = quantised_dtype(x, scales, biases);
   if (const auto why = dtype_mismatch(dtype, "x, scales and biases")) check(false, kFunction, *why);
-  return gather(kGatherQMM, {cast(x, dtype, s), w, cast(scales, dtype, s), cast(biases, dtype, s)}, q, lhs_indices,
-                rhs_indices, s);
+  return gather(kGatherQMM, {cast_to(x, dtype, s), w, cast_to(scales, dtype, s), cast_to(biases, dtype, s)}, q,
+                lhs_indices, rhs_indices, s);
 }
 
 bool routes_matmul(const mx::array& x, const mx::array& w, const OptionalArray& c, mx::StreamOrDevice stream) {
   if (x.ndim() < 2 || w.ndim() < 2 || mismatch(x, w) || !has_kernels(mx::to_stream(stream))) return false;
-  if (!is_supported(c ? mx::result_type(x, w, *c) : mx::result_type(x, w))) return false;
+  if (!is_kernel_dtype(c ? mx::result_type(x, w, *c) : mx::result_type(x, w))) return false;
   return !c || broadcasts_to(c->shape(), product_shape(x, w));
 }
 
@@ -233,7 +230,7 @@ bool routes_quantized_matmul(const mx::array& x, const mx::array& w, const mx::a
                              mx::StreamOrDevice stream) {
   return biases && has_kernels(mx::to_stream(stream)) &&
          !quantised_mismatch(x, w, scales, *biases, {bits, group_size, transpose}, true) &&
-         is_supported(quantised_dtype(x, scales, *biases));
+         is_kernel_dtype(quantised_dtype(x, scales, *biases));
 }
 
 bool routes_gather(const mx::array& x, const mx::array& w, const OptionalArray& scales, const OptionalArray& biases,
@@ -245,9 +242,9 @@ bool routes_gather(const mx::array& x, const mx::array& w, const OptionalArray& 
   const mx::Shape left = lhs_indices ? lhs_indices->shape() : batch_shape(x);
   const mx::Shape right = rhs_indices ? rhs_indices->shape() : batch_shape(w);
   if (!broadcasts(left, right)) return false;
-  if (!scales) return x.shape(-1) == w.shape(-2) && is_supported(mx::result_type(x, w));
+  if (!scales) return x.shape(-1) == w.shape(-2) && is_kernel_dtype(mx::result_type(x, w));
   return biases && !quantised_mismatch(x, w, *scales, *biases, {bits, group_size, transpose}, false) &&
-         is_supported(quantised_dtype(x, *scales, *biases));
+         is_kernel_dtype(quantised_dtype(x, *scales, *biases));
 }
 
 LinearCounters linear_counters() {

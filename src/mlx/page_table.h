@@ -21,7 +21,4 @@ void check_pools(const mx::array& q, const mx::array& k, const mx::array& v, con
 // `lengths` beside those of the sources must not be given.
 void check_no_lengths(const AttentionOptions& options, const char* function);
 
-// `x` in `dtype`.
-mx::array cast_to(const mx::array& x, mx::Dtype dtype, mx::Stream s);
-
 }  // namespace mfa

@@ -2,14 +2,13 @@
 
 #include "common/check.h"
 #include "mlx/cache_rows.h"
+#include "mlx/dtypes.h"
 #include "mlx/ops.h"
 #include "mlx/page_table.h"
 #include "mlx/route.h"
 
 namespace mfa {
 namespace {
-
-bool is_cache_dtype(mx::Dtype dtype) { return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16; }
 
 AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const PageTable& given,
                     const PackedQueries* queries, const AttentionOptions& options, mx::StreamOrDevice stream_or_device,
@@ -46,10 +45,6 @@ constexpr const char *kPaged = "flash_attention_paged", *kVarlen = "flash_attent
 
 }  // namespace
 
-mx::array cast_to(const mx::array& x, mx::Dtype dtype, mx::Stream s) {
-  return x.dtype() == dtype ? x : mx::astype(x, dtype, s);
-}
-
 CheckedTable make_table(const PageTable& given, const char* function, mx::Stream s) {
   auto table = to_int32(given.block_table, 2, "block_table", function, s);
   auto lengths = to_int32(given.seq_lens, 1, "seq_lens", function, s);
@@ -64,7 +59,7 @@ CheckedTable make_table(const PageTable& given, const char* function, mx::Stream
 void check_pools(const mx::array& q, const mx::array& k, const mx::array& v, const char* function) {
   check(q.ndim() == 4, function, "q must have 4 dimensions [B, Hq, Nq, D]; got shape ", q.shape());
   check(mx::issubdtype(q.dtype(), mx::floating), function, "q must have a floating dtype; got ", q.dtype());
-  check(is_cache_dtype(k.dtype()), function, "the keys must be float32, float16 or bfloat16; got ", k.dtype());
+  check(is_kernel_dtype(k.dtype()), function, "the keys must be float32, float16 or bfloat16; got ", k.dtype());
   check(k.dtype() == v.dtype(), function, "keys and values must have one dtype; got ", k.dtype(), " and ", v.dtype());
 }
 

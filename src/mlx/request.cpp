@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "mfa/diagnostics.h"
+#include "mlx/dtypes.h"
 #include "mlx/evaluate.h"
 #include "mlx/ops.h"
 #include "mlx/random.h"
@@ -16,13 +17,6 @@ namespace {
 
 bool is_floating(mx::Dtype dtype) { return mx::issubdtype(dtype, mx::floating); }
 bool is_integer(mx::Dtype dtype) { return mx::issubdtype(dtype, mx::integer); }
-bool is_attention_dtype(mx::Dtype dtype) {
-  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-}
-
-mx::array cast(const mx::array& x, mx::Dtype dtype, mx::Stream s) {
-  return x.dtype() == dtype ? x : mx::astype(x, dtype, s);
-}
 
 void check_tensors(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionSources& sources) {
   const char* function = sources.function;
@@ -32,7 +26,7 @@ void check_tensors(const mx::array& q, const mx::array& k, const mx::array& v, c
              *v_layout = paged ? "[pages, page_size, Hkv, Dv]" : "[B, Hkv, Nk, Dv]";
   check(k.ndim() == 4, function, "k must have 4 dimensions ", k_layout, "; got shape ", k.shape());
   check(v.ndim() == 4, function, "v must have 4 dimensions ", v_layout, "; got shape ", v.shape());
-  check(is_attention_dtype(q.dtype()), function, "q must be float32, float16 or bfloat16; got ", q.dtype());
+  check(is_kernel_dtype(q.dtype()), function, "q must be float32, float16 or bfloat16; got ", q.dtype());
   check(is_floating(k.dtype()), function, "k must have a floating dtype; got ", k.dtype());
   check(is_floating(v.dtype()), function, "v must have a floating dtype; got ", v.dtype());
 
@@ -217,7 +211,7 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
                          .has_lengths = o.kv_lengths.has_value(),
                          .has_seed = drops,
                          .returns_probs = returns_probs};
-  std::vector<mx::array> inputs = {q, cast(k, q.dtype(), s), cast(v, q.dtype(), s)};
+  std::vector<mx::array> inputs = {q, cast_to(k, q.dtype(), s), cast_to(v, q.dtype(), s)};
   add_sources(sources, params, inputs);
   inputs.reserve(InputLayout(params).count);
   const AttentionProblem p = describe(params, inputs);
@@ -243,10 +237,10 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
           o.dropout_seed->shape());
   }
 
-  if (o.alibi_slopes) inputs.push_back(cast(*o.alibi_slopes, mx::float32, s));
-  if (o.sinks) inputs.push_back(cast(*o.sinks, mx::float32, s));
+  if (o.alibi_slopes) inputs.push_back(cast_to(*o.alibi_slopes, mx::float32, s));
+  if (o.sinks) inputs.push_back(cast_to(*o.sinks, mx::float32, s));
   if (o.bias) {
-    inputs.push_back(with_rank_4(is_attention_dtype(o.bias->dtype()) ? *o.bias : cast(*o.bias, mx::float32, s), s));
+    inputs.push_back(with_rank_4(is_kernel_dtype(o.bias->dtype()) ? *o.bias : cast_to(*o.bias, mx::float32, s), s));
   }
   if (o.mask) inputs.push_back(with_rank_4(*o.mask, s));
   if (o.kv_lengths) {

@@ -10,6 +10,7 @@
 #include "common/check.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
+#include "mlx/one_by_one.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 #include "mlx/route.h"
@@ -46,19 +47,9 @@ class ScoreFloors : public mx::Primitive {
 
   std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
                                                            const std::vector<int>& axes) override {
-    int V = 0;
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      if (axes[i] >= 0) V = inputs[i].shape(axes[i]);
-    }
-    std::vector<mx::array> floors;
-    for (int n = 0; n < V; ++n) {
-      std::vector<mx::array> mine;
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        mine.push_back(axes[i] < 0 ? inputs[i] : mx::take(inputs[i], n, axes[i], stream()));
-      }
-      floors.push_back(make(stream(), params_, std::move(mine)));
-    }
-    return {{mx::stack(floors, 0, stream())}, {0}};
+    return one_by_one(inputs, axes, stream(), [&](std::vector<mx::array> x) -> std::vector<mx::array> {
+      return {make(stream(), params_, std::move(x))};
+    });
   }
 
   const char* name() const override { return "MfaScoreFloors"; }

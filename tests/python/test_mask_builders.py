@@ -299,7 +299,9 @@ def test_tiles_follow_the_head_dimension():
 
 def test_one_number_is_the_side_of_a_square_tile():
     assert mfa.make_causal_block_mask(100, block_size=16, as_lists=True).block_size == (16, 16)
-    with pytest.raises(ValueError, match=r"one number or two.*got \(1, 2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"^\[make_\w+\] block_size must be an integer or a pair of integers; got \(1, 2, 3\)"
+    ):
         mfa.make_causal_block_mask(100, block_size=(1, 2, 3))
 
 
