@@ -71,6 +71,7 @@ def cases() -> list[Case]:
     for D in (64, 128, 256):
         for causal in (False, True):
             suffix = "causal" if causal else "full"
+            rows.append(Case(f"backward D{D} {suffix} 16k", 1, 16, 16, 16384, 16384, D, causal=causal, kind="backward"))
             rows.append(Case(f"backward D{D} {suffix} 4k", 4, 16, 16, 4096, 4096, D, causal=causal, kind="backward"))
     for D in (64, 128):
         for mask in ("bool", "additive"):

@@ -1,5 +1,5 @@
 // hopper_backward.cu: checks the Hopper backward kernels against float64 and times them.
-// Usage: hopper_backward CUBIN MODIFIED_CUBIN OPTIONS; those are in hopper_cases.h.
+// Usage: hopper_backward CUBIN MODIFIED_CUBIN FUSED_CUBIN OPTIONS; those are in hopper_cases.h.
 #include "hopper_cases.h"
 
 using namespace harness;
@@ -20,7 +20,7 @@ struct Run : Inputs<T> {
     HopperSchedule s;
     CUtensorMap q, k, v, d_o;
   };
-  CUfunction prepare;
+  CUfunction prepare, finish = nullptr;
   std::vector<Launch> launches;
   static constexpr bool half = std::is_same_v<T, __half>;
 
@@ -31,7 +31,8 @@ struct Run : Inputs<T> {
     std::exit(3);
   }
 
-  Run(const Kernels& kernels, const Kernels& modified, const Case& c_, bool dlse) : Inputs<T>(c_) {
+  Run(const Kernels& kernels, const Kernels& modified, const Kernels& fused, const Case& c_, bool dlse)
+      : Inputs<T>(c_) {
     const size_t rows = size_t(c.B) * c.Hq * c.Nq;
     g.p = p;
     // o and d_o [B, Hq, Nq, Dv] dense; d_o random, o and lse set by verify() or random.
@@ -91,14 +92,38 @@ struct Run : Inputs<T> {
                                false, ++slot);
       launches.push_back(l);
     };
+    if (!c.modified() && columns == hopper::fused_choice.columns && !std::getenv("SEPARATE")) {
+      add_fused(fused, columns, type);
+      return;
+    }
     add("dq", true);
     add(columns <= 128 ? "dkv" : "dkv_shared", false);
   }
 
+  void add_fused(const Kernels& kernels, int columns, const char* type) {
+    constexpr auto tile = hopper::fused_choice;
+    const auto layout = hopper::fused_layout(tile);
+    const std::string suffix = "_" + std::to_string(columns) + type;
+    g.dq_sums = this->template take<float>(size_t(c.B) * c.Hq * g.Nq_padded * columns);
+    g.dq_turns = this->template take<int>(size_t(c.B) * c.Hq * g.Nq_padded / tile.tile);
+    fill_value<<<256, 256>>>(g.dq_sums, size_t(c.B) * c.Hq * g.Nq_padded * columns, NAN);
+    finish = kernels.get("hopper_backward_finish" + suffix, 0);
+    Launch l;
+    l.layout.threads = 128 * (tile.consumers + 1), l.layout.bytes = layout.bytes;
+    l.f = kernels.get("hopper_backward_fused" + suffix, layout.bytes);
+    l.q = tensor_map(p.q.data, half, c.B, c.Hq, c.Nq, c.D, p.q.stride, tile.tile);
+    l.d_o = tensor_map(g.d_o.data, half, c.B, c.Hq, c.Nq, p.Dv, g.d_o.stride, tile.tile);
+    l.k = tensor_map(p.k.data, half, c.B, c.Hkv, c.Nk, c.D, p.k.stride, 64);
+    l.v = tensor_map(p.v.data, half, c.B, c.Hkv, c.Nk, p.Dv, p.v.stride, 64);
+    const int rows = 64 * tile.consumers, tiles = (c.Nk + rows - 1) / rows;
+    l.s = HopperSchedule{c.B * c.Hkv * tiles, tiles, 0, 0, ++slot};
+    launches.push_back(l);
+  }
+
   void launch_prepare() {
     void* args[] = {&g};
-    check(cuLaunchKernel(prepare, (g.Nq_padded + hopper::prepare_rows(p.Dv) - 1) / hopper::prepare_rows(p.Dv), c.Hq,
-                         c.B, 256, 1, 1, 0, nullptr, args, nullptr),
+    check(cuLaunchKernel(prepare, c.Hq * ((g.Nq_padded + hopper::prepare_rows(p.Dv) - 1) / hopper::prepare_rows(p.Dv)),
+                         c.B, 1, 256, 1, 1, 0, nullptr, args, nullptr),
           "prepare");
   }
   void launch_one(Launch& l) {
@@ -107,9 +132,17 @@ struct Run : Inputs<T> {
                          nullptr),
           "launch");
   }
+  void launch_finish() {
+    if (!finish) return;
+    void* args[] = {&g};
+    check(
+        cuLaunchKernel(finish, c.Hq * (g.Nq_padded / hopper::fused_tile), c.B, 1, 256, 1, 1, 0, nullptr, args, nullptr),
+        "finish");
+  }
   void launch() {
     launch_prepare();
     for (Launch& l : launches) launch_one(l);
+    launch_finish();
   }
 
   std::vector<double> fetch(const mfa::cuda::MutableTensor& t, int H, int N, int D, std::vector<T>* raw_out = nullptr) {
@@ -174,28 +207,32 @@ struct Run : Inputs<T> {
 };
 
 int main(int argc, char** argv) {
-  if (argc < 3) return 2;
+  if (argc < 4) return 2;
   check(cudaFree(nullptr), "start");
-  const Kernels kernels(argv[1]), modified(argv[2]);
-  const Options options(argc, argv, 3);
+  const Kernels kernels(argv[1]), modified(argv[2]), fused(argv[3]);
+  const Options options(argc, argv, 4);
   int number = 0;
-  const int failures = options.check
-                           ? check_all(options,
-                                       [&]<class T>(T, const Case& c) {
-                                         return Run<T>(kernels, modified, c, number++ % 2 == 1).verify(options.repeats);
-                                       })
-                           : 0;
+  const int failures =
+      options.check ? check_all(options,
+                                [&]<class T>(T, const Case& c) {
+                                  return Run<T>(kernels, modified, fused, c, number++ % 2 == 1).verify(options.repeats);
+                                })
+                    : 0;
   if (options.time)
     for (int D : options.columns)
       for (const Case& c : timed_cases(D, options.modified)) {
-        Run<__nv_bfloat16> run(kernels, modified, c, false);
+        Run<__nv_bfloat16> run(kernels, modified, fused, c, false);
         const double flop = 10.0 * c.B * c.Hq * double(c.Nq) * c.Nk * D * (c.causal ? .5 : 1.);
         const int repeats = c.Nk == 4096 ? 11 : 7;
         const double ms = median_ms([&] { run.launch(); }, repeats);
         std::printf("TIME %s: %.3f ms %.1f TFLOP/s; prepare %.3f", text_of(c).c_str(), ms, flop / ms * 1e-9,
                     median_ms([&] { run.launch_prepare(); }, repeats));
-        for (auto& l : run.launches) std::printf(" %.3f", median_ms([&] { run.launch_one(l); }, repeats));
-        std::printf("\n");
+        for (auto& l : run.launches) {
+          // The fused kernel needs its turns to be cleared.
+          const double with = median_ms([&] { run.launch_prepare(), run.launch_one(l); }, repeats);
+          std::printf(" %.3f", with - median_ms([&] { run.launch_prepare(); }, repeats));
+        }
+        std::printf(" %.3f\n", median_ms([&] { run.launch_finish(); }, repeats));
         std::fflush(stdout);
       }
   return failures != 0;

@@ -59,6 +59,10 @@ inline std::vector<Case> plain_cases(int D, bool quick) {
            {2, 3, 3, 1024, 64, D, false, 5, 5},
            {1, 40, 8, 640, 640, D, true},
            {1, 2, 2, 260, 400, D - 8, true},
+           {1, 2, 1, 1100, 2500, D, true},
+           {1, 48, 24, 200, 2100, D, false},
+           {2, 4, 2, 700, 2300, D, false, 400, 300},
+           {3, 2, 2, 500, 2300, D, true, 900, -1, true, true, true},
        })
     cases.push_back(c);
   Case c{2, 4, 2, 300, 300, D, true};

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <numbers>
+#include <optional>
 #include <stdexcept>
 
 #include "backend/cuda/module.h"
@@ -320,6 +321,15 @@ class CudaAttention final : public GpuAttention {
     const auto lse2 = scratch({p.B * p.Hq, plan.Nq_padded}, mx::float32, stream, call.encoder);
     f.delta = pointer<float>(delta);
     f.lse2 = pointer<float>(lse2);
+    const auto has = [&](Gradient g) { return output(g) && output(g)->size() > 0; };
+    const bool fused = plan.fused.threads > 0 && has(Gradient::q) && has(Gradient::k) && has(Gradient::v);
+    std::optional<mx::array> sums, turns;
+    if (fused) {
+      sums = scratch({p.B * p.Hq, plan.Nq_padded, plan.fused_columns}, mx::float32, stream, call.encoder);
+      turns = scratch({p.B * p.Hq, plan.Nq_padded}, mx::int32, stream, call.encoder);
+      f.dq_sums = pointer<float>(*sums);
+      f.dq_turns = pointer<int32_t>(*turns);
+    }
     call.launch(plan.rows, f);
 
     // The launches below read the inputs and `delta` and `lse2`, and write nothing in common.
@@ -328,16 +338,25 @@ class CudaAttention final : public GpuAttention {
       call.use(lse2);
     };
     next();
-    if (mx::array* dq = output(Gradient::q); dq && dq->size() > 0) {
-      f.dq = call.output(*dq);
+    if (has(Gradient::q) && !fused) {
+      f.dq = call.output(*output(Gradient::q));
       launch_backward(call, plan.queries, f);
       next();
     }
-    mx::array *dk = output(Gradient::k), *dv = output(Gradient::v);
-    if ((dk && dk->size() > 0) || (dv && dv->size() > 0)) {
-      if (dk) f.dk = call.output(*dk);
-      if (dv) f.dv = call.output(*dv);
-      launch_backward(call, plan.keys, f);
+    if (has(Gradient::k) || has(Gradient::v)) {
+      if (has(Gradient::k)) f.dk = call.output(*output(Gradient::k));
+      if (has(Gradient::v)) f.dv = call.output(*output(Gradient::v));
+      if (fused) {
+        call.use(*turns);
+        call.encoder.set_output_array(*sums);
+      }
+      launch_backward(call, fused ? plan.fused : plan.keys, f);
+      next();
+    }
+    if (fused) {
+      call.use(*sums);
+      f.dq = call.output(*output(Gradient::q));
+      call.launch(plan.finish, f);
       next();
     }
     if (mx::array* dbias = output(Gradient::bias); dbias && dbias->size() > 0) {

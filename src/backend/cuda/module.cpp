@@ -25,6 +25,7 @@ MFA_EMBED_DTYPES(term_gradients)
 MFA_EMBED(hopper_forward)
 MFA_EMBED(hopper_forward_wide)
 MFA_EMBED(hopper_backward)
+MFA_EMBED(hopper_backward_fused)
 MFA_EMBED(hopper_backward_modified)
 
 namespace mfa::cuda {
@@ -41,6 +42,7 @@ enum Family {
   hopper_forward,
   hopper_forward_wide,
   hopper_backward,
+  hopper_backward_fused,
   hopper_backward_modified,
   kFamilies
 };
@@ -53,6 +55,7 @@ constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {nullptr, mfa_fatbin_hopper_forward, mfa_fatbin_hopper_forward},
     {nullptr, mfa_fatbin_hopper_forward_wide, mfa_fatbin_hopper_forward_wide},
     {nullptr, mfa_fatbin_hopper_backward, mfa_fatbin_hopper_backward},
+    {nullptr, mfa_fatbin_hopper_backward_fused, mfa_fatbin_hopper_backward_fused},
     {nullptr, mfa_fatbin_hopper_backward_modified, mfa_fatbin_hopper_backward_modified}};
 
 Family family_of(const Launch& launch) {
@@ -72,6 +75,9 @@ Family family_of(const Launch& launch) {
     case Kernel::hopper_dkv:
     case Kernel::hopper_dkv_shared:
       return hopper_backward;
+    case Kernel::hopper_backward_fused:
+    case Kernel::hopper_backward_finish:
+      return hopper_backward_fused;
     case Kernel::hopper_dq_modified:
     case Kernel::hopper_dkv_modified:
     case Kernel::hopper_dkv_shared_modified:

@@ -91,6 +91,10 @@ struct BackwardParams {
   float* delta;
   float* lse2;
   int32_t Nq_padded;
+  // Of the kernel that computes dq, dk and dv in one pass, or null: sums of dq by tiles of 64 queries, as fragments,
+  // and how many key tiles have added to each, [B, Hq, Nq_padded / 64], zeroed by the preprocess kernel.
+  float* dq_sums;
+  int32_t* dq_turns;
 
   MutableTensor dq, dk, dv;  // in the dtype of q, k, v; data null = not wanted
 
@@ -102,6 +106,6 @@ struct BackwardParams {
 };
 
 // The host's compiler and nvcc must agree.
-static_assert(sizeof(Problem) == 296 && sizeof(ForwardParams) == 368 && sizeof(BackwardParams) == 568);
+static_assert(sizeof(Problem) == 296 && sizeof(ForwardParams) == 368 && sizeof(BackwardParams) == 584);
 
 }  // namespace mfa::cuda

@@ -48,6 +48,8 @@ enum class Kernel : uint8_t {
   hopper_dq_modified,
   hopper_dkv_modified,
   hopper_dkv_shared_modified,
+  hopper_backward_fused,
+  hopper_backward_finish,
   count,
 };
 const char* stem_of(Kernel kernel);
@@ -82,7 +84,10 @@ struct BiasAxes {
 };
 struct BackwardPlan {
   Launch rows, queries, keys, bias, slopes, heads;
+  Launch fused,
+      finish;  // dq, dk and dv in one pass instead of `queries` and `keys`; no blocks if there is no such kernel
   int Nq_padded = 0;
+  int fused_columns = 0;  // of its sums of dq
 };
 BackwardPlan plan_backward(const AttentionProblem& p, const CallTraits& call, const BiasAxes& bias,
                            const DeviceTraits& device);

@@ -39,6 +39,22 @@ bool has_unequal_tiles(const AttentionProblem& p, const CallTraits& call) {
   return p.causal || p.window_left >= 0 || p.window_right >= 0 || call.lengths;
 }
 
+// All gradients in one pass. Blocks wait for each other, a group at a time, so a device must run that many at once.
+void plan_fused(const AttentionProblem& p, const DeviceTraits& device, BackwardPlan& plan) {
+  constexpr hopper::TileChoice tile = hopper::fused_choice;
+  const int tiles_per_head = static_cast<int>(ceil_div(p.Nk, 64 * tile.consumers));
+  const HopperSchedule schedule{p.B * p.Hkv * tiles_per_head, tiles_per_head, 0, 0, 0};
+  plan.fused = persistent(Kernel::hopper_backward_fused, p, device, schedule, 128 * (tile.consumers + 1),
+                          hopper::fused_layout(tile).bytes);
+  plan.fused.query_box = tile.tile;
+  plan.fused.key_box = 64;
+  plan.fused_columns = tile.columns;
+  plan.finish = Launch{Kernel::hopper_backward_finish, element_of(p.dtype), columns_index(p)};
+  plan.finish.grid[0] = static_cast<uint32_t>(p.Hq * (plan.Nq_padded / tile.tile));
+  plan.finish.grid[1] = static_cast<uint32_t>(p.B);
+  plan.finish.threads = 256;
+}
+
 }  // namespace
 
 bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
@@ -88,9 +104,8 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
                           BackwardPlan& plan) {
   const bool unequal = has_unequal_tiles(p, call);
   plan.rows = Launch{Kernel::hopper_backward_prepare, element_of(p.dtype), 0};
-  plan.rows.grid[0] = static_cast<uint32_t>(ceil_div(plan.Nq_padded, hopper::prepare_rows(p.Dv)));
-  plan.rows.grid[1] = static_cast<uint32_t>(p.Hq);
-  plan.rows.grid[2] = static_cast<uint32_t>(p.B);
+  plan.rows.grid[0] = static_cast<uint32_t>(p.Hq * ceil_div(plan.Nq_padded, hopper::prepare_rows(p.Dv)));
+  plan.rows.grid[1] = static_cast<uint32_t>(p.B);
   plan.rows.threads = kPrepareThreads;
 
   const bool modified = is_modified(p, call);
@@ -118,6 +133,8 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
                          dkv_layout.threads, dkv_layout.bytes);
   plan.keys.query_box = dkv.tile;
   plan.keys.key_box = 64;
+  if (!modified && columns_of(p) == hopper::fused_choice.columns && device.multiprocessors >= 2 * hopper::fused_group)
+    plan_fused(p, device, plan);
 }
 
 }  // namespace mfa::cuda

@@ -71,6 +71,22 @@ __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same, and whether `condition` holds in any of the threads.
+__device__ __forceinline__ bool named_any(uint32_t id, uint32_t threads, bool condition) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, any;\n"
+      "setp.ne.s32 mine, %1, 0;\n"
+      "bar.red.or.pred any, %2, %3, mine;\n"
+      "selp.s32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<int>(condition)), "r"(id), "r"(threads)
+      : "memory");
+  return any;
+}
+
 // --- Tensor copies
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
@@ -91,6 +107,41 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32
                "l"(reinterpret_cast<uint64_t>(from)), "r"(bytes), "r"(barrier)
                : "memory");
 }
+
+// `bytes` contiguous bytes from shared memory to global memory, or added to the floats there. Both complete with the
+// thread's current group.
+__device__ __forceinline__ void store_bytes(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void add_floats(float* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until shared memory has been read; until global memory has been written.
+__device__ __forceinline__ void stores_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void stores_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Four 8 x 8 matrices of 16-bit elements from a warp's registers; lane 8 i + r gives the address of row r of matrix i.
+__device__ __forceinline__ void store_matrices(uint32_t at, const uint32_t* x) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+// --- Flags in global memory, with what was written before them
+
+__device__ __forceinline__ int load_acquire(const int* flag) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_release(int* flag, int x) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
+}
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // --- Warpgroups
 

@@ -8,7 +8,7 @@
 // registers as operands. Products are queued in order: those of the next tile follow while exponents of this one are
 // computed. Source: Dao, "FlashAttention-2", arXiv:2307.08691, section 3.
 //
-// As in the forward, passing tiles that are not seen in full are cleaned of NaN and infinity first, because their zero
+// As in the forward, passing tiles that are not seen in full are cleaned of NaN and infinity, because their zero
 // weights would not keep those out of the sums. Rows that do see such a key have a NaN lse, and so get their NaN; so do
 // keys that such rows, or rows of a NaN d_o, see.
 #pragma once
@@ -31,7 +31,7 @@ constexpr TileChoice backward_choice(Gradient g, bool modified, int choice) {
 template <class T_, Gradient gradient, bool modified_, int choice>
 struct BackwardTile {
   using T = T_;
-  static constexpr bool modified = modified_;
+  static constexpr bool modified = modified_, fused = false;
   static constexpr bool keeps_queries = gradient == Gradient::dq;
   static constexpr bool values = !keeps_queries;  // sums dv as well
   static constexpr bool shared_keys = gradient == Gradient::dkv_shared;
@@ -47,7 +47,7 @@ struct BackwardTile {
   static constexpr int work_full = 0, work_empty = 2, p_full = 4, p_empty = 6, stay_full = 8,
                        stay_empty = stay_full + consumers, first_full = stay_empty + consumers,
                        second_full = first_full + stages, first_empty = second_full + stages,
-                       second_empty = first_empty + stages, clean = second_empty + stages, barriers = clean + stages;
+                       second_empty = first_empty + stages, barriers = second_empty + stages;
   static_assert(barriers == backward_barriers(c));
   static_assert(layout.bytes <= shared_bytes_of_block);
 };
@@ -61,6 +61,8 @@ struct BackwardShared {
     at = (shared_address(raw) + 1023) & ~1023u;
     base = raw + (at - shared_address(raw));
   }
+  __device__ __forceinline__ explicit BackwardShared(uint32_t aligned)
+      : base(static_cast<unsigned char*>(__cvta_shared_to_generic(aligned))), at(aligned) {}
   __device__ __forceinline__ uint32_t barrier(int i) const { return at + Tile::layout.barriers_at + i * 8; }
   __device__ __forceinline__ uint32_t stay(int which, int warpgroup) const {
     return at + (which * Tile::consumers + warpgroup) * Tile::layout.stay_bytes;
@@ -168,41 +170,37 @@ __device__ __forceinline__ bool seen_in_full(const Problem& p, const SharedWork&
   return !(Tile::modified && p.mask.data) && work.full(n);
 }
 
-// The feeding warpgroup's other warps: clean passing tiles that are not seen in full, the second of the pair only where
-// it is summed.
+// Whether all are finite.
+template <int n>
+__device__ __forceinline__ bool is_finite(const float (&x)[n]) {
+  float sum[2] = {};
+#pragma unroll
+  for (int i = 0; i < n; ++i) sum[i % 2] = fmaf(x[i], 0.f, sum[i % 2]);
+  return sum[0] + sum[1] == 0.f;
+}
+
+// Zeroes the NaNs and infinities of a step's tiles whose rows are summed.
 template <class Tile>
-__device__ __forceinline__ void clean(const Problem& p, const BackwardShared<Tile>& shared, int warp, int lane) {
-  Ring<2> slot;
-  Ring<Tile::stages> ring;
-  for (;; slot.advance()) {
-    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
-    const SharedWork work = shared.work(slot.stage());
-    if (work.b() < 0) break;
-    const int passes = work.passes();
-    for (int pass = 0; pass < passes; ++pass)
-      for (int n = work.first(); n < work.last(); ++n) {
-        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
-        barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
-        if (!seen_in_full<Tile>(p, work, n)) {
-          using T = typename Tile::T;
-          constexpr int bytes = Tile::layout.pass_bytes;
-          clean_tile<T, bytes, 3>(shared.base + (shared.first(ring.stage()) - shared.at), warp, lane);
-          if constexpr (Tile::values)
-            clean_tile<T, bytes, 3>(shared.base + (shared.second(ring.stage()) - shared.at), warp, lane);
-          fence_async_shared();
-          __syncwarp();
-          if (lane == 0) barrier_arrive(shared.barrier(Tile::clean + ring.stage()));
-        }
-        __syncwarp();
-        if (lane == 0) {
-          barrier_arrive(shared.barrier(Tile::first_empty + ring.stage()));
-          barrier_arrive(shared.barrier(Tile::second_empty + ring.stage()));
-        }
-        ring.advance();
-      }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
-  }
+__device__ __noinline__ void clean_tiles(uint32_t at, int stage) {
+  using T = typename Tile::T;
+  constexpr int warps = Tile::consumer_warps, bytes = Tile::layout.pass_bytes;
+  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  const BackwardShared<Tile> shared(at);
+  clean_tile<T, bytes, warps>(shared.base + (shared.first(stage) - at), warp, lane);
+  if constexpr (Tile::values) clean_tile<T, bytes, warps>(shared.base + (shared.second(stage) - at), warp, lane);
+  // The kernel that sums dq as well reads the keys' rows for that.
+  if constexpr (Tile::fused) clean_tile<T, Tile::consumers * Tile::layout.stay_bytes, warps>(shared.base, warp, lane);
+  fence_async_shared();
+  named_sync(2, 32 * warps);
+}
+
+// What is not seen has weight 0, but 0 times NaN is NaN: where a tile has hidden elements, its NaNs and infinities
+// become zeros before its rows are summed. Each of them makes a product with the stationary tile that is not finite, so
+// `finite`, of this thread's products, tells without looking at the tile. Called by all threads of both warpgroups when
+// their products are finished.
+template <class Tile>
+__device__ __forceinline__ void clean_step(const BackwardShared<Tile>& shared, int stage, bool finite) {
+  if (named_any(2, 32 * Tile::consumer_warps, !finite)) clean_tiles<Tile>(shared.at, stage);
 }
 
 // The passing rows that a stationary row meets: keys that a query sees, or queries that see a key.
@@ -335,7 +333,6 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
   Ring<2> slot;
   Ring<1> stay;
   Ring<Tile::stages> ring;
-  uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
     barrier_arrive_if(shared.barrier(barrier), lane == 0);
@@ -369,10 +366,6 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
       for (int n = work.first(); n < work.last(); ++n) {
         const bool partial = !seen_in_full<Tile>(p, work, n);
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
-        if (partial) {
-          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
-          clean_parity ^= 1u << ring.stage();
-        }
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, warpgroup), shared.first(ring.stage()));
         products_commit();
@@ -390,6 +383,11 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
           if constexpr (Tile::values) release(Tile::second_empty + ring.stage_before());
         }
         started = true;
+        if (partial) {
+          if constexpr (Tile::values && !Tile::modified) products_wait<0>();
+          if constexpr (Tile::values) settle(y);
+          clean_step<Tile>(shared, ring.stage(), is_finite(x) && (!Tile::values || is_finite(y)));
+        }
 
         uint64_t kept = ~uint64_t{0};  // by dropout; wider fragments do not ask
         if constexpr (Tile::modified) {

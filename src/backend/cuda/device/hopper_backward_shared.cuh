@@ -23,7 +23,6 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
   Ring<2> slot, p_ring;
   Ring<1> stay;
   Ring<Tile::stages> ring;
-  uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
     barrier_arrive_if(shared.barrier(barrier), lane == 0);
@@ -44,10 +43,6 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
       for (int n = work.first(); n < work.last(); ++n) {
         const bool partial = !seen_in_full<Tile>(p, work, n);
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
-        if (partial) {
-          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
-          clean_parity ^= 1u << ring.stage();
-        }
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 0), shared.first(ring.stage()));
         products_commit();
@@ -60,6 +55,10 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
           release(Tile::second_empty + ring.stage_before());
         }
         started = true;
+        if (partial) {
+          barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
+          clean_step<Tile>(shared, ring.stage(), is_finite(x));
+        }
 
         const float none[2] = {};
         float factor[Tile::modified ? BN / 2 : 1];  // of what is passed on
@@ -119,7 +118,6 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
   Ring<2> slot, p_ring;
   Ring<1> stay;
   Ring<Tile::stages> ring;
-  uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) {
     __syncwarp();
     barrier_arrive_if(shared.barrier(barrier), lane == 0);
@@ -140,10 +138,6 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
       for (int n = work.first(); n < work.last(); ++n) {
         const bool partial = !seen_in_full<Tile>(p, work, n);
         barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
-        if (partial) {
-          barrier_wait(shared.barrier(Tile::clean + ring.stage()), clean_parity >> ring.stage() & 1);
-          clean_parity ^= 1u << ring.stage();
-        }
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, 0), shared.second(ring.stage()));
         products_commit();
@@ -155,6 +149,10 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
           release(Tile::second_empty + ring.stage_before());
         }
         started = true;
+        if (partial) {
+          barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
+          clean_step<Tile>(shared, ring.stage(), is_finite(y));
+        }
 
         barrier_wait(shared.barrier(Tile::p_full + p_ring.stage()), p_ring.parity());
         const float4* from = exchange(shared, p_ring.stage(), thread);
@@ -208,7 +206,7 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
     prefetch_map(maps.stay_second);
     prefetch_map(maps.pass_first);
     prefetch_map(maps.pass_second);
-    constexpr int readers = Tile::consumer_warps + 3;
+    constexpr int readers = Tile::consumer_warps;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       barrier_init(shared.barrier(Tile::work_full + i), 1);
@@ -227,18 +225,13 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
       barrier_init(shared.barrier(Tile::second_full + i), 1);
       barrier_init(shared.barrier(Tile::first_empty + i), readers);
       barrier_init(shared.barrier(Tile::second_empty + i), readers);
-      barrier_init(shared.barrier(Tile::clean + i), 3);
     }
     fence_barrier_init();
   }
   __syncthreads();
   if (warpgroup == 0) {
     give_registers<Tile::feeder_registers>();
-    if (warp == 0) {
-      if (lane == 0) feed<Tile>(params, s, shared, maps);
-    } else {
-      clean<Tile>(params.p, shared, warp - 1, lane);
-    }
+    if (warp == 0 && lane == 0) feed<Tile>(params, s, shared, maps);
   } else {
     take_registers<Tile::consumer_registers>();
     if constexpr (!Tile::shared_keys)

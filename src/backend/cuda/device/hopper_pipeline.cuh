@@ -43,7 +43,7 @@ __device__ __forceinline__ int draw_tile(const HopperSchedule& s) {
 // they need it: their registers are full. For the same reason the parts are written one by one.
 class SharedWork {
  public:
-  static constexpr int bytes = 48;
+  static constexpr int bytes = shared_work_bytes;
   __device__ __forceinline__ explicit SharedWork(uint32_t at) : at_(at) {}
 
   __device__ __forceinline__ int b() const { return get(0); }
@@ -55,6 +55,7 @@ class SharedWork {
   __device__ __forceinline__ bool full(int n) const { return n >= get(6) && n < get(7); }
   __device__ __forceinline__ Visibility see() const { return {get(8), get(9), get(10), get(11)}; }
   __device__ __forceinline__ int offset() const { return get(9); }
+  __device__ __forceinline__ int start() const { return get(12); }
 
   __device__ __forceinline__ void set_end() const { set(0, -1); }
   __device__ __forceinline__ void set_item(const WorkItem& item, int rows) const {
@@ -68,6 +69,7 @@ class SharedWork {
     set(10, see.left);
     set(11, see.right);
   }
+  __device__ __forceinline__ void set_start(int n) const { set(12, n); }
   __device__ __forceinline__ void set_tiles(const KeyTiles& tiles, int passes) const {
     set(3, tiles.last > tiles.first ? passes : 0);
     set(4, tiles.first);

@@ -97,6 +97,10 @@ constexpr TileChoice dkv_shared_modified_tiles[] = {
     {256, 1, 48, 2, false},
 };
 
+// dq, dk and dv in one pass: keys and values stay, queries pass.
+constexpr TileChoice fused_choice = {128, 2, 64, 2, false};
+
+constexpr int shared_work_bytes = 64;              // what a block works on, twice
 constexpr int shared_bytes_of_block = 227 * 1024;  // the most that a block may have
 
 constexpr int columns_of(int D) {
@@ -124,7 +128,7 @@ constexpr ForwardLayout forward_layout(TileChoice c) {
   l.found_at = l.rows_at + (c.halves ? 2 * 2 * 64 * 4 : 0);
   l.barriers_at = l.found_at + c.stages * 16;
   l.work_at = l.barriers_at + forward_barriers(c) * 8;
-  l.bytes = l.work_at + 2 * 48 + 1024;  // 1024: tiles are aligned to that
+  l.bytes = l.work_at + 2 * shared_work_bytes + 1024;  // 1024: tiles are aligned to that
   l.threads = 128 * (warpgroups_of(c) + 1);
   return l;
 }
@@ -136,7 +140,7 @@ struct BackwardLayout {
   int first_at, second_at, rows_at, exchange_at, barriers_at, work_at, bytes;
   int threads;
 };
-constexpr int backward_barriers(TileChoice c) { return 8 + 2 * c.consumers + 5 * c.stages; }
+constexpr int backward_barriers(TileChoice c) { return 8 + 2 * c.consumers + 4 * c.stages; }
 // `shared_keys`: two warpgroups work on the same keys and pass probabilities on in shared memory, two tiles deep.
 constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false) {
   BackwardLayout l{};
@@ -148,8 +152,32 @@ constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false)
   l.exchange_at = l.rows_at + c.stages * c.tile * 8;
   l.barriers_at = l.exchange_at + (shared_keys ? 2 * 64 * c.tile * 4 : 0);
   l.work_at = l.barriers_at + backward_barriers(c) * 8;
-  l.bytes = l.work_at + 2 * 48 + 1024;
+  l.bytes = l.work_at + 2 * shared_work_bytes + 1024;
   l.threads = 128 * ((shared_keys ? 2 : c.consumers) + 1);
+  return l;
+}
+
+// The same for the kernel that computes all three: all warpgroups' keys and values, also two tiles of dS, to which each
+// warpgroup gives its keys, and two of dq.
+struct FusedLayout {
+  int stay_bytes, pass_bytes, first_at, second_at, rows_at, ds_bytes, ds_at, dq_bytes, dq_at, barriers_at, work_at,
+      bytes;
+};
+constexpr int fused_barriers(TileChoice c) { return 10 + 4 * c.stages; }
+constexpr FusedLayout fused_layout(TileChoice c) {
+  FusedLayout l{};
+  l.stay_bytes = chunks_of(c.columns) * 64 * 128;
+  l.pass_bytes = chunks_of(c.columns) * c.tile * 128;
+  l.first_at = 2 * c.consumers * l.stay_bytes;
+  l.second_at = l.first_at + c.stages * l.pass_bytes;
+  l.ds_bytes = 64 * c.consumers * c.tile * 2;
+  l.ds_at = l.second_at + c.stages * l.pass_bytes;
+  l.dq_bytes = c.tile * c.columns * 4;
+  l.dq_at = l.ds_at + 2 * l.ds_bytes;
+  l.rows_at = l.dq_at + 2 * l.dq_bytes;
+  l.barriers_at = l.rows_at + c.stages * c.tile * 8;
+  l.work_at = l.barriers_at + fused_barriers(c) * 8;
+  l.bytes = l.work_at + 2 * shared_work_bytes + 1024;
   return l;
 }
 
@@ -171,6 +199,20 @@ MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, in
   const int width = left < s.heads_per_section ? left : s.heads_per_section;
   const int rank = within / width, head = first_head + within % width;
   return {head / heads, head % heads, s.longest_last ? s.tiles_per_head - 1 - rank : rank};
+}
+
+// Kernels that compute dq, dk and dv in one pass: the key tiles of a head are worked on in groups of `fused_group`,
+// whose members walk the query tiles at some distance from each other, `fused_lag` tiles where visibility does not set
+// them apart. So parts of dq can be added in a fixed order without waiting, and meet what they are added to in the L2
+// cache.
+constexpr int fused_tile = fused_choice.tile, fused_group = 8, fused_lag = 2;
+
+// A group of every head, then the next group.
+MFA_HOST_DEVICE WorkItem fused_item(const HopperSchedule& s, int heads_in_all, int heads, int id) {
+  const int group = id / (fused_group * heads_in_all), within = id - group * fused_group * heads_in_all;
+  const int left = s.tiles_per_head - group * fused_group, members = left < fused_group ? left : fused_group;
+  const int head = within / members;
+  return {head / heads, head % heads, group * fused_group + within % members};
 }
 
 // `head_bytes`: the passing tensors of one head. Heads share a section as long as their keys and values fill about half
@@ -257,6 +299,12 @@ MFA_HOST_DEVICE KeyTiles query_tiles(const Visibility& v, int Nq, int key_begin,
   }
   if (t.full_last <= t.full_first) t.full_first = t.full_last = t.first;
   return t;
+}
+
+// Where a key tile of kernels that compute all gradients in one pass starts its walk over the query tiles [first,
+// last), which goes round.
+MFA_HOST_DEVICE int walk_start(const Visibility& see, int tile, int first, int last) {
+  return see.right >= 0 || last <= first ? first : first + fused_lag * (tile % fused_group) % (last - first);
 }
 
 }  // namespace hopper

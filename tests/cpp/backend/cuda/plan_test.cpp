@@ -1,6 +1,8 @@
 #include "backend/cuda/plan.h"
 
 #include <gtest/gtest.h>
+#include <random>
+#include <set>
 
 #include <algorithm>
 #include <cstdint>
@@ -219,11 +221,65 @@ TEST(CudaPlanHopper, TheBackwardNamesItsKernels) {
   for (const CallTraits& call : {CallTraits{.alibi = true}, CallTraits{.bias = true}, CallTraits{.mask = true},
                                  CallTraits{.mask = true, .mask_in_words = false}, CallTraits{.dropout = true}})
     EXPECT_EQ(names(p, call), prepare + "hopper_dq_modified_96_bf16 hopper_dkv_modified_96_bf16");
+  EXPECT_EQ(plan_backward(p, {}, {}, kH100).fused.threads, 0u);
   p.softcap = 2.f;
   EXPECT_EQ(names(p, {}), prepare + "hopper_dq_modified_96_bf16 hopper_dkv_modified_96_bf16");
   p.D = 200;
   EXPECT_EQ(names(p, {}), prepare + "hopper_dq_modified_256_bf16 hopper_dkv_shared_modified_256_bf16");
   EXPECT_EQ(names(p, kTiled), "backward_rows_bf16 backward_queries_bf16_256 backward_keys_bf16_256");
+}
+
+TEST(CudaPlanHopper, AllGradientsComeInOnePassForUpTo128Columns) {
+  AttentionProblem p = shape(2, 16, 4, 1000, 3000, 104, DType::bf16);
+  const BackwardPlan plan = plan_backward(p, {}, {}, kH100);
+  EXPECT_EQ(name_of(plan.fused) + " " + name_of(plan.finish),
+            "hopper_backward_fused_128_bf16 hopper_backward_finish_128_bf16");
+  EXPECT_LE(plan.fused.shared_bytes, uint32_t(kH100.shared_bytes));
+  EXPECT_EQ(plan.fused.schedule.tiles, 2 * 4 * ceil_div(3000, 128));
+  EXPECT_EQ(plan.finish.grid[0], 16u * 1024 / hopper::fused_tile);
+  DeviceTraits few = kH100;
+  few.multiprocessors = hopper::fused_group;  // blocks of a group wait for each other
+  EXPECT_EQ(plan_backward(p, {}, {}, few).fused.threads, 0u);
+  EXPECT_EQ(plan_backward(p, {.bias = true}, {}, kH100).fused.threads, 0u);
+  p.D = p.Dv = 64;
+  EXPECT_EQ(plan_backward(p, {}, {}, kH100).fused.threads, 0u);
+}
+
+TEST(CudaPlanHopper, EveryKeyTileOfEveryHeadIsDrawnOnceInGroups) {
+  for (const int tiles : {1, 7, 8, 9, 40}) {
+    const HopperSchedule s{6 * tiles, tiles, 0, 0, 0};
+    std::set<std::pair<int, int>> seen;
+    for (int id = 0; id < s.tiles; ++id) {
+      const hopper::WorkItem item = hopper::fused_item(s, 6, 3, id);
+      EXPECT_LT(item.b, 2);
+      EXPECT_LT(item.h, 3);
+      EXPECT_LT(item.tile, tiles);
+      seen.insert({item.b * 3 + item.h, item.tile});
+      if (item.tile % hopper::fused_group > 0) {  // its group is being drawn
+        EXPECT_EQ(hopper::fused_item(s, 6, 3, id - 1).tile, item.tile - 1);
+      }
+    }
+    EXPECT_EQ(static_cast<int>(seen.size()), s.tiles);
+  }
+}
+
+// A query tile counts the key tiles that add to it by `key_tiles`, and those visit it by `query_tiles`.
+TEST(CudaPlanHopper, QueryTilesAndKeyTilesSeeEachOther) {
+  std::mt19937 random(1);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  for (int round = 0; round < 20000; ++round) {
+    const int Nq = 1 + below(700), Nk = below(900), keys = below(2) ? Nk : below(Nk + 1);
+    const auto side = [&] { return below(3) ? -1 : std::min(below(900), Nq + Nk); };
+    const hopper::Visibility see{keys, std::max(0, keys - Nq), side(), below(3) ? side() : 0};
+    for (int n = 0; n < ceil_div(Nq, 64); ++n) {
+      const auto of_queries = hopper::key_tiles<128>(see, n * 64, std::min(n * 64 + 64, Nq));
+      for (int t = 0; t < ceil_div(Nk, 128); ++t) {
+        const auto of_keys = hopper::query_tiles<64>(see, Nq, t * 128, 128);
+        ASSERT_EQ(n >= of_keys.first && n < of_keys.last, t >= of_queries.first && t < of_queries.last)
+            << "Nq " << Nq << " Nk " << Nk << " keys " << keys << " left " << see.left << " right " << see.right;
+      }
+    }
+  }
 }
 
 TEST(CudaUnsupported, SaysWhy) {
