@@ -50,7 +50,7 @@ test-types: build $(VENV)/.test
 	$(RUN) -m mypy
 
 test-python: build $(VENV)/.test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 demo: build $(VENV)/.demo  ## run a language model through this attention and compare with stock MLX
 	$(RUN) -m mlx_mfa demo --quick

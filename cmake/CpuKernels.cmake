@@ -44,6 +44,8 @@ function(mfa_add_cpu_kernels target isa)
   target_compile_options(${unit} PRIVATE ${ARGN})
   if(NOT MFA_SANITIZE)  # instrumented kernels take minutes to optimise; they keep the build type's level
     target_compile_options(${unit} PRIVATE -O3)
+  elseif(MFA_SANITIZE MATCHES "address")  # thousands of inlined vectors: watching their scopes doubles the time
+    target_compile_options(${unit} PRIVATE -fno-sanitize-address-use-after-scope)
   endif()
   # Highway's debug assertions call into its library, which is not linked.
   target_compile_definitions(${unit} PRIVATE HWY_IS_DEBUG_BUILD=0 MFA_HAVE_${ISA}=1)

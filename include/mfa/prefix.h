@@ -12,8 +12,9 @@ namespace mfa {
 // position P + pos(i), pos(i) being its position among the own keys.
 //
 // options.kv_lengths, mask and bias are those of the own keys. A window with kv_lengths makes the visible part of the
-// prefix differ between entries: then it is read for each entry, with a mask of B Nq P bytes. Not offered: dropout and
-// return_probs. Throws std::invalid_argument for them, and as attention().
+// prefix differ between entries: then it is read for each entry, with a mask of B Nq P bytes. With dropout, which drops
+// what it would drop of the concatenation, it is read for each entry too. Not offered: return_probs. Throws
+// std::invalid_argument for it, and as attention().
 MFA_API AttentionResult attention_cascade(const mlx::core::array& q, const mlx::core::array& k_prefix,
                                           const mlx::core::array& v_prefix, const mlx::core::array& k,
                                           const mlx::core::array& v, const AttentionOptions& options = {},

@@ -26,8 +26,9 @@ MFA_API TreeMask tree_mask(const mlx::core::array& parents, mlx::core::StreamOrD
 // window. The two parts are merged by their log-sum-exps; the cache is read in place. `parents` as tree_mask() takes
 // it: [B, N], or [N] for the same tree in all entries.
 //
-// A window makes a mask of N Nk bytes (B N Nk with kv_lengths). Not offered: bias, mask, dropout, return_probs; causal
-// and the right side of the window change nothing. Throws std::invalid_argument for them, and as attention().
+// bias, mask and dropout count the keys as they lie in the cache. A window makes a mask of N Nk bytes (B N Nk with
+// kv_lengths). Not offered: return_probs; causal and the right side of the window change nothing. Throws
+// std::invalid_argument for it, and as attention().
 MFA_API AttentionResult attention_tree(const mlx::core::array& q, const mlx::core::array& k, const mlx::core::array& v,
                                        const mlx::core::array& parents, const AttentionOptions& options = {},
                                        mlx::core::StreamOrDevice s = {});

@@ -1,13 +1,23 @@
-// prefix.cpp: mfa::attention_cascade for Python.
+// prefix.cpp: mfa::attention_cascade and mfa::attention_together for Python.
 #include "mfa/prefix.h"
 
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
 #include "bindings.h"
+#include "mfa/together.h"
 #include "options.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace mfa::python {
+namespace {
+
+constexpr const char* kSplitfuse = "flash_attention_splitfuse";
+
+}  // namespace
 
 void bind_prefix(nb::module_& m) {
   m.def(
@@ -25,6 +35,30 @@ Returns:
 
 Raises:
     ValueError, RuntimeError: As :func:`mlx_mfa.flash_attention_cascade`.
+)");
+  m.def(
+      "attention_together",
+      [](const std::vector<std::tuple<mx::array, mx::array, mx::array, AttentionOptions>>& given, bool wants_lse,
+         mx::StreamOrDevice stream) {
+        std::vector<AttentionCall> calls;
+        for (const auto& [q, k, v, options] : given) calls.push_back({q, k, v, options});
+        std::vector<std::pair<mx::array, OptionalArray>> results;
+        if (wants_lse) {
+          for (const auto& r : attention_together_with_lse(calls, stream, kSplitfuse))
+            results.emplace_back(r.out, r.lse);
+        } else {
+          for (const auto& out : attention_together(calls, stream, kSplitfuse)) results.emplace_back(out, std::nullopt);
+        }
+        return results;
+      },
+      "calls"_a, "wants_lse"_a, "stream"_a = nb::none(), R"(
+Several attentions in one launch, each given as ``(q, k, v, options)``. As :func:`mlx_mfa.flash_attention_splitfuse`.
+
+Returns:
+    list of tuple: ``(out, lse)`` of each, natural logarithms; None in the place of lse unless wanted.
+
+Raises:
+    ValueError, RuntimeError: As :func:`mlx_mfa.flash_attention_splitfuse`.
 )");
 }
 

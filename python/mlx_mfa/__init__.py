@@ -34,26 +34,14 @@ from .kv_cache import append_to_cache, flash_attention_kvcache, flash_attention_
 from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
 from .masks import (
     BlockMask,
-    make_adaptive_window_mask,
-    make_axial_spatial_mask,
-    make_axial_temporal_mask,
     make_causal_block_mask,
     make_causal_segment_mask,
     make_cross_stream_mask,
     make_diagonal_mask,
-    make_dilated_temporal_mask,
-    make_gna_mask,
-    make_reference_frame_mask,
     make_segment_mask,
     make_sink_window_mask,
     make_sliding_window_mask,
-    make_spatial_2d_mask,
-    make_spatial_3d_mask,
     make_strided_mask,
-    make_temporal_distance_bias,
-    make_temporal_group_mask,
-    temporal_distance_bias_to_mask,
-    tile_order,
 )
 from .neighbourhood import flash_attention_gna
 from .packed import flash_attention_kv_packed, flash_attention_qkv_packed
@@ -71,6 +59,20 @@ from .speculative import (
 )
 from .topk import flash_attention_topk
 from .varlen import flash_attention_varlen, flash_attention_varlen_kv_packed, flash_attention_varlen_qkv_packed
+from .video_masks import (
+    make_adaptive_window_mask,
+    make_axial_spatial_mask,
+    make_axial_temporal_mask,
+    make_dilated_temporal_mask,
+    make_gna_mask,
+    make_reference_frame_mask,
+    make_spatial_2d_mask,
+    make_spatial_3d_mask,
+    make_temporal_distance_bias,
+    make_temporal_group_mask,
+    temporal_distance_bias_to_mask,
+    tile_order,
+)
 
 enable_by_default()
 del enable_by_default

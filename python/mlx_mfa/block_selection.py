@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import tile_sides
-from .masks import BlockMask, BlockSize, Mask, _radius, _video, default_block_size
+from .masks import BlockMask, BlockSize, Mask, default_block_size
+from .video_masks import radius_of, video_shape
 
 
 def _result(mask: BlockMask, as_lists: bool) -> Mask:
@@ -85,8 +86,8 @@ def make_lcsa_mask(
     """
     name = "make_lcsa_mask"
     size = default_block_size(head_dim, block_size, name)
-    shape = _video(name, height, width, num_frames, patch_size)
-    space, time = _radius(name, "spatial_radius", spatial_radius), _radius(name, "temporal_radius", temporal_radius)
+    shape = video_shape(name, height, width, num_frames, patch_size)
+    space, time = radius_of(name, "spatial_radius", spatial_radius), radius_of(name, "temporal_radius", temporal_radius)
     rule = _ext.spatial_blocks(shape, (time, space, space), size, name)
     return _result(_ext.averaged_top_blocks(q, k, rule, top_k, name), as_lists)
 

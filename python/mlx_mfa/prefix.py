@@ -8,7 +8,7 @@ from typing import cast
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, make_options
+from ._options import LOG2_E, Stream, make_options, seed
 from .attention import Backend, flash_attention
 
 
@@ -31,6 +31,8 @@ def flash_attention_cascade(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
     kv_lengths: mx.array | Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | mx.array | None = None,
 ) -> mx.array | tuple[mx.array, mx.array]:
     """Attention over a prefix that all entries of the batch share, and behind it each entry's own keys.
 
@@ -49,6 +51,8 @@ def flash_attention_cascade(
         attn_bias, mask (array, optional): Of the own keys, broadcastable to ``[B, Hq, Nq, Nk]``.
         kv_lengths (array or sequence of int, optional): ``[B]``: entry b has the first ``kv_lengths[b]`` own keys.
         return_lse (bool): Also return the **base-2** log-sum-exp of each row. Default False.
+        dropout_p, dropout_seed: As :func:`flash_attention`, whose mask for the concatenation this is. The prefix is
+            then read for each entry.
         scale, softcap, alibi_slopes, backend, sinks, stream: As :func:`flash_attention`.
 
     Returns:
@@ -62,6 +66,7 @@ def flash_attention_cascade(
     options = make_options(
         "flash_attention_cascade", scale=scale, causal=causal, softcap=softcap, alibi_slopes=alibi_slopes,
         window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths,
+        dropout_p=dropout_p, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
     out, lse = _ext.attention_cascade(q, k_prefix, v_prefix, k, v, options, stream)
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
@@ -80,13 +85,19 @@ def make_shared_prefix_cache(
     alibi_slopes: mx.array | None = None,
     sinks: mx.array | None = None,
     backend: Backend = "auto",
+    attn_bias: mx.array | None = None,
+    mask: mx.array | None = None,
+    kv_lengths: mx.array | Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Attention of a prefix over itself, with the keys and values that :func:`flash_attention_cascade` goes on from.
 
     Args:
         prefix_q, prefix_k, prefix_v (array): ``[B, Hq, P, D]``, ``[B, Hkv, P, D]``, ``[B, Hkv, P, Dv]``.
         causal (bool): Default True.
-        scale, softcap, window_size, alibi_slopes, sinks, backend, stream: As :func:`flash_attention`.
+        scale, softcap, window_size, alibi_slopes, sinks, backend, attn_bias, mask, kv_lengths, dropout_p, dropout_seed,
+            stream: As :func:`flash_attention`.
 
     Returns:
         tuple: ``(out, prefix_k, prefix_v)``: the output, and the arrays given.
@@ -95,8 +106,9 @@ def make_shared_prefix_cache(
         ValueError, RuntimeError, TypeError: As :func:`flash_attention`.
     """
     out = flash_attention(
-        prefix_q, prefix_k, prefix_v, scale, causal, softcap, alibi_slopes, window_size=window_size, stream=stream,
-        backend=backend, sinks=sinks,
+        prefix_q, prefix_k, prefix_v, scale, causal, softcap, alibi_slopes, dropout_p, window_size=window_size,
+        stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths,
+        dropout_seed=dropout_seed,
     )  # fmt: skip
     return cast(mx.array, out), prefix_k, prefix_v
 
@@ -116,45 +128,66 @@ def flash_attention_splitfuse(
     alibi_slopes: mx.array | None = None,
     window_size: Sequence[int] | None = None,
     sinks: mx.array | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | mx.array | None = None,
     kv_lengths_prefill: mx.array | Sequence[int] | None = None,
     kv_lengths_decode: mx.array | Sequence[int] | None = None,
+    attn_bias_prefill: mx.array | None = None,
+    attn_bias_decode: mx.array | None = None,
+    mask_prefill: mx.array | None = None,
+    mask_decode: mx.array | None = None,
+    return_lse: bool = False,
     backend: Backend = "auto",
-) -> tuple[mx.array | None, mx.array | None]:
-    """Attention of a chunk of prefill and of decoding sequences: two problems of one graph, evaluated together.
+) -> tuple[mx.array | tuple[mx.array, mx.array] | None, mx.array | tuple[mx.array, mx.array] | None]:
+    """Attention of a chunk of prefill and of decoding sequences: on the CPU one launch, whose work the threads share.
+
+    Each half gets the bits that a call of :func:`flash_attention` of its own would give it.
 
     Args:
         q_prefill, k_prefill, v_prefill (array or None): As q, k, v of :func:`flash_attention`; None: no prefill.
         q_decode, k_cache_decode, v_cache_decode (array or None): The same of the decoding sequences; None: none.
         causal (bool): Default True.
         kv_lengths_prefill, kv_lengths_decode (array or sequence of int, optional): ``kv_lengths`` of each half.
+        attn_bias_prefill, attn_bias_decode, mask_prefill, mask_decode (array, optional): ``attn_bias`` and ``mask`` of
+            each half.
+        dropout_p, dropout_seed: As :func:`flash_attention`; batch entries count from 0 in each half.
+        return_lse (bool): Also return the **base-2** log-sum-exps. Default False.
         scale, softcap, alibi_slopes, window_size, sinks, backend, stream: As :func:`flash_attention`, for both halves.
 
     Returns:
-        tuple: ``(out_prefill, out_decode)``; None for the half that is not there.
+        tuple: ``(out_prefill, out_decode)``; with ``return_lse`` each is a tuple ``(out, lse)``. None for the half that
+        is not there.
 
     Raises:
         ValueError: If there is neither half, or k or v of a half is missing; and as :func:`flash_attention`.
         RuntimeError, TypeError: As :func:`flash_attention`.
     """
+    function = "flash_attention_splitfuse"
+    halves = {
+        "prefill": (q_prefill, k_prefill, v_prefill, kv_lengths_prefill, attn_bias_prefill, mask_prefill),
+        "decode": (q_decode, k_cache_decode, v_cache_decode, kv_lengths_decode, attn_bias_decode, mask_decode),
+    }
     if q_prefill is None and q_decode is None:
-        raise ValueError("[flash_attention_splitfuse] q_prefill or q_decode must be given; got None for both")
+        raise ValueError(f"[{function}] q_prefill or q_decode must be given; got None for both")
+    dropout_seed = seed(dropout_p, dropout_seed, stream, function)
+    calls = []
+    for name, (q, k, v, kv_lengths, attn_bias, mask) in halves.items():
+        if q is None:
+            continue
+        if k is None or v is None:
+            raise ValueError(f"[{function}] q_{name} needs keys and values; got None")
+        options = make_options(
+            function, scale=scale, causal=causal, softcap=softcap, alibi_slopes=alibi_slopes, window_size=window_size,
+            sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed, kv_lengths=kv_lengths, attn_bias=attn_bias,
+            mask=mask, backend=backend,
+        )  # fmt: skip
+        calls.append((q, k, v, options))
+    results = iter(_ext.attention_together(calls, return_lse, stream))
 
-    def half(
-        name: str,
-        q: mx.array | None,
-        k: mx.array | None,
-        v: mx.array | None,
-        kv_lengths: mx.array | Sequence[int] | None,
-    ) -> mx.array | None:
+    def of_half(q: mx.array | None) -> mx.array | tuple[mx.array, mx.array] | None:
         if q is None:
             return None
-        if k is None or v is None:
-            raise ValueError(f"[flash_attention_splitfuse] q_{name} needs keys and values; got None")
-        out = flash_attention(
-            q, k, v, scale, causal, softcap, alibi_slopes, window_size=window_size, stream=stream, backend=backend,
-            sinks=sinks, kv_lengths=kv_lengths,
-        )  # fmt: skip
-        return cast(mx.array, out)
+        out, lse = next(results)
+        return out if lse is None else (out, mx.multiply(lse, LOG2_E, stream=stream))
 
-    prefill = half("prefill", q_prefill, k_prefill, v_prefill, kv_lengths_prefill)
-    return prefill, half("decode", q_decode, k_cache_decode, v_cache_decode, kv_lengths_decode)
+    return of_half(q_prefill), of_half(q_decode)

@@ -57,6 +57,10 @@ def flash_attention_tree(
     return_lse: bool = False,
     backend: Backend = "auto",
     stream: Stream = None,
+    dropout_p: float = 0.0,
+    attn_bias: mx.array | None = None,
+    mask: mx.array | None = None,
+    dropout_seed: int | mx.array | None = None,
 ) -> mx.array | tuple[mx.array, mx.array]:
     """Attention of the nodes of draft trees over the committed tokens, their ancestors and themselves.
 
@@ -75,6 +79,9 @@ def flash_attention_tree(
         kv_lengths (array or sequence of int, optional): ``[B]``: entry b has the first ``kv_lengths[b]`` tokens, the
             tree included. Default: all.
         return_lse (bool): Also return the **base-2** log-sum-exp of each row. Default False.
+        attn_bias, mask (array, optional): Broadcastable to ``[B, Hq, N, Nk]``, keys as they lie in the cache. What the
+            tree hides stays hidden.
+        dropout_p, dropout_seed: As :func:`flash_attention`, whose mask for ``q`` and ``k`` this is.
         scale, softcap, alibi_slopes, sinks, backend, stream: As :func:`flash_attention`.
 
     Returns:
@@ -87,7 +94,8 @@ def flash_attention_tree(
     """
     options = make_options(
         "flash_attention_tree", scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, window_size=window_size,
-        backend=backend, sinks=sinks, kv_lengths=kv_lengths,
+        backend=backend, sinks=sinks, kv_lengths=kv_lengths, dropout_p=dropout_p, dropout_seed=dropout_seed,
+        attn_bias=attn_bias, mask=mask, stream=stream,
     )  # fmt: skip
     out, lse = _ext.attention_tree(q, k, v, _parents(parents), options, stream)
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
@@ -111,6 +119,8 @@ def flash_attention_speculative_verify(
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
     kv_lengths: mx.array | Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Attention of draft tokens over a cache that holds them, with the score of the package that this one replaces.
 
@@ -124,8 +134,8 @@ def flash_attention_speculative_verify(
         draft_ids (array): integers ``[B, N]``.
         causal (bool): Default True.
         temperature (float): Finite and positive. Default 1.
-        scale, softcap, alibi_slopes, window_size, attn_bias, backend, mask, sinks, kv_lengths, stream: As
-            :func:`flash_attention`.
+        scale, softcap, alibi_slopes, window_size, attn_bias, backend, mask, sinks, kv_lengths, dropout_p, dropout_seed,
+            stream: As :func:`flash_attention`.
 
     Returns:
         tuple: ``(out, lse, logprobs)``: ``[B, Hq, N, Dv]`` in the dtype of ``q_target``; the **base-2** log-sum-exps,
@@ -136,8 +146,9 @@ def flash_attention_speculative_verify(
         RuntimeError, TypeError: As :func:`flash_attention`.
     """
     out, lse = flash_attention(
-        q_target, k_cache, v_cache, scale, causal, softcap, alibi_slopes, window_size=window_size, return_lse=True,
-        stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths,
+        q_target, k_cache, v_cache, scale, causal, softcap, alibi_slopes, dropout_p, window_size=window_size,
+        return_lse=True, stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
+        kv_lengths=kv_lengths, dropout_seed=dropout_seed,
     )  # fmt: skip
     return (
         out,
@@ -167,6 +178,8 @@ def flash_attention_speculative_verify_paged(
     backend: Backend = "auto",
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """:func:`flash_attention_speculative_verify` over a cache in pages.
 
@@ -177,7 +190,7 @@ def flash_attention_speculative_verify_paged(
         draft_ids (array): integers ``[B, N]``.
         causal (bool): Default True.
         temperature (float): Finite and positive. Default 1.
-        scale, softcap, alibi_slopes, window_size, attn_bias, backend, mask, sinks, stream: As
+        scale, softcap, alibi_slopes, window_size, attn_bias, backend, mask, sinks, dropout_p, dropout_seed, stream: As
             :func:`flash_attention_paged`.
 
     Returns:
@@ -190,7 +203,8 @@ def flash_attention_speculative_verify_paged(
     out, lse = flash_attention_paged(
         q_target, k_pages, v_pages, block_table, seq_lens, scale=scale, causal=causal, block_size=block_size,
         cache_batch_idx=cache_batch_idx, return_lse=True, stream=stream, softcap=softcap, alibi_slopes=alibi_slopes,
-        window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
+        window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
     )  # fmt: skip
     return (
         out,

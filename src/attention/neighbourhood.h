@@ -26,6 +26,10 @@ struct Neighbourhood {
   bool operator==(const Neighbourhood&) const = default;
 };
 
+// Throws std::invalid_argument, "[function] ...", unless there are 1 to 3 axes, sizes and windows are positive, strides
+// are 1 to the window and dilations 1 to the size.
+void validate(const Neighbourhood& n, const char* function);
+
 // The keys [begin, end) of one of the interleaved sequences: key t is coordinate phase + t * dilation.
 struct AxisWindow {
   int32_t begin = 0, end = 0, phase = 0;

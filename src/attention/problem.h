@@ -112,7 +112,15 @@ struct AttentionProblem {
 
   float dropout_p = 0.f;  // probability of dropping, in [0, 1]
   uint64_t dropout_seed = 0;
+  // [B]: of the keys that dropout counts, key 0 is this one. For a part of the keys of a larger problem, which so drops
+  // what that problem would. Null: 0.
+  const int32_t* dropout_first_keys = nullptr;
 };
+
+// Key `j` of batch entry `b` as dropout counts keys; any number is one.
+[[gnu::always_inline]] inline uint32_t dropout_key(const AttentionProblem& p, int32_t b, int32_t j) {
+  return (p.dropout_first_keys ? static_cast<uint32_t>(p.dropout_first_keys[b]) : 0u) + static_cast<uint32_t>(j);
+}
 
 struct AttentionOutputs {
   MutableTensorRef o;      // [B, Hq, Nq, Dv]

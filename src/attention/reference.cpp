@@ -80,7 +80,8 @@ double bias_at(const AttentionProblem& p, int32_t b, int32_t h, int32_t i, int32
 double dropout_factor(const AttentionProblem& p, int32_t b, int32_t h, int32_t i, int32_t j) {
   if (p.dropout_p <= 0.f) return 1;
   const auto row_head = static_cast<uint32_t>(b * p.Hq + h);
-  const uint32_t word = dropout_words(p.dropout_seed, row_head, i, j)[j & 3];
+  const uint32_t key = dropout_key(p, b, j);
+  const uint32_t word = dropout_words(p.dropout_seed, row_head, i, key)[key & 3];
   return word >= dropout_threshold(p.dropout_p) ? 1 / (1 - double{p.dropout_p}) : 0;
 }
 

@@ -82,4 +82,12 @@ void validate(const AttentionProblem& p, const char* function) {
   }
 }
 
+void validate_indices(const int32_t* indices, int64_t stride, int32_t count, int32_t rows, const char* name,
+                      const char* function) {
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t index = indices[i * stride];
+    check(index >= 0 && index < rows, function, name, " must be in [0, ", rows, "); got ", index, " at entry ", i);
+  }
+}
+
 }  // namespace mfa

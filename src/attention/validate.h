@@ -12,4 +12,9 @@ namespace mfa {
 // arrays, are checked: those are shapes that the caller knows.
 void validate(const AttentionProblem& p, const char* function);
 
+// Throws std::invalid_argument, "[function] `name` ...", unless the `count` indices, `stride` elements apart, are in
+// [0, rows).
+void validate_indices(const int32_t* indices, int64_t stride, int32_t count, int32_t rows, const char* name,
+                      const char* function);
+
 }  // namespace mfa

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "attention/append.h"
+#include "attention/validate.h"
 #include "common/check.h"
 #include "common/thread_pool.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -96,10 +97,6 @@ class CheckedRows : public mx::UnaryPrimitive {
   CheckedRows(mx::Stream stream, const char* name, const char* function)
       : UnaryPrimitive(stream), name_(name), function_(function) {}
 
-  static void check_index(int32_t index, int rows, int i, const char* name, const char* function) {
-    check(index >= 0 && index < rows, function, name, " must be in [0, ", rows, "); got ", index, " at entry ", i);
-  }
-
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     allocate(out);
     const mx::array x = with_dense_rows(inputs[0], stream()), indices = with_dense_rows(inputs[1], stream());
@@ -108,7 +105,7 @@ class CheckedRows : public mx::UnaryPrimitive {
     const int32_t *from = x.data<int32_t>(), *index = indices.data<int32_t>();
     auto* to = out.data<int32_t>();
     mx::cpu::get_command_encoder(stream()).dispatch([=, name = name_, function = function_] {
-      for (int i = 0; i < count; ++i) check_index(index[i], rows, i, name, function);
+      validate_indices(index, 1, count, rows, name, function);
       for (int i = 0; i < count; ++i) std::copy_n(from + index[i] * width, width, to + i * width);
     });
   }
@@ -271,9 +268,7 @@ std::vector<mx::Shape> CacheRead::output_shapes(const std::vector<mx::array>& in
 mx::array checked_rows(const mx::array& x, const mx::array& indices, const char* name, const char* function,
                        mx::Stream s) {
   if (s.device == mx::Device::cpu && !indices.is_tracer() && indices.is_available()) {
-    const int64_t stride = indices.strides(0);
-    for (int i = 0; i < indices.shape(0); ++i)
-      CheckedRows::check_index(indices.data<int32_t>()[i * stride], x.shape(0), i, name, function);
+    validate_indices(indices.data<int32_t>(), indices.strides(0), indices.shape(0), x.shape(0), name, function);
   }
   auto primitive = std::make_shared<CheckedRows>(s, name, function);
   const mx::Shape shape = primitive->output_shapes({x, indices})[0];

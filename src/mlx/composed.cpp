@@ -117,12 +117,18 @@ std::pair<mx::array, mx::array> multiply_wide(uint32_t a, const mx::array& b, co
 }
 
 // Which weights dropout keeps, bool [B, Hq, Nq, Nk]: the bits of dropout_words() in common/philox.h.
-mx::array kept_weights(const AttentionProblem& p, const mx::array& seed, const Graph& g) {
-  const int groups = (p.Nk + 3) / 4;
+// `first_keys`, int32 [B] or null: AttentionProblem::dropout_first_keys.
+mx::array kept_weights(const AttentionProblem& p, const mx::array& seed, const mx::array* first_keys, const Graph& g) {
+  const int groups = (p.Nk + 3) / 4 + (first_keys ? 1 : 0);  // keys need not begin with a group
   auto word = [](uint32_t value) { return mx::array(value, mx::uint32); };
   auto axis = [&](int n, mx::Shape shape) { return g.reshape(mx::arange(0, n, mx::uint32, g.s), std::move(shape)); };
-  std::array<mx::array, 4> counter = {axis(groups, {1, 1, groups}), axis(p.Nq, {1, p.Nq, 1}),
-                                      axis(p.B * p.Hq, {p.B * p.Hq, 1, 1}), word(0)};
+  const auto first = first_keys ? mx::astype(*first_keys, mx::uint32, g.s) : word(0);
+  auto group = axis(groups, {1, 1, groups});
+  if (first_keys) {
+    const auto first_group = g.reshape(mx::right_shift(first, word(2), g.s), {p.B, 1});
+    group = g.add(group, g.reshape(mx::broadcast_to(first_group, {p.B, p.Hq}, g.s), {p.B * p.Hq, 1, 1}));
+  }
+  std::array<mx::array, 4> counter = {group, axis(p.Nq, {1, p.Nq, 1}), axis(p.B * p.Hq, {p.B * p.Hq, 1, 1}), word(0)};
   auto k0 = mx::slice(seed, {0}, {1}, g.s), k1 = mx::slice(seed, {1}, {2}, g.s);
   auto mix = [&](const mx::array& a, const mx::array& b, const mx::array& c) {
     return mx::bitwise_xor(mx::bitwise_xor(a, b, g.s), c, g.s);
@@ -138,7 +144,13 @@ mx::array kept_weights(const AttentionProblem& p, const mx::array& seed, const G
   std::vector<mx::array> words;
   for (const auto& w : counter) words.push_back(mx::broadcast_to(w, full, g.s));
   const auto all = g.reshape(mx::stack(words, -1, g.s), {p.B, p.Hq, p.Nq, 4 * groups});
-  const auto mine = mx::slice(all, {0, 0, 0, 0}, {p.B, p.Hq, p.Nq, p.Nk}, g.s);
+  const mx::Shape scores = {p.B, p.Hq, p.Nq, p.Nk};
+  auto mine = mx::slice(all, {0, 0, 0, 0}, scores, g.s);
+  if (first_keys) {
+    const auto within = g.reshape(mx::bitwise_and(first, word(3), g.s), {p.B, 1, 1, 1});
+    const auto at = g.add(within, axis(p.Nk, {1, 1, 1, p.Nk}));
+    mine = mx::take_along_axis(all, mx::broadcast_to(at, scores, g.s), 3, g.s);
+  }
   const mx::array threshold(dropout_threshold(p.dropout_p), mx::uint64);
   return mx::greater_equal(mx::astype(mine, mx::uint64, g.s), threshold, g.s);
 }
@@ -210,7 +222,8 @@ std::vector<mx::array> composed_attention(const AttentionParams& params, const s
   auto kept = probs;
   if (params.has_seed) {
     const float rescale = p.dropout_p < 1.f ? 1.f / (1.f - p.dropout_p) : 0.f;
-    kept = g.where(kept_weights(p, inputs[at.seed], g), g.mul(probs, mx::array(rescale)), mx::array(0.f));
+    kept = g.where(kept_weights(p, inputs[at.seed], input(at.dropout_keys), g), g.mul(probs, mx::array(rescale)),
+                   mx::array(0.f));
   }
   const auto o = mx::matmul(g.reshape(kept, {p.B, p.Hkv, group_rows, p.Nk}), v, s);
   std::vector<mx::array> outputs = {mx::astype(g.reshape(o, {p.B, p.Hq, p.Nq, p.Dv}), inputs[0].dtype(), s),

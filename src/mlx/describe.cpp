@@ -41,6 +41,7 @@ void set_sources(AttentionProblem& p, const AttentionParams& params, const std::
     p.blocks.transposed_offsets = dense(inputs[at.transposed_offsets]).template data<int64_t>();
     p.blocks.query_ids = dense(inputs[at.query_ids]).template data<int32_t>();
   }
+  if (params.has_dropout_keys) p.dropout_first_keys = dense(inputs[at.dropout_keys]).template data<int32_t>();
   if (params.has_lengths) p.kv_lengths = dense(inputs[at.kv_lengths]).template data<int32_t>();
 }
 

@@ -37,13 +37,8 @@ Neighbourhood to_neighbourhood(const NeighbourhoodSpec& spec) {
     NeighbourhoodAxis& axis = n.axis[i];
     axis = {spec.shape[i], spec.window[i], spec.stride[i], spec.dilation.empty() ? 1 : spec.dilation[i],
             !spec.causal.empty() && spec.causal[i]};
-    check(axis.size >= 1, kFunction, "seq_shape must be positive; got ", listed(spec.shape));
-    check(axis.window >= 1, kFunction, "window_size must be positive; got ", listed(spec.window));
-    check(axis.stride >= 1 && axis.stride <= axis.window, kFunction,
-          "stride must be 1 to window_size on each axis; got ", listed(spec.stride), " for ", listed(spec.window));
-    check(axis.dilation >= 1 && axis.dilation <= axis.size, kFunction,
-          "dilation must be 1 to seq_shape on each axis; got ", listed(spec.dilation), " for ", listed(spec.shape));
   }
+  validate(n, kFunction);
   return n;
 }
 

@@ -26,9 +26,11 @@ void check_prefix(const mx::array& x, const mx::array& own, const char* name) {
 }
 
 AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
-                    mx::Stream s) {
+                    int dropout_first_key, mx::Stream s) {
   AttentionSources sources;
   sources.function = kFunction;
+  if (options.dropout_p > 0.f && dropout_first_key > 0)
+    sources.dropout_first_keys = mx::full({q.shape(0)}, dropout_first_key, mx::int32, s);
   auto outputs = launch(make_request(q, k, v, options, false, s, sources), options.backend, {.lse = true});
   return {outputs[0], outputs[1], std::nullopt};
 }
@@ -68,11 +70,12 @@ AttentionResult attention_cascade(const mx::array& q, const mx::array& k_prefix,
                                   const mx::array& k, const mx::array& v, const AttentionOptions& options,
                                   mx::StreamOrDevice stream_or_device) {
   const mx::Stream s = mx::to_stream(stream_or_device);
-  check(options.dropout_p == 0.f, kFunction, "dropout_p must be 0; got ", options.dropout_p);
   check(!options.return_probs, kFunction, "return_probs must be false");
+  const bool drops = options.dropout_p > 0.f;
   AttentionOptions mine = options;
   mine.sinks = std::nullopt;
-  const AttentionResult own = run(q, k, v, mine, s);
+  if (drops) mine.dropout_seed = dropout_seed(options, s);
+  const AttentionResult own = run(q, k, v, mine, k_prefix.ndim() == 4 ? k_prefix.shape(2) : 0, s);
   if (options.sinks) check_per_head(*options.sinks, "sinks", q.shape(1), kFunction);
   check_prefix(k_prefix, k, "k_prefix");
   check_prefix(v_prefix, v, "v_prefix");
@@ -95,6 +98,8 @@ AttentionResult attention_cascade(const mx::array& q, const mx::array& k_prefix,
   shared.scale = options.scale;
   shared.softcap = options.softcap;
   shared.alibi_slopes = options.alibi_slopes;
+  shared.dropout_p = options.dropout_p;
+  shared.dropout_seed = mine.dropout_seed;
   shared.backend = options.backend;
   int first = 0;  // keys of the prefix before it are seen by no row
   if (options.window_left >= 0 && shifts) {
@@ -113,16 +118,16 @@ AttentionResult attention_cascade(const mx::array& q, const mx::array& k_prefix,
   const auto k_seen = from_token(k_prefix, first, s), v_seen = from_token(v_prefix, first, s);
 
   std::optional<AttentionResult> prefix;
-  if (B > 1 && !shared.mask) {
+  if (B > 1 && !shared.mask && !drops) {  // dropout counts batch entries and their heads
     const Folding folding{B, Hkv, Hq / Hkv, Nq, s};
     if (shared.alibi_slopes) shared.alibi_slopes = folding.per_head(*shared.alibi_slopes);
-    const AttentionResult folded = run(folding.queries(q), k_seen, v_seen, shared, s);
+    const AttentionResult folded = run(folding.queries(q), k_seen, v_seen, shared, 0, s);
     prefix = {folding.unfold(folded.out), folding.unfold(folded.lse), std::nullopt};
   } else {
     const auto expand = [&](const mx::array& x) {
       return mx::broadcast_to(x, {B, x.shape(1), x.shape(2), x.shape(3)}, s);
     };
-    prefix = run(q, expand(k_seen), expand(v_seen), shared, s);
+    prefix = run(q, expand(k_seen), expand(v_seen), shared, first, s);
   }
   if (options.alibi_slopes) {
     // The prefix's part counts positions from its own end: a row's scores are off by a constant.

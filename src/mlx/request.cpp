@@ -167,6 +167,10 @@ void add_sources(const AttentionSources& sources, AttentionParams& params, std::
     params.has_floor = true;
     inputs.push_back(*sources.score_floor);
   }
+  if (sources.dropout_first_keys) {
+    params.has_dropout_keys = true;
+    inputs.push_back(*sources.dropout_first_keys);
+  }
 }
 
 }  // namespace
@@ -187,6 +191,22 @@ mx::array to_int32(const mx::array& x, int rank, const char* name, const char* f
   const mx::array low(x.dtype() == mx::int64 ? std::numeric_limits<int32_t>::min() : 0, x.dtype());
   const mx::array high(std::numeric_limits<int32_t>::max(), x.dtype());
   return mx::astype(mx::clip(x, low, high, s), mx::int32, s);
+}
+
+mx::array checked_bias(const mx::array& bias, const mx::Shape& scores, const char* function, mx::Stream s) {
+  check(is_floating(bias.dtype()), function, "attn_bias must have a floating dtype; got ", bias.dtype());
+  check_broadcasts(bias, "attn_bias", scores, function);
+  return with_rank_4(is_kernel_dtype(bias.dtype()) ? bias : cast_to(bias, mx::float32, s), s);
+}
+
+mx::array checked_mask(const mx::array& mask, const mx::Shape& scores, const char* function, mx::Stream s) {
+  check(mask.dtype() == mx::bool_, function, "mask must have dtype bool; got ", mask.dtype());
+  check_broadcasts(mask, "mask", scores, function);
+  return with_rank_4(mask, s);
+}
+
+mx::array dropout_seed(const AttentionOptions& options, mx::Stream s) {
+  return options.dropout_seed ? *options.dropout_seed : mx::random::bits({2}, std::nullopt, s);
 }
 
 Request make_request(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& o,
@@ -222,14 +242,9 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
   if (o.alibi_slopes) check_per_head(*o.alibi_slopes, "alibi_slopes", p.Hq, function);
   if (o.sinks) check_per_head(*o.sinks, "sinks", p.Hq, function);
   const mx::Shape scores = {p.B, p.Hq, p.Nq, p.Nk};
-  if (o.bias) {
-    check(is_floating(o.bias->dtype()), function, "attn_bias must have a floating dtype; got ", o.bias->dtype());
-    check_broadcasts(*o.bias, "attn_bias", scores, function);
-  }
-  if (o.mask) {
-    check(o.mask->dtype() == mx::bool_, function, "mask must have dtype bool; got ", o.mask->dtype());
-    check_broadcasts(*o.mask, "mask", scores, function);
-  }
+  std::optional<mx::array> bias, mask;
+  if (o.bias) bias = checked_bias(*o.bias, scores, function, s);
+  if (o.mask) mask = checked_mask(*o.mask, scores, function, s);
   if (o.kv_lengths) check_lengths(*o.kv_lengths, p.B, p.Nk, s, sources.lengths_name, function);
   if (o.dropout_seed) {
     check(o.dropout_seed->dtype() == mx::uint32 && o.dropout_seed->ndim() == 1 && o.dropout_seed->shape(0) == 2,
@@ -239,15 +254,13 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
 
   if (o.alibi_slopes) inputs.push_back(cast_to(*o.alibi_slopes, mx::float32, s));
   if (o.sinks) inputs.push_back(cast_to(*o.sinks, mx::float32, s));
-  if (o.bias) {
-    inputs.push_back(with_rank_4(is_kernel_dtype(o.bias->dtype()) ? *o.bias : cast_to(*o.bias, mx::float32, s), s));
-  }
-  if (o.mask) inputs.push_back(with_rank_4(*o.mask, s));
+  if (bias) inputs.push_back(*bias);
+  if (mask) inputs.push_back(*mask);
   if (o.kv_lengths) {
     inputs.push_back(sources.paged ? to_int32(*o.kv_lengths, 1, sources.lengths_name, function, s)
                                    : to_int32_lengths(*o.kv_lengths, p.Nk, s));
   }
-  if (drops) inputs.push_back(o.dropout_seed ? *o.dropout_seed : mx::random::bits({2}, std::nullopt, s));
+  if (drops) inputs.push_back(dropout_seed(o, s));
   Request request{params, std::move(inputs), s};
   if (!params.plain()) validate_known(request);
   return request;

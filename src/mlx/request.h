@@ -41,6 +41,7 @@ struct AttentionParams {
   int block_q = 0, block_k = 0;
   Neighbourhood neighbourhood = {};
   bool has_floor = false;
+  bool has_dropout_keys = false;
 
   // Whether the call is of batched, dense arrays, and sees keys by intervals, mask and bias alone.
   bool plain() const {
@@ -71,6 +72,7 @@ struct InputLayout {
       query_ids = count++;
     }
     if (p.has_floor) floor = count++;
+    if (p.has_dropout_keys) dropout_keys = count++;
     if (p.has_alibi) alibi = count++;
     if (p.has_sinks) sinks = count++;
     if (p.has_bias) bias = count++;
@@ -80,7 +82,7 @@ struct InputLayout {
   }
   int alibi = -1, sinks = -1, bias = -1, mask = -1, kv_lengths = -1, seed = -1;
   int query_starts = -1, key_starts = -1, table = -1, cos = -1, sin = -1, q_positions = -1, k_positions = -1;
-  int offsets = -1, key_ids = -1, transposed_offsets = -1, query_ids = -1, floor = -1;
+  int offsets = -1, key_ids = -1, transposed_offsets = -1, query_ids = -1, floor = -1, dropout_keys = -1;
   int count = 3;
 };
 
@@ -102,6 +104,14 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
 // `x` as int32 with the rank given, for starts, tables, lengths and positions; throws std::invalid_argument naming
 // `name` if it is no integer array of that rank.
 mx::array to_int32(const mx::array& x, int rank, const char* name, const char* function, mx::Stream s);
+
+// A bias and a mask of the scores [B, Hq, Nq, Nk], of rank 4 and a dtype that the implementations take; throw
+// std::invalid_argument.
+mx::array checked_bias(const mx::array& bias, const mx::Shape& scores, const char* function, mx::Stream s);
+mx::array checked_mask(const mx::array& mask, const mx::Shape& scores, const char* function, mx::Stream s);
+
+// The seed given, or one that is drawn.
+mx::array dropout_seed(const AttentionOptions& options, mx::Stream s);
 
 // Throws std::invalid_argument, naming `name`, unless `x` holds one real number for each of the Hq heads of q.
 void check_per_head(const mx::array& x, const char* name, int Hq, const char* function);

@@ -1,6 +1,7 @@
 // route.cpp: the public functions of attention: describe the call, choose a route, build its node or graph.
 #include "mlx/route.h"
 
+#include <algorithm>
 #include <atomic>
 #include <numbers>
 #include <stdexcept>
@@ -8,7 +9,9 @@
 #include "attention/plan.h"
 #include "common/check.h"
 #include "common/thread_pool.h"
+#include "mfa/together.h"
 #include "mlx/attention.h"
+#include "mlx/attention_group.h"
 #include "mlx/composed.h"
 #include "mlx/fast.h"
 #include "mlx/gpu.h"
@@ -23,6 +26,11 @@ thread_local RouteRecorder* recorder = nullptr;  // the innermost of this thread
 
 constexpr const char* kPlainOnly =
     "it takes only batched, dense arrays, without rotary tables, block lists, neighbourhoods or a top-k selection";
+
+// From the kernels' lse / ln 2.
+mx::array natural_lse(const mx::array& base2, mx::Stream s) {
+  return mx::multiply(base2, mx::array(std::numbers::ln2_v<float>), s);
+}
 
 // o alone, by MLX's op. sdpa_refusal() has found nothing that it would compute differently.
 mx::array mlx_sdpa(const Request& r) {
@@ -66,6 +74,7 @@ std::optional<std::string> cuda_refusal(const Request& r) {
   if (!gpu) return reason;
   if (!r.params.plain()) return kPlainOnly;
   if (r.params.returns_probs) return "the CUDA kernels do not store the probabilities";
+  if (r.params.has_dropout_keys) return "the CUDA kernels count the keys of dropout from 0";
   return gpu->refusal(describe(r.params, r.inputs));
 }
 
@@ -169,16 +178,23 @@ Explanation explanation(const Request& request, Route route, std::vector<Refusal
 
 }  // namespace
 
-std::vector<mx::array> launch(Request request, Backend backend, const WantedOutputs& wanted) {
+namespace {
+
+// Chooses the route of a call that will be computed, for the counters and those who listen.
+Route chosen(const Request& request, Backend backend, const WantedOutputs& wanted) {
   std::vector<Refusal> refusals;
   const Route route = choose(request, backend, wanted, recorder ? &refusals : nullptr);
   if (recorder) recorder->add(explanation(request, route, std::move(refusals)));
   calls[static_cast<int>(route)].fetch_add(1, std::memory_order_relaxed);
+  return route;
+}
+
+std::vector<mx::array> launch_on(Route route, Request request, const WantedOutputs& wanted) {
   switch (route) {
     case Route::mfa_cpu:
     case Route::mfa_cuda: {
       auto outputs = Attention::make(request.stream, request.params, std::move(request.inputs));
-      if (wanted.lse) outputs[1] = mx::multiply(outputs[1], mx::array(std::numbers::ln2_v<float>), request.stream);
+      if (wanted.lse) outputs[1] = natural_lse(outputs[1], request.stream);
       return outputs;
     }
     case Route::mlx_sdpa:
@@ -187,6 +203,58 @@ std::vector<mx::array> launch(Request request, Backend backend, const WantedOutp
       return composed_attention(request.params, request.inputs, request.stream);
   }
   throw std::logic_error("[flash_attention] unknown route");
+}
+
+}  // namespace
+
+std::vector<mx::array> launch(Request request, Backend backend, const WantedOutputs& wanted) {
+  const Route route = chosen(request, backend, wanted);
+  return launch_on(route, std::move(request), wanted);
+}
+
+namespace {
+
+// The outputs of each call.
+std::vector<std::vector<mx::array>> launch_together(const std::vector<AttentionCall>& given,
+                                                    mx::StreamOrDevice stream_or_device, const WantedOutputs& wanted,
+                                                    const char* function) {
+  const mx::Stream s = mx::to_stream(stream_or_device);
+  AttentionSources sources;
+  sources.function = function;
+  std::vector<Request> requests;
+  for (const AttentionCall& c : given) {
+    check(!c.options.return_probs, function, "return_probs must be false");
+    requests.push_back(make_request(c.q, c.k, c.v, c.options, false, s, sources));
+  }
+  std::vector<Route> routes;
+  for (size_t i = 0; i < given.size(); ++i) routes.push_back(chosen(requests[i], given[i].options.backend, wanted));
+  const bool one_node =
+      given.size() > 1 && std::ranges::all_of(routes, [](Route route) { return route == Route::mfa_cpu; });
+  if (one_node) {
+    auto outputs = AttentionGroup::make(s, requests);
+    for (auto& o : outputs) o[1] = natural_lse(o[1], s);
+    return outputs;
+  }
+  std::vector<std::vector<mx::array>> outputs;
+  for (size_t i = 0; i < given.size(); ++i) outputs.push_back(launch_on(routes[i], std::move(requests[i]), wanted));
+  return outputs;
+}
+
+}  // namespace
+
+std::vector<mx::array> attention_together(const std::vector<AttentionCall>& given, mx::StreamOrDevice s,
+                                          const char* function) {
+  std::vector<mx::array> results;
+  for (const auto& outputs : launch_together(given, s, {}, function)) results.push_back(outputs[0]);
+  return results;
+}
+
+std::vector<AttentionResult> attention_together_with_lse(const std::vector<AttentionCall>& given, mx::StreamOrDevice s,
+                                                         const char* function) {
+  std::vector<AttentionResult> results;
+  for (const auto& outputs : launch_together(given, s, {.lse = true}, function))
+    results.push_back({outputs[0], outputs[1], std::nullopt});
+  return results;
 }
 
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,

@@ -51,7 +51,8 @@ struct AttentionSources {
   std::optional<Rotary> rotary;
   std::optional<BlockLists> blocks;
   Neighbourhood neighbourhood;
-  std::optional<mx::array> score_floor;  // float32, shaped as lse
+  std::optional<mx::array> score_floor;         // float32, shaped as lse
+  std::optional<mx::array> dropout_first_keys;  // int32 [B], as AttentionProblem says
 };
 
 }  // namespace mfa

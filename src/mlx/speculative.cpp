@@ -3,9 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <vector>
 
+#include "attention/tree.h"
 #include "common/check.h"
 #include "mlx/merge.h"
 #include "mlx/ops.h"
@@ -26,42 +25,27 @@ TreeMask make_tree_mask(const mx::array& parents, const char* function, mx::Stre
   const int trees = parents.ndim() == 2 ? parents.shape(0) : 1, N = parents.shape(-1), words = (N + 31) / 32;
   auto known = mx::contiguous(mx::astype(parents, mx::int64, s), false, s);
   known.eval();
-  const int64_t* parent = known.data<int64_t>();
-
-  std::vector<int32_t> depths(static_cast<size_t>(trees) * N);
-  const auto visible = std::make_unique<bool[]>(depths.size() * N);  // zeros; vector<bool> has no data()
-  std::vector<uint32_t> bits(depths.size() * words);
-  for (int t = 0; t < trees; ++t) {
-    const size_t first = static_cast<size_t>(t) * N;
-    for (int i = 0; i < N; ++i) {
-      const int64_t up = parent[first + i];
-      check(up >= -1 && up < i, function, "the parent of node ", i, " must be a node before it or -1; got ", up);
-      bool* row = &visible[(first + i) * N];
-      uint32_t* row_bits = &bits[(first + i) * words];
-      if (up >= 0) {
-        depths[first + i] = depths[first + up] + 1;
-        std::copy_n(&visible[(first + up) * N], N, row);
-        std::copy_n(&bits[(first + up) * words], words, row_bits);
-      }
-      row[i] = true;
-      row_bits[i / 32] |= uint32_t{1} << (i % 32);
-    }
-  }
+  const auto tree = tree_visibility({known.data<int64_t>(), known.size()}, trees, N, function);
   const bool batched = parents.ndim() == 2;
   auto shape = [&](mx::Shape one) {
     if (batched) one.insert(one.begin(), trees);
     return one;
   };
-  return {mx::array(depths.data(), shape({N}), mx::int32), mx::array(visible.get(), shape({N, N}), mx::bool_),
-          mx::array(bits.data(), shape({N, words}), mx::uint32)};
+  return {mx::array(tree.depths.data(), shape({N}), mx::int32), mx::array(tree.visible.get(), shape({N, N}), mx::bool_),
+          mx::array(tree.bits.data(), shape({N, words}), mx::uint32)};
 }
 
 AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
-                    mx::Stream s) {
+                    const std::optional<mx::array>& dropout_first_keys, mx::Stream s) {
   AttentionSources sources;
   sources.function = kFunction;
+  if (options.dropout_p > 0.f) sources.dropout_first_keys = dropout_first_keys;
   auto outputs = launch(make_request(q, k, v, options, false, s, sources), options.backend, {.lse = true});
   return {outputs[0], outputs[1], std::nullopt};
+}
+
+mx::array both(const std::optional<mx::array>& a, const mx::array& b, mx::Stream s) {
+  return a ? mx::logical_and(*a, b, s) : b;
 }
 
 // The number of committed tokens of each entry, int32 [B].
@@ -88,8 +72,6 @@ TreeMask tree_mask(const mx::array& parents, mx::StreamOrDevice s) {
 AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& parents,
                                const AttentionOptions& options, mx::StreamOrDevice stream_or_device) {
   const mx::Stream s = mx::to_stream(stream_or_device);
-  check(!options.bias && !options.mask, kFunction, "attn_bias and mask are not offered");
-  check(options.dropout_p == 0.f, kFunction, "dropout_p must be 0; got ", options.dropout_p);
   check(!options.return_probs, kFunction, "return_probs must be false");
   check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, kFunction,
         "q, k and v must have 4 dimensions [B, H, N, D]; got shapes ", q.shape(), ", ", k.shape(), " and ", v.shape());
@@ -105,50 +87,76 @@ AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx:
   if (options.kv_lengths) committed = committed_tokens(*options.kv_lengths, B, N, Nk, s);
   const auto depth = mx::reshape(tree.depths, {trees, 1, N, 1}, s);
   const auto depth_of_key = mx::reshape(tree.depths, {trees, 1, 1, N}, s);
+  const int most = committed ? Nk : Nk - N;  // committed tokens of an entry
+  const auto tokens = committed ? mx::reshape(*committed, {B, 1, 1, 1}, s) : mx::array(Nk - N);
+  // Of arrays whose `axis` counts the keys: those of the committed tokens, and those of the nodes behind them, which
+  // are gathered where entries have different lengths.
+  const auto is_one_term = [](const mx::array& x, int axis) { return axis == 3 && x.shape(axis) == 1; };
+  const auto first_keys = [&](const mx::array& x, int axis) {
+    if (most == Nk || is_one_term(x, axis)) return x;
+    mx::Shape stop = x.shape();
+    stop[axis] = most;
+    return mx::slice(x, {0, 0, 0, 0}, stop, s);
+  };
+  const auto last_keys = [&](const mx::array& x, int axis) {
+    if (is_one_term(x, axis)) return x;
+    mx::Shape start = {0, 0, 0, 0}, shape = x.shape();
+    if (!committed) {
+      start[axis] = Nk - N;
+      return mx::slice(x, start, shape, s);
+    }
+    shape[0] = B;
+    const auto whole = mx::broadcast_to(x, shape, s);
+    mx::Shape one = {1, 1, 1, 1};
+    shape[axis] = one[axis] = N;
+    const auto at = mx::add(tokens, mx::reshape(mx::arange(0, N, mx::int32, s), one, s), s);
+    return mx::take_along_axis(whole, mx::broadcast_to(at, shape, s), axis, s);
+  };
+  const mx::Shape scores = {B, Hq, N, Nk};
+  std::optional<mx::array> bias, mask;
+  if (options.bias) bias = checked_bias(*options.bias, scores, kFunction, s);
+  if (options.mask) mask = checked_mask(*options.mask, scores, kFunction, s);
+  if (options.sinks) check_per_head(*options.sinks, "sinks", Hq, kFunction);
   AttentionOptions part;
   part.scale = options.scale;
   part.softcap = options.softcap;
+  part.dropout_p = options.dropout_p;
+  if (options.dropout_p > 0.f) part.dropout_seed = dropout_seed(options, s);
   part.backend = options.backend;
 
   // The committed tokens: no node is before the end of them, so the left side of the window is all that limits them.
   AttentionOptions before = part;
   before.alibi_slopes = options.alibi_slopes;
-  const int most = committed ? Nk : Nk - N;
-  const auto tokens = committed ? mx::reshape(*committed, {B, 1, 1, 1}, s) : mx::array(Nk - N);
   if (committed) before.kv_lengths = committed;
+  if (bias) before.bias = first_keys(*bias, 3);
+  if (mask) before.mask = first_keys(*mask, 3);
   if (options.window_left >= 0) {
     const auto keys = mx::reshape(mx::arange(0, most, mx::int32, s), {1, 1, 1, most}, s);
     const auto distance = mx::subtract(mx::add(tokens, depth, s), keys, s);
-    before.mask = mx::less_equal(distance, mx::array(options.window_left), s);
+    before.mask = both(before.mask, mx::less_equal(distance, mx::array(options.window_left), s), s);
   }
-  const auto from_start = [&](const mx::array& x) {
-    return committed ? x : mx::slice(x, {0, 0, 0, 0}, {x.shape(0), x.shape(1), most, x.shape(3)}, s);
-  };
-  if (options.sinks) check_per_head(*options.sinks, "sinks", Hq, kFunction);
-  AttentionResult past = run(q, from_start(k), from_start(v), before, s);
+  AttentionResult past = run(q, first_keys(k, 2), first_keys(v, 2), before, std::nullopt, s);
 
-  // The nodes, which lie behind the committed tokens of each entry: N tokens are gathered, or a view taken.
   AttentionOptions within = part;
   within.mask = mx::reshape(tree.visible, {trees, 1, N, N}, s);
+  if (mask) within.mask = both(within.mask, last_keys(*mask, 3), s);
   if (options.window_left >= 0) {
-    const auto near = mx::less_equal(mx::subtract(depth, depth_of_key, s), mx::array(options.window_left), s);
-    within.mask = mx::logical_and(*within.mask, near, s);
+    const auto distance = mx::subtract(depth, depth_of_key, s);
+    within.mask = both(within.mask, mx::less_equal(distance, mx::array(options.window_left), s), s);
   }
+  if (bias) within.bias = last_keys(*bias, 3);
   if (options.alibi_slopes) {
     const auto slopes = mx::reshape(mx::astype(*options.alibi_slopes, mx::float32, s), {1, Hq, 1, 1}, s);
-    within.bias = mx::multiply(slopes, mx::astype(mx::subtract(depth_of_key, depth, s), mx::float32, s), s);
+    const auto term = mx::multiply(slopes, mx::astype(mx::subtract(depth_of_key, depth, s), mx::float32, s), s);
+    within.bias = within.bias ? mx::add(mx::astype(*within.bias, mx::float32, s), term, s) : term;
     // The first part counted its rows from i + max(0, committed - N).
     const auto counted = mx::add(mx::reshape(mx::arange(0, N, mx::int32, s), {1, 1, N, 1}, s),
                                  mx::maximum(mx::subtract(tokens, mx::array(N), s), mx::array(0), s), s);
     const auto off = mx::astype(mx::subtract(counted, mx::add(tokens, depth, s), s), mx::float32, s);
     past.lse = mx::add(past.lse, mx::squeeze(mx::multiply(slopes, off, s), 3, s), s);
   }
-  const auto nodes = [&](const mx::array& x) {
-    if (!committed) return mx::slice(x, {0, 0, Nk - N, 0}, x.shape(), s);
-    const auto rows = mx::add(tokens, mx::reshape(mx::arange(0, N, mx::int32, s), {1, 1, N, 1}, s), s);
-    return mx::take_along_axis(x, mx::broadcast_to(rows, {B, x.shape(1), N, x.shape(3)}, s), 2, s);
-  };
-  const AttentionResult own = run(q, nodes(k), nodes(v), within, s);
+  const auto first_nodes = committed ? *committed : mx::full({B}, Nk - N, mx::int32, s);
+  const AttentionResult own = run(q, last_keys(k, 2), last_keys(v, 2), within, first_nodes, s);
   return merge_parts(past, own, options.sinks, q.dtype(), s);
 }
 

@@ -40,6 +40,7 @@ std::vector<Kind> kinds_of(const AttentionParams& params, size_t inputs) {
   if (at.bias >= 0) kinds[at.bias] = Kind::broadcast;
   if (at.mask >= 0) kinds[at.mask] = Kind::broadcast;
   if (at.kv_lengths >= 0) kinds[at.kv_lengths] = Kind::batch;
+  if (at.dropout_keys >= 0) kinds[at.dropout_keys] = Kind::batch;
   if (at.seed >= 0) kinds[at.seed] = Kind::other;
   return kinds;
 }

@@ -10,6 +10,8 @@ import oracle
 from problems import Case, normal, to_mlx
 
 LENGTHS = (0, 1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 100)
+PAGES = (1, 2, 3, 7, 16, 32, 64, 100)
+RENAMED = {"alibi_slopes": "alibi", "attn_bias": "bias"}
 
 
 def random_options(rng, B, Hq, Nq, Nk, keys):
@@ -134,3 +136,36 @@ def random_sizes(rng):
         "Hq": Hkv * G, "Hkv": Hkv, "D": int(rng.choice((2, 8, 18, 32, 64))), "Dv": int(rng.choice((1, 8, 24, 64))),
         "dtype": str(rng.choice(("float32", "float16", "bfloat16"))),
     }  # fmt: skip
+
+
+def paged_parts(pools, arguments, Nk):
+    """How gradients of a call's arrays become those of the problem's."""
+    parts = {"k": lambda g: {"k": pools.gather(g, Nk)}, "v": lambda g: {"v": pools.gather(g, Nk)}}
+    for name in arguments:
+        if name == "attn_bias":
+            parts[name] = lambda g: {"bias": g if g.shape[-1] == 1 else g[..., :Nk]}
+        elif name in RENAMED:
+            parts[name] = lambda g, name=name: {RENAMED[name]: g}
+    return parts
+
+
+def random_paged(rng, Nq):
+    """A paged problem with random sizes, modifiers and pages."""
+    B, sizes = random_sizes(rng)
+    lengths = rng.choice(LENGTHS, B)
+    if rng.random() < 0.1:
+        lengths[0] = 300
+    Nk, page = max(1, int(lengths.max())), int(rng.choice(PAGES))
+    p = make_problem(rng, lengths, Nq=Nq, **sizes)
+    pools = make_pools(rng, p.k, p.v, lengths, page, unused=int(rng.choice((-1, -7, 2**31 - 1))))
+    options, arguments = random_options(rng, B, sizes["Hq"], Nq, Nk, pools.keys)
+    for name, value in options.items():
+        setattr(p, name, value)
+    label = f"{sizes} lengths {lengths} queries {Nq} page {page} {sorted(options)} {options['causal']}"
+    return case_of(rng, p, label), pools, arguments
+
+
+def paged_inputs(p, pools, arguments, q):
+    return {"q": to_mlx(q, p.dtype), "k": to_mlx(pools.k, p.dtype), "v": to_mlx(pools.v, p.dtype)} | {
+        n: x for n, x in arguments.items() if mx.issubdtype(x.dtype, mx.floating)
+    }

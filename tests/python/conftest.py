@@ -6,6 +6,8 @@ import os
 # On NVIDIA GPUs MLX multiplies float32 matrices in tf32 unless told otherwise before it is first used: its own
 # operations, and so the composed route, would not have float32's accuracy.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# The oracle's products are small: numpy's threads would wait for each other longer than they multiply.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import pytest

@@ -372,7 +372,8 @@ def _addition_spread(exact_terms, shape):
     """The spread that adding the terms to ``shape`` up in float32, one by one, gives."""
     axes = tuple(a for a in range(-len(shape), 0) if shape[a] == 1)
     moved = np.moveaxis(exact_terms, axes, range(-len(axes), 0))
-    partial_sums = moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1).cumsum(axis=-1)
+    kept, added = moved.shape[: moved.ndim - len(axes)], moved.shape[moved.ndim - len(axes) :]
+    partial_sums = moved.reshape(*kept, math.prod(added)).cumsum(axis=-1)
     roundings = (np.square(partial_sums) * (2.0**-24) ** 2 / 3).sum(axis=-1)
     return math.sqrt(roundings.max(initial=0.0))
 

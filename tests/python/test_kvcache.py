@@ -89,10 +89,10 @@ def unturned(x, back):
     return x
 
 
-def random_call(rng):
+def random_call(rng, rope_append=False):
     """A problem, its cache and the call's arguments; how q and k are turned, and whether k is at load; the lengths."""
     B, sizes = random_sizes(rng)
-    kind, appends = str(rng.choice(KINDS)), bool(rng.random() < 0.6)
+    kind, appends = str(rng.choice(KINDS)), bool(rng.random() < 0.6) or rope_append
     remaps = bool(rng.random() < 0.3) and not (kind == "grows" and appends)
     added = int(rng.choice((1, 2, 9, 33))) if appends else 0
     before = np.full(B, rng.choice((0, 1, 16, 40))) if kind == "grows" else rng.choice((0, 1, 7, 16, 31, 64), B)
@@ -107,7 +107,7 @@ def random_call(rng):
     for name, value in options.items():
         setattr(p, name, value)
     given, turn_q, turn_k, at_load = dict(cache.arguments), unturned, unturned, True
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 or rope_append:
         cos, sin = tables(POSITIONS, 2 * int(rng.integers(1, sizes["D"] // 2 + 1)))
         interleaved = bool(rng.random() < 0.5)
         q_first, new_first = np.maximum(0, total - Nq), before
@@ -133,18 +133,22 @@ def random_call(rng):
     return case_of(rng, p, label), cache, given, arguments, turn_q, turn_k, at_load, total
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_random_caches_are_within_the_error_rule(block, seed):
+def check_random_caches(block, seed, rope_append):
     def check(rng, index):
-        case, cache, given, arguments, turn_q, turn_k, at_load, total = random_call(rng)
+        case, cache, given, arguments, turn_q, turn_k, at_load, total = random_call(rng, rope_append)
         p = case.problem
 
         def attend(x):
             q, k, v = (x.pop(n) for n in "qkv")
-            return mfa.flash_attention_kvcache(
-                q, cache.of(k), cache.of(v), k_new=cache.new_of(k), v_new=cache.new_of(v), **given, **keywords(p),
-                **(arguments | x),
-            )  # fmt: skip
+            options = given | keywords(p) | arguments | x
+            if not rope_append:
+                return mfa.flash_attention_kvcache(
+                    q, cache.of(k), cache.of(v), k_new=cache.new_of(k), v_new=cache.new_of(v), **options
+                )
+            # An empty cache that grows may be left out.
+            old = (None, None) if cache.kind == "grows" and index % 2 and not cache.before.any() else (k, v)
+            old = [x if x is None else cache.of(x) for x in old]
+            return mfa.flash_attention_kvcache_rope_append(q, cache.new_of(k), cache.new_of(v), *old, **options)
 
         inputs = {n: to_mlx(getattr(p, n), p.dtype) for n in "qkv"}
         if cache.new is not None:
@@ -166,6 +170,16 @@ def test_random_caches_are_within_the_error_rule(block, seed):
         check_entry(case, inputs, lambda x: attend(x)[:2], parts, rule=rule)
 
     run_block(block, seed, check)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_caches_are_within_the_error_rule(block, seed):
+    check_random_caches(block, seed, rope_append=False)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_rotated_appends_are_within_the_error_rule(block, seed):
+    check_random_caches(block, seed, rope_append=True)
 
 
 # ---------------------------------------------------------------------------------------------- in place

@@ -4,48 +4,12 @@ import mlx.core as mx
 import mlx_mfa as mfa
 import numpy as np
 import pytest
-from caches import LENGTHS, case_of, keywords, make_pools, make_problem, random_options, random_sizes
+from caches import keywords, make_pools, make_problem, paged_inputs, paged_parts, random_paged
 from entry_points import BLOCKS, check_entry, run_block
 from problems import DTYPES, cpu_kernels_only, needs_kernels, normal, to_mlx
 from sequences import pack, unpack
 
 pytestmark = [needs_kernels, cpu_kernels_only]
-
-PAGES = (1, 2, 3, 7, 16, 32, 64, 100)
-RENAMED = {"alibi_slopes": "alibi", "attn_bias": "bias"}
-
-
-def parts_of(pools, arguments, Nk):
-    """How gradients of a call's arrays become those of the problem's."""
-    parts = {"k": lambda g: {"k": pools.gather(g, Nk)}, "v": lambda g: {"v": pools.gather(g, Nk)}}
-    for name in arguments:
-        if name == "attn_bias":
-            parts[name] = lambda g: {"bias": g if g.shape[-1] == 1 else g[..., :Nk]}
-        elif name in RENAMED:
-            parts[name] = lambda g, name=name: {RENAMED[name]: g}
-    return parts
-
-
-def random_paged(rng, Nq):
-    """A paged problem with random sizes, modifiers and pages."""
-    B, sizes = random_sizes(rng)
-    lengths = rng.choice(LENGTHS, B)
-    if rng.random() < 0.1:
-        lengths[0] = 300
-    Nk, page = max(1, int(lengths.max())), int(rng.choice(PAGES))
-    p = make_problem(rng, lengths, Nq=Nq, **sizes)
-    pools = make_pools(rng, p.k, p.v, lengths, page, unused=int(rng.choice((-1, -7, 2**31 - 1))))
-    options, arguments = random_options(rng, B, sizes["Hq"], Nq, Nk, pools.keys)
-    for name, value in options.items():
-        setattr(p, name, value)
-    label = f"{sizes} lengths {lengths} queries {Nq} page {page} {sorted(options)} {options['causal']}"
-    return case_of(rng, p, label), pools, arguments
-
-
-def inputs_of(p, pools, arguments, q):
-    return {"q": to_mlx(q, p.dtype), "k": to_mlx(pools.k, p.dtype), "v": to_mlx(pools.v, p.dtype)} | {
-        n: x for n, x in arguments.items() if mx.issubdtype(x.dtype, mx.floating)
-    }
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -66,8 +30,8 @@ def test_random_pages_are_within_the_error_rule(block, seed):
                 q, k, v, mx.array(table), mx.array(lengths), cache_batch_idx=remap, **keywords(p), **(arguments | x)
             )
 
-        inputs = inputs_of(p, pools, arguments, p.q)
-        check_entry(case, inputs, call, parts_of(pools, arguments, p.k.shape[2]), seed=index)
+        inputs = paged_inputs(p, pools, arguments, p.q)
+        check_entry(case, inputs, call, paged_parts(pools, arguments, p.k.shape[2]), seed=index)
 
     run_block(block, seed, check)
 
@@ -96,8 +60,8 @@ def test_random_packed_queries_are_within_the_error_rule(block, seed):
                 **(arguments | x),
             )  # fmt: skip
 
-        parts = parts_of(pools, arguments, Nk) | {"q": lambda g: {"q": unpack(g, counts, Nq)}}
-        inputs = inputs_of(p, pools, arguments, pack(p.q, counts))
+        parts = paged_parts(pools, arguments, Nk) | {"q": lambda g: {"q": unpack(g, counts, Nq)}}
+        inputs = paged_inputs(p, pools, arguments, pack(p.q, counts))
         check_entry(
             case,
             inputs,

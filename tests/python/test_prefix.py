@@ -5,10 +5,18 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
-from entry_points import BLOCKS, check_entry, run_block
-from problems import keywords, mfa, needs_kernels, normal, random_arrays, random_case, to_mlx, to_numpy
-
-NOT_OFFERED = ("dropout",)
+from entry_points import BLOCKS, CASES, check_entry, run_block
+from problems import (
+    cpu_kernels_only,
+    keywords,
+    mfa,
+    needs_kernels,
+    normal,
+    random_arrays,
+    random_case,
+    to_mlx,
+    to_numpy,
+)
 
 
 def cascade_sizes(rng):
@@ -33,7 +41,7 @@ def over_own_keys(x, Nk):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_random_cascades_are_attention_over_the_concatenation(block, seed):
     def check(rng, index):
-        case = random_case(rng, cascade_sizes, NOT_OFFERED)
+        case = random_case(rng, cascade_sizes)
         own = case.problem
         B, _, Hkv, Nq, Nk, D, Dv = own.shape
         P = int(rng.choice((0, 1, 8, 63, 64, 100, 257))) or int(Nk == 0)
@@ -58,10 +66,8 @@ def test_random_cascades_are_attention_over_the_concatenation(block, seed):
         inputs = case.arrays | {"k_prefix": to_mlx(k_prefix, own.dtype), "v_prefix": to_mlx(v_prefix, own.dtype)}
 
         def call(x):
-            options = keywords(own, x)
-            del options["dropout_p"], options["dropout_seed"]
             return mfa.flash_attention_cascade(
-                x["q"], x["k_prefix"], x["v_prefix"], x["k"], x["v"], return_lse=True, **options
+                x["q"], x["k_prefix"], x["v_prefix"], x["k"], x["v"], return_lse=True, **keywords(own, x)
             )
 
         def own_keys(name):
@@ -177,6 +183,89 @@ def test_a_prefix_cache_and_a_cascade_are_one_long_attention():
     assert mx.allclose(whole[:, :, 50:], rest, atol=1e-6)
 
 
+def test_random_prefix_caches_are_attention(seed):
+    for index in range(CASES):
+        case = random_case(np.random.default_rng([seed, index]), cascade_sizes, ("dropout",))
+        q, k, v = (case.arrays[n] for n in "qkv")
+        options = keywords(case.problem, case.arrays)
+        out, k_kept, v_kept = mfa.make_shared_prefix_cache(q, k, v, **options)
+        assert k_kept is k
+        assert v_kept is v
+        assert mx.array_equal(out, mfa.flash_attention(q, k, v, **options)), case.label
+
+
+SHARED = ("scale", "causal", "softcap", "window", "alibi", "sinks", "dropout_p", "dropout_seed")  # by both halves
+
+
+def random_halves(rng):
+    """Two cases of one number of heads and with the same shared options."""
+    prefill = random_case(rng, cascade_sizes)
+    _, Hq, Hkv, *_ = prefill.problem.shape
+
+    def decode_sizes(rng):
+        while True:
+            B, Nq, Nk = int(rng.integers(1, 6)), int(rng.choice((1, 1, 2, 17))), int(rng.choice((0, 1, 64, 129, 300)))
+            if B * Hq * Nq * Nk <= 1e5:
+                D, Dv = (int(rng.choice((1, 8, 17, 40, 64, 128))) for _ in range(2))
+                return B, Hq, Hkv, Nq, Nk, D, Dv
+
+    decode = random_case(rng, decode_sizes, without=(*SHARED, "dropout"))
+    shared = {name: getattr(prefill.problem, name) for name in SHARED}
+    decode.problem = dataclasses.replace(decode.problem, **shared)
+    decode.arrays = {n: x for n, x in decode.arrays.items() if n not in SHARED}
+    decode.arrays |= {n: x for n, x in prefill.arrays.items() if n in SHARED}
+    return prefill, decode
+
+
+@needs_kernels
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_halves_of_splitfuse_are_attention(block, seed):
+    def check(rng, index):
+        halves = random_halves(rng)
+        which = index % 2
+
+        def call(x):
+            arrays = [case.arrays for case in halves]
+            arrays[which] = x
+            options = keywords(halves[which].problem, x)
+            for name in ("attn_bias", "mask", "kv_lengths"):
+                del options[name]
+            for half, a in zip(("prefill", "decode"), arrays):
+                options |= {f"attn_bias_{half}": a.get("bias"), f"mask_{half}": a.get("mask")}
+                options[f"kv_lengths_{half}"] = a.get("kv_lengths")
+            tensors = [a[n] for a in arrays for n in "qkv"]
+            return mfa.flash_attention_splitfuse(*tensors, return_lse=True, **options)[which]
+
+        check_entry(halves[which], halves[which].arrays, call, seed=index)
+
+    run_block(block, seed, check)
+
+
+def splitfuse_arrays():
+    return random_arrays(3, *[(1, 2, 20, 16)] * 3, (2, 2, 1, 16), *[(2, 2, 30, 16)] * 2)
+
+
+@needs_kernels
+@cpu_kernels_only
+def test_splitfuse_is_one_node_of_the_graph(tmp_path):
+    out = mfa.flash_attention_splitfuse(*splitfuse_arrays())
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *out)
+    nodes = (tmp_path / "graph.dot").read_text()
+    assert nodes.count('label ="MfaAttentionGroup"') == 1, nodes
+    assert '"MfaAttention"' not in nodes
+
+
+@pytest.mark.parametrize("axes", [(0,) * 6, (0, 1, 2, None, None, None), (None, None, None, 2, 1, 0)])
+def test_splitfuse_is_mapped_half_by_half(axes):
+    arrays = splitfuse_arrays()
+    mapped = [x if a is None else mx.stack([x, x * 0.5], axis=a) for x, a in zip(arrays, axes)]
+    results = mx.vmap(mfa.flash_attention_splitfuse, in_axes=axes)(*mapped)
+    for v, factor in enumerate((1, 0.5)):
+        each = [x if a is None else x * factor for x, a in zip(arrays, axes)]
+        for mine, expected in zip(results, mfa.flash_attention_splitfuse(*each)):
+            assert mx.allclose(mine[v], expected, atol=1e-6)
+
+
 def test_splitfuse_is_two_attentions():
     prefill = random_arrays(3, (1, 4, 40, 16), (1, 2, 60, 16), (1, 2, 60, 16))
     decode = random_arrays(4, (5, 4, 1, 16), (5, 2, 90, 16), (5, 2, 90, 16))
@@ -194,7 +283,7 @@ def test_splitfuse_is_two_attentions():
 
 
 def test_gradients_flow_through_both_halves_of_splitfuse():
-    arrays = random_arrays(3, *[(1, 2, 20, 16)] * 3, (2, 2, 1, 16), *[(2, 2, 30, 16)] * 2)
+    arrays = splitfuse_arrays()
 
     def loss(*x):
         return sum(o.sum() for o in mfa.flash_attention_splitfuse(*x))

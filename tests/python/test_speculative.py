@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import caches
 import mlx.core as mx
 import numpy as np
 import oracle
@@ -20,7 +21,7 @@ from problems import (
     to_numpy,
 )
 
-NOT_OFFERED = ("dropout", "bias", "mask", "kv_lengths")
+NOT_OFFERED = ("kv_lengths",)
 
 
 def random_parents(rng, N):
@@ -91,11 +92,18 @@ def test_random_trees_are_attention_with_their_mask(block, seed):
             distance[b, 0] = at[None, :] - (committed + depths)[:, None]
         if p.window and p.window[0] >= 0:
             mask &= -distance <= p.window[0]
+        if p.mask is not None:
+            mask = mask & p.mask
+        if ragged and rng.random() < 0.5:  # what lies behind the tree must not matter
+            behind = mx.array(np.arange(Nk)[None, :] >= lengths[:, None])[:, None, :, None]
+            nan = mx.array(float("nan"))
+            case.arrays |= {n: mx.where(behind, nan.astype(x.dtype), x) for n, x in case.arrays.items() if n in "kv"}
         case.problem = dataclasses.replace(p, causal=False, window=None, mask=mask, distance=distance)
         case.label = f"batched {batched} lengths {lengths} {case.label}"
 
         def call(x):
-            options = {n: o for n, o in keywords(p, x).items() if n in OPTIONS}
+            options = keywords(p, x)
+            del options["causal"], options["kv_lengths"]
             given = mx.array(parents if batched else parents[0])
             return mfa.flash_attention_tree(
                 x["q"],
@@ -110,9 +118,6 @@ def test_random_trees_are_attention_with_their_mask(block, seed):
         check_entry(case, case.arrays, call, seed=index)
 
     run_block(block, seed, check)
-
-
-OPTIONS = ("scale", "softcap", "alibi_slopes", "window_size", "sinks")
 
 
 def test_a_chain_is_causal_attention():
@@ -239,6 +244,56 @@ def test_traced_parents_are_refused():
 
 
 # ---------------------------------------------------------------------------------------------- the proxy
+
+
+def verify_sizes(rng):
+    while True:
+        B, Hkv, G = int(rng.integers(1, 4)), int(rng.choice((1, 2, 3))), int(rng.choice((1, 1, 2, 4)))
+        N, Nk = int(rng.choice((1, 2, 5, 9, 17))), int(rng.choice((1, 7, 33, 64, 129, 300)))
+        if B * Hkv * G * N * Nk <= 1e5:
+            D, Dv = (int(rng.choice((1, 8, 17, 40, 64, 128))) for _ in range(2))
+            return B, Hkv * G, Hkv, N, Nk, D, Dv
+
+
+@needs_kernels
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_verifications_are_attention(block, seed):
+    def check(rng, index):
+        case = random_case(rng, verify_sizes)
+        B, _, _, N, _, _, _ = case.problem.shape
+
+        def call(x):
+            return mfa.flash_attention_speculative_verify(
+                x["q"], x["k"], x["v"], mx.zeros((B, N), mx.int32), **keywords(case.problem, x)
+            )[:2]
+
+        check_entry(case, case.arrays, call, seed=index)
+
+    run_block(block, seed, check)
+
+
+@needs_kernels
+@cpu_kernels_only
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_verifications_over_pages_are_attention(block, seed):
+    def check(rng, index):
+        N = int(rng.choice((1, 2, 5, 9, 17)))
+        case, pools, arguments = caches.random_paged(rng, N)
+        p = case.problem
+        options = caches.keywords(p)
+        del options["return_lse"]
+
+        def call(x):
+            q, k, v = (x.pop(n) for n in "qkv")
+            ids = mx.zeros((len(pools.lengths), N), mx.int32)
+            return mfa.flash_attention_speculative_verify_paged(
+                q, k, v, mx.array(pools.table), mx.array(pools.lengths), ids, **options, **(arguments | x)
+            )[:2]
+
+        inputs = caches.paged_inputs(p, pools, arguments, p.q)
+        check_entry(case, inputs, call, caches.paged_parts(pools, arguments, p.k.shape[2]), seed=index)
+
+    run_block(block, seed, check)
 
 
 def test_verify_returns_attention_and_the_documented_proxy():

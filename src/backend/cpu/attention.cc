@@ -43,6 +43,55 @@ size_t checked_product(std::initializer_list<size_t> factors) {
   return product;
 }
 
+// A forward on its way: the job, and the memory that it works in.
+struct Forward {
+  ForwardJob job;
+  AlignedBuffer partials;
+  size_t scratch = 0;
+  int64_t tasks = 0, merges = 0;  // merges follow all tasks
+
+  Forward(const ForwardCall& call, const KernelTable& kernels, int threads)
+      : job{.problem = &call.problem,
+            .out = &call.out,
+            .plan = plan_forward(call.problem, kernels.traits, threads, call.out.probs != nullptr),
+            .partials = {}} {
+    if (job.plan.kernel == ForwardKernel::empty) return;
+    tasks = job.plan.tasks;
+    if (job.plan.key_splits > 1) split(call.problem);
+    scratch = kernels.forward_scratch_bytes(job);
+  }
+
+  // Memory for the results of single key blocks.
+  void split(const AttentionProblem& p) {
+    const int32_t blocks = (p.Nk + kKeyBlock - 1) / kKeyBlock;
+    const size_t padded_dv = (static_cast<size_t>(p.Dv) + 15) / 16 * 16;
+    merges = job.plan.tiles.count();
+    const size_t rows = checked_product(
+        {static_cast<size_t>(merges), static_cast<size_t>(blocks), static_cast<size_t>(job.plan.row_width)});
+    const size_t padded_rows = (rows + 15) / 16 * 16;
+    partials = AlignedBuffer(checked_product({padded_rows, padded_dv + 2, sizeof(float)}));
+    job.partials = {partials.floats(),
+                    partials.floats() + padded_rows,
+                    partials.floats() + 2 * padded_rows,
+                    static_cast<int64_t>(padded_dv),
+                    job.plan.row_width,
+                    blocks};
+  }
+};
+
+// Runs task(forward, i) for all i below `count` of each forward.
+template <typename Task>
+void run_all(double work, const std::vector<Forward>& forwards, int64_t Forward::* count, const Task& task) {
+  int64_t total = 0;
+  for (const Forward& f : forwards) total += f.*count;
+  if (total == 0) return;
+  run(work, total, [&](int64_t i, int) {
+    const Forward* f = forwards.data();
+    for (; i >= f->*count; ++f) i -= f->*count;
+    task(*f, i);
+  });
+}
+
 // dsink_h = -sum_(b,i) exp(sink_h - lse_i) (sum_d dO O - dlse_i), in a fixed order.
 void sink_gradient(const AttentionProblem& p, const AttentionGradientInputs& in, const float* delta, float* dsinks) {
   const double to_natural = in.lse_base2 ? 0.693147180559945309417 : 1.0;
@@ -116,37 +165,23 @@ std::optional<CpuKernelTraits> kernel_traits(std::string* reason) {
   return table->traits;
 }
 
-void attention_forward(const AttentionProblem& p, const AttentionOutputs& out) {
+void attention_forward(std::span<const ForwardCall> calls) {
   const KernelTable& kernels = require_kernels();
-  const double work = forward_work(p);
+  double work = 0;
+  for (const ForwardCall& call : calls) work += forward_work(call.problem);
   const int threads = work < kInlineWork ? 1 : thread_count();
-  ForwardJob job{.problem = &p,
-                 .out = &out,
-                 .plan = plan_forward(p, kernels.traits, threads, out.probs != nullptr),
-                 .partials = {}};
-  if (job.plan.kernel == ForwardKernel::empty) return;
+  std::vector<Forward> forwards;
+  forwards.reserve(calls.size());
+  for (const ForwardCall& call : calls) forwards.emplace_back(call, kernels, threads);
+  run_all(work, forwards, &Forward::tasks,
+          [&](const Forward& f, int64_t task) { kernels.forward_task(f.job, task, thread_scratch(f.scratch)); });
+  run_all(work, forwards, &Forward::merges,
+          [&](const Forward& f, int64_t tile) { kernels.merge_task(f.job, tile, thread_scratch(f.scratch)); });
+}
 
-  AlignedBuffer partials;
-  const bool merges = job.plan.key_splits > 1;
-  if (merges) {
-    const int32_t blocks = (p.Nk + kKeyBlock - 1) / kKeyBlock;
-    const size_t padded_dv = (static_cast<size_t>(p.Dv) + 15) / 16 * 16;
-    const size_t rows = checked_product({static_cast<size_t>(job.plan.tiles.count()), static_cast<size_t>(blocks),
-                                         static_cast<size_t>(job.plan.row_width)});
-    const size_t padded_rows = (rows + 15) / 16 * 16;
-    partials = AlignedBuffer(checked_product({padded_rows, padded_dv + 2, sizeof(float)}));
-    job.partials = {partials.floats(),
-                    partials.floats() + padded_rows,
-                    partials.floats() + 2 * padded_rows,
-                    static_cast<int64_t>(padded_dv),
-                    job.plan.row_width,
-                    blocks};
-  }
-  const size_t scratch = kernels.forward_scratch_bytes(job);
-  run(work, job.plan.tasks, [&](int64_t task, int) { kernels.forward_task(job, task, thread_scratch(scratch)); });
-  if (merges)
-    run(work, job.plan.tiles.count(),
-        [&](int64_t tile, int) { kernels.merge_task(job, tile, thread_scratch(scratch)); });
+void attention_forward(const AttentionProblem& p, const AttentionOutputs& out) {
+  const ForwardCall call{p, out};
+  attention_forward({&call, 1});
 }
 
 void score_floors(const AttentionProblem& p, const int32_t* keep, float* floors) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,14 @@ void set_isa(const std::string& isa);
 // Computes `out.o` and, where not null, `out.lse` and `out.probs`. The problem must be valid (the caller's boundary has
 // checked it) and supported. Throws std::bad_alloc if scratch cannot be had.
 void attention_forward(const AttentionProblem& p, const AttentionOutputs& out);
+
+// The same of several problems: their tasks are handed out to the threads as those of one. Each gets the bits that a
+// call of its own would give it.
+struct ForwardCall {
+  AttentionProblem problem;
+  AttentionOutputs out;
+};
+void attention_forward(std::span<const ForwardCall> calls);
 
 // The floors that leave each row its `keep` largest scores, as AttentionProblem::score_floor has them: the keep-th
 // largest of the visible scores in units of ln 2, -inf for a row that sees fewer. Rows of batch entry b keep

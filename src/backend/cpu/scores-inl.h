@@ -310,8 +310,8 @@ HWY_INLINE void ApplyDropout(const AttentionProblem& p, const RowTile& t, int r0
     const uint32_t row_head = static_cast<uint32_t>(t.b) * static_cast<uint32_t>(p.Hq) + t.head[r0 + r];
     PhiloxWords words{};
     for (int k = lo; k < hi; ++k) {
-      const uint32_t key = static_cast<uint32_t>(key_of[k]);
-      if (k == lo || key / 4 != static_cast<uint32_t>(key_of[k - 1]) / 4)
+      const uint32_t key = dropout_key(p, t.b, key_of[k]);
+      if (k == lo || key / 4 != dropout_key(p, t.b, key_of[k - 1]) / 4)
         words = dropout_words(p.dropout_seed, row_head, t.query[r0 + r], key);
       float& value = P[k * ld + r];
       value = words[key % 4] >= threshold ? value * keep : 0.f;

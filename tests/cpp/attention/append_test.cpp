@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <vector>
+
+#include "support/random.h"
 
 namespace mfa {
 namespace {
@@ -149,6 +152,53 @@ TEST(Append, PlacesThatDoNotFitAreRefused) {
   c.p.rope = {tables.data(), tables.data(), 5, 2, true, true, first.data(), nullptr};
   EXPECT_EQ(c.error(),
             "[f] the positions of new keys must lie in the rotary tables, [0, 5); got [2, 6) for sequence 1");
+}
+
+// The arrays lie on the heap and have exactly the sizes that their shapes give: AddressSanitizer sees their ends.
+TEST(Append, RandomPlacesAreRefusedOrWrittenInsideOfTheCache) {
+  testing::Random random(5);
+  constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
+  int refused = 0, appended = 0;
+  const int cases = 10000;
+  for (int n = 0; n < cases; ++n) {
+    const auto pick = [&](int low, int high) { return static_cast<int32_t>(random.integer(low, high)); };
+    const bool paged = random.chance(0.6), rotates = random.chance(0.4);
+    const int32_t page_size = pick(1, 5), columns = pick(1, 3), count = paged ? pick(1, 8) : pick(1, 3);
+    CacheRows p;
+    p.B = paged ? pick(1, 3) : count;
+    p.H = 1;
+    p.N = pick(0, 4);
+    p.D = 2;
+    p.capacity = paged ? columns * page_size : page_size;
+    const auto wrong = [&](int32_t right) {
+      return random.chance(0.06) ? random.pick({-kMost - 1, -1, 0, 3, 7, kMost}) : right;
+    };
+    std::vector<int32_t> starts, table, positions;
+    for (int32_t b = 0; b < p.B; ++b) starts.push_back(wrong(pick(0, std::max(0, p.capacity - p.N))));
+    for (int32_t i = 0; paged && i < p.B * columns; ++i) table.push_back(wrong(i % count));
+    for (int32_t b = 0; b < p.B; ++b) positions.push_back(wrong(pick(0, 3)));
+    const std::vector<float> angles(7, 0.6f);
+    std::vector<float> cache(static_cast<size_t>(count * page_size * 2), 1.f), rows(static_cast<size_t>(p.B * p.N * 2));
+    std::fill(rows.begin(), rows.end(), 2.f);
+    p.cache = {cache.data(), {page_size * 2, 2, 2}};
+    p.rows = {rows.data(), {p.N * 2, 2, 2}};
+    p.starts = starts.data();
+    if (paged) p.pages = {table.data(), columns, page_size, count};
+    if (rotates) p.rope = {angles.data(), angles.data(), 7, 2, true, true, positions.data(), nullptr};
+    try {
+      validate(p, "f");
+    } catch (const std::invalid_argument& error) {
+      ASSERT_EQ(std::string(error.what()).substr(0, 4), "[f] ");
+      ++refused;
+      continue;
+    }
+    append_rows(p);
+    EXPECT_EQ(std::count_if(cache.begin(), cache.end(), [](float x) { return x != 1.f; }), p.B * p.N * 2);
+    read_rows(p);
+    ++appended;
+  }
+  EXPECT_GT(refused, cases / 10);
+  EXPECT_GT(appended, cases / 10);
 }
 
 }  // namespace

@@ -4,66 +4,26 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <limits>
 #include <ostream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention/layout.h"
 #include "attention/visibility.h"
+#include "support/metadata.h"
 #include "support/random.h"
 
 namespace mfa {
 namespace {
 
+using testing::Metadata;
 using testing::Random;
-
-// A problem with arrays of exactly the sizes that their shapes give, on the heap, where AddressSanitizer sees their
-// ends.
-struct Metadata {
-  std::vector<int32_t> query_starts, key_starts, lengths, table, q_positions, k_positions, key_ids, query_ids;
-  std::vector<int64_t> offsets, transposed_offsets;
-  std::vector<float> cos;
-  AttentionProblem p;
-
-  AttentionProblem problem() {
-    AttentionProblem q = p;
-    const auto data = [](auto& v) { return v.empty() ? nullptr : v.data(); };
-    q.query_starts = data(query_starts);
-    q.key_starts = data(key_starts);
-    q.kv_lengths = data(lengths);
-    q.pages.table = data(table);
-    q.rope.cos = q.rope.sin = data(cos);
-    q.rope.q_positions = data(q_positions);
-    q.rope.k_positions = data(k_positions);
-    q.blocks.offsets = data(offsets);
-    q.blocks.key_ids = key_ids.data();
-    q.blocks.transposed_offsets = data(transposed_offsets);
-    q.blocks.query_ids = query_ids.data();
-    return q;
-  }
-
-  std::string error() {
-    try {
-      validate(problem(), "f");
-    } catch (const std::invalid_argument& e) {
-      return e.what();
-    }
-    return "";
-  }
-};
-
-Metadata sizes(int32_t B, int32_t Nq, int32_t Nk) {
-  Metadata m;
-  m.p.B = B;
-  m.p.Hq = m.p.Hkv = 1;
-  m.p.Nq = Nq;
-  m.p.Nk = Nk;
-  m.p.D = m.p.Dv = 1;
-  return m;
-}
+using testing::sizes;
 
 Metadata packed() {
   Metadata m = sizes(2, 4, 5);
@@ -184,94 +144,6 @@ TEST(Validate, KeysThatAreRotatedAlreadyNeedNoPositions) {
   EXPECT_EQ(m.error(), "");
 }
 
-// ---- random metadata ------------------------------------------------------------------------------------------------
-
-std::vector<int32_t> random_starts(Random& random, int32_t B, int32_t longest) {
-  std::vector<int32_t> starts = {0};
-  for (int32_t b = 0; b < B; ++b) starts.push_back(starts.back() + static_cast<int32_t>(random.integer(0, longest)));
-  return starts;
-}
-
-// Lists of blocks and the same transposed.
-void add_lists(Random& random, Metadata& m) {
-  BlockListRef& l = m.p.blocks;
-  l.block_q = l.block_k = 2;
-  l.query_blocks = (m.p.Nq + 1) / 2;
-  l.key_blocks = (m.p.Nk + 1) / 2;
-  l.stride_b = random.chance(0.5) ? 1 : 0;
-  const int32_t lists = l.stride_b ? m.p.B : 1;
-  for (int32_t list = 0; list < lists; ++list) {
-    std::vector<std::vector<int32_t>> of_key(l.key_blocks);
-    m.offsets.push_back(static_cast<int64_t>(m.key_ids.size()));
-    for (int32_t r = 0; r < l.query_blocks; ++r) {
-      for (int32_t c = 0; c < l.key_blocks; ++c) {
-        if (!random.chance(0.4)) continue;
-        m.key_ids.push_back(c);
-        of_key[c].push_back(r);
-      }
-      m.offsets.push_back(static_cast<int64_t>(m.key_ids.size()));
-    }
-    m.transposed_offsets.push_back(static_cast<int64_t>(m.query_ids.size()));
-    for (const auto& rows : of_key) {
-      m.query_ids.insert(m.query_ids.end(), rows.begin(), rows.end());
-      m.transposed_offsets.push_back(static_cast<int64_t>(m.query_ids.size()));
-    }
-  }
-  l.entries = static_cast<int64_t>(m.key_ids.size());
-}
-
-Metadata random_metadata(Random& random) {
-  const auto pick = [&](int low, int high) { return static_cast<int32_t>(random.integer(low, high)); };
-  Metadata m = sizes(pick(1, 4), pick(0, 6), pick(0, 9));
-  const int32_t B = m.p.B;
-  if (random.chance(0.6)) {
-    m.query_starts = random_starts(random, B, m.p.Nq);
-    m.p.packed_queries = m.query_starts.back();
-  }
-  if (!m.query_starts.empty() && random.chance(0.5)) {
-    m.key_starts = random_starts(random, B, m.p.Nk);
-    m.p.packed_keys = m.key_starts.back();
-  } else if (random.chance(0.7)) {
-    m.p.pages = {nullptr, pick(1, 4), pick(1, 4), pick(1, 6)};
-    m.p.Nk = static_cast<int32_t>(m.p.pages.table_stride) * m.p.pages.page_size;
-    for (int32_t b = 0; b < B; ++b) {
-      m.lengths.push_back(pick(0, m.p.Nk));
-      const int32_t used = (m.lengths.back() + m.p.pages.page_size - 1) / m.p.pages.page_size;
-      for (int32_t t = 0; t < m.p.pages.table_stride; ++t)
-        m.table.push_back(t < used ? pick(0, m.p.pages.pages - 1) : -1);
-    }
-  }
-  if (random.chance(0.4)) {
-    m.p.rope.positions = 40;
-    m.p.rope.rotary_dim = 2;
-    m.cos.resize(40);
-    m.p.rope.rotates_k = random.chance(0.5);
-    for (int32_t b = 0; b < B; ++b) {
-      m.q_positions.push_back(pick(0, 40 - m.p.Nq));
-      m.k_positions.push_back(pick(0, 40 - m.p.Nk));
-    }
-  }
-  if (random.chance(0.3) && m.p.Nq > 0 && m.p.Nk > 0) add_lists(random, m);
-  return m;
-}
-
-// Puts a wrong number somewhere.
-void spoil(Random& random, Metadata& m) {
-  const auto values = {-1, 0, 1, 3, 9, 100, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()};
-  std::vector<std::vector<int32_t>*> arrays;
-  for (auto* v :
-       {&m.query_starts, &m.key_starts, &m.lengths, &m.table, &m.q_positions, &m.k_positions, &m.key_ids, &m.query_ids})
-    if (!v->empty()) arrays.push_back(v);
-  if (!m.offsets.empty() && random.chance(0.3)) {
-    auto& offsets = random.chance(0.5) ? m.offsets : m.transposed_offsets;
-    offsets[random.integer(0, static_cast<int64_t>(offsets.size()) - 1)] =
-        random.chance(0.5) ? random.pick(values) : std::numeric_limits<int64_t>::max();
-  } else if (!arrays.empty()) {
-    auto& v = *random.pick(arrays);
-    v[random.integer(0, static_cast<int64_t>(v.size()) - 1)] = random.pick(values);
-  }
-}
-
 // Raises unless all that a kernel would address is inside of what there is.
 void expect_within_bounds(const AttentionProblem& p) {
   const int64_t stride[3] = {p.pages.table ? p.pages.page_size : p.Nk, 0, 1};
@@ -306,7 +178,7 @@ TEST(Validate, RandomMetadataIsRefusedOrStaysWithinBounds) {
   int refused = 0, spoiled_and_accepted = 0;
   const int cases = 10000;  // each takes microseconds, also when instrumented
   for (int i = 0; i < cases; ++i) {
-    Metadata m = random_metadata(random);
+    Metadata m = testing::random_metadata(random);
     ASSERT_EQ(m.error(), "") << "case " << i;
     const auto mistakes = random.integer(0, 3);
     for (int64_t n = 0; n < mistakes; ++n) spoil(random, m);
@@ -322,6 +194,33 @@ TEST(Validate, RandomMetadataIsRefusedOrStaysWithinBounds) {
   }
   EXPECT_GT(refused, cases / 4);
   EXPECT_GT(spoiled_and_accepted, cases / 50);
+}
+
+TEST(Validate, RandomIndicesAreRefusedOrNameRows) {
+  Random random(7);
+  int refused = 0;
+  const int cases = 10000;
+  for (int n = 0; n < cases; ++n) {
+    const auto rows = static_cast<int32_t>(random.integer(0, 5)), count = static_cast<int32_t>(random.integer(0, 6));
+    const int64_t stride = random.integer(1, 2);
+    std::vector<int32_t> indices(static_cast<size_t>(count * stride));
+    for (int32_t& index : indices) {
+      index = random.chance(0.9)
+                  ? static_cast<int32_t>(random.integer(0, std::max(0, rows - 1)))
+                  : random.pick({-1, rows, std::numeric_limits<int32_t>::min(), std::numeric_limits<int32_t>::max()});
+    }
+    bool valid = true;
+    for (int64_t i = 0; i < count; ++i) valid &= indices[i * stride] >= 0 && indices[i * stride] < rows;
+    try {
+      validate_indices(indices.data(), stride, count, rows, "cache_batch_idx", "f");
+      ASSERT_TRUE(valid);
+    } catch (const std::invalid_argument& error) {
+      ASSERT_FALSE(valid);
+      ASSERT_EQ(std::string(error.what()).substr(0, 19), "[f] cache_batch_idx");
+      ++refused;
+    }
+  }
+  EXPECT_GT(refused, cases / 10);
 }
 
 }  // namespace

@@ -238,21 +238,32 @@ bool pool_has_a_worker() {
   return met.load() == 2;
 }
 
+// Starts a pool of two threads and waits until its worker runs. AddressSanitizer's allocator has no fork handler: a
+// thread that is just being born may hold its lock, which a fork would leave held in the child, whose first new thread
+// then waits for ever.
+void start_pool_of_two() {
+  set_thread_count(2);
+  ASSERT_TRUE(pool_has_a_worker());
+}
+
 TEST_F(ThreadPool, AChildOfForkGetsItsOwnWorkers) {
   if (testing::kThreadSanitizer) GTEST_SKIP() << "children of fork() start threads";
-  set_thread_count(2);
-  check_parallel_for(100);  // the parent's pool exists
+  start_pool_of_two();
   EXPECT_EQ(exit_status_of_child(pool_has_a_worker), 0);
   EXPECT_TRUE(pool_has_a_worker());
 }
 
 TEST_F(ThreadPool, AForkWhileAnotherThreadUsesThePoolIsSafe) {
   if (testing::kThreadSanitizer) GTEST_SKIP() << "children of fork() start threads";
-  set_thread_count(2);
-  std::atomic<bool> stop{false};
+  start_pool_of_two();
+  std::atomic<bool> stop{false}, started{false};
   std::thread user([&] {
-    while (!stop.load()) parallel_for(8, [](int64_t, int) { spend(std::chrono::microseconds(20)); });
+    while (!stop.load()) {
+      parallel_for(8, [](int64_t, int) { spend(std::chrono::microseconds(20)); });
+      started.store(true);
+    }
   });
+  while (!started.load()) std::this_thread::yield();
   for (int round = 0; round < 10; ++round) {
     EXPECT_EQ(exit_status_of_child([] {
                 for (int i = 0; i < 20; ++i) {
@@ -269,7 +280,7 @@ TEST_F(ThreadPool, AForkWhileAnotherThreadUsesThePoolIsSafe) {
 
 TEST_F(ThreadPool, AForkInsideATaskMayCallThePool) {
   if (testing::kThreadSanitizer) GTEST_SKIP() << "children of fork() start threads";
-  set_thread_count(2);
+  start_pool_of_two();
   std::atomic<int> failures{0};
   parallel_for(4, [&](int64_t, int) { failures.fetch_add(exit_status_of_child(pool_has_a_worker) != 0); });
   EXPECT_EQ(failures.load(), 0);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "common/dtype.h"
 #include "support/kernels.h"
 
 namespace mfa {
@@ -15,6 +16,13 @@ using testing::CaseSpec;
 using testing::ForwardResults;
 using testing::Random;
 using testing::Tensor;
+
+bool row_sees(const AttentionProblem& p, int32_t b, int32_t h, int32_t i, int32_t j) {
+  if (!testing::is_visible(p, b, h, i, j)) return false;
+  const int64_t* s = p.bias.stride;
+  return !p.bias.data || load_as_float(p.bias.data, p.bias.dtype, b * s[0] + h * s[1] + i * s[2] + j * s[3]) !=
+                             -std::numeric_limits<float>::infinity();
+}
 
 // Poisons single keys that some rows see and others do not, and compares the rows that do not. The sweeps
 // poison what no row sees.
@@ -45,7 +53,7 @@ void check_containment(CaseSpec spec, uint64_t seed) {
         for (int32_t b = 0; b < p.B; ++b)
           for (int32_t h = 0; h < p.Hq; ++h)
             for (int32_t i = 0; i < p.Nq; ++i) {
-              if (testing::is_visible(p, b, h, i, j)) continue;
+              if (row_sees(p, b, h, i, j)) continue;
               for (int32_t d = 0; d < p.Dv; ++d)
                 ASSERT_EQ(poisoned.o.get(b, h, i, d), clean.o.get(b, h, i, d))
                     << "o: key " << j << " = " << poison << ", head " << h << ", row " << i;
@@ -87,6 +95,24 @@ TEST(CpuContainment, WindowsAndMasksHideWhatTheyHide) {
       spec.window_left = 20;
       spec.window_right = 3;
       spec.mask.axes = testing::kAbsent;
+      check_containment(spec, random.bits());
+    }
+  }
+}
+
+TEST(CpuContainment, ABiasOfMinusInfinityHidesWhatItHides) {
+  Random random(44);
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (int32_t Nq : {1, 3, 50}) {
+      CaseSpec spec;
+      spec.dtype = spec.bias_dtype = dtype;
+      spec.D = spec.Dv = 24;
+      spec.Hq = 4;
+      spec.Hkv = 2;
+      spec.Nq = Nq;
+      spec.Nk = 290;
+      spec.bias.axes = 7;
+      spec.bias_minus_infinity = 0.5;
       check_containment(spec, random.bits());
     }
   }
