@@ -268,27 +268,29 @@ SubjectPtr grid(DType dtype, int32_t heads, int32_t D, const std::vector<Neighbo
   return s;
 }
 
-// The part of the pairs that the kernel's boxes visit: each query box with the union of its windows.
+// The part of the pairs that boxes of at most 64 queries visit, each with the union of its windows: the boxes with the
+// fewest of them, so that the yardstick does not follow what the kernel does.
 double visited_share(const Subject& s) {
-  const std::optional<CpuKernelTraits> traits = cpu::kernel_traits();
-  const ForwardPlan plan = plan_forward(s.p, *traits, 1, false);
-  double keys = 1;
-  int64_t tiles = tile_count(plan.tiling, s.p.neighbourhood, s.p.Nq), all = 1;
-  for (int32_t x = 0; x < s.p.neighbourhood.axes; ++x) {
-    const NeighbourhoodAxis& a = s.p.neighbourhood.axis[x];
+  constexpr int32_t kQueries = 64;
+  const Neighbourhood& n = s.p.neighbourhood;
+  const auto keys_along = [&](int32_t x, int32_t extent) {  // of a box, the mean over the queries
+    const NeighbourhoodAxis& a = n.axis[x];
     double sum = 0;
-    const int32_t extent = plan.tiling.box[x];
     for (int32_t first = 0; first < a.size; first += extent) {
       const int32_t last = std::min(a.size, first + extent) - 1;
-      sum += (last + 1 - first) *
-             double(axis_window(s.p.neighbourhood, a, last).end - axis_window(s.p.neighbourhood, a, first).begin);
+      sum += (last + 1 - first) * double(axis_window(n, a, last).end - axis_window(n, a, first).begin);
     }
-    keys *= sum / a.size;
-    all *= a.size;
-  }
-  std::cerr << "box " << plan.tiling.box[0] << "x" << plan.tiling.box[1] << "x" << plan.tiling.box[2] << ", " << tiles
-            << " tiles, " << keys << " keys each, exact " << s.pairs() / s.p.Hq / s.p.Nq << "\n";
-  return keys / double(all);
+    return sum / a.size;
+  };
+  double fewest = INFINITY;
+  for (int32_t i = 1; i <= kQueries; ++i)
+    for (int32_t j = 1; i * j <= kQueries; ++j) {
+      const int32_t extent[3] = {i, j, kQueries / (i * j)};
+      double keys = 1;
+      for (int32_t x = 0; x < n.axes; ++x) keys *= keys_along(x, extent[x]);
+      if (n.axes == 3 || i * j == kQueries) fewest = std::min(fewest, keys);
+    }
+  return fewest / s.p.Nk;
 }
 
 std::vector<Row> all_rows() {

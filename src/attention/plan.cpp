@@ -38,7 +38,7 @@ bool cut_at_keys(const AttentionProblem& p, const CpuKernelTraits& cpu, int32_t 
     return true;
   }
   if (!covers_grid(p) || t.heads > most_rows) return false;
-  choose_box(p.neighbourhood, t.heads, most_rows, cpu.lanes, t.box);
+  choose_box(p.neighbourhood, t.heads, most_rows, cpu.lanes * cpu.tile_vectors, cpu.lanes, t.box);
   t.tile = t.box[0] * t.box[1] * t.box[2] * t.heads;
   return true;
 }
@@ -90,7 +90,7 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
   if (plan.kernel == ForwardKernel::decode && p.pages.page_size > 0 && p.Hkv > 1)
     plan.split_blocks = std::min(plan.split_blocks, kPagedSplitBlocks);
   plan.key_splits = std::max(1, ceil_div(blocks, plan.split_blocks));
-  if (p.query_starts && plan.key_splits == 1)
+  if (plan.key_splits == 1)
     plan.batch = static_cast<int32_t>(std::clamp<int64_t>(row_tasks / (int64_t{64} * std::max(1, threads)), 1, 32));
   plan.tasks = (row_tasks + plan.batch - 1) / plan.batch * plan.key_splits;
   return plan;

@@ -9,19 +9,33 @@ namespace {
 
 constexpr uint8_t kKeySeen = 1, kQueryDone = 2;
 
-void append(int64_t j, bool pairs, KeyList& out) {
+// The key `j`, in whole pairs.
+void append_to_pairs(int64_t j, KeyList& out) {
   const auto pad = [&](int64_t key) {
     out.key[out.count] = static_cast<int32_t>(key);
     out.padding[out.count++] = true;
     out.has_padding = true;
   };
-  if (pairs) {
-    // The entry before is the first of a pair that this key does not complete, or this key has no first.
-    if (out.count % 2 == 1 && out.key[out.count - 1] != j - 1) pad(out.key[out.count - 1] + int64_t{1});
-    if (out.count % 2 == 0 && j % 2 == 1) pad(j - 1);
-  }
+  // The entry before is the first of a pair that this key does not complete, or this key has no first.
+  if (out.count % 2 == 1 && out.key[out.count - 1] != j - 1) pad(out.key[out.count - 1] + int64_t{1});
+  if (out.count % 2 == 0 && j % 2 == 1) pad(j - 1);
   out.key[out.count] = static_cast<int32_t>(j);
   out.padding[out.count++] = false;
+}
+
+// The keys [first, last).
+void append(int64_t first, int64_t last, bool pairs, KeyList& out) {
+  if (first >= last) return;
+  if (pairs) {
+    for (int64_t j = first; j < last; ++j) append_to_pairs(j, out);
+    return;
+  }
+  if (out.count > 0 && out.key[out.count - 1] + 1 != first) out.contiguous = false;
+  int32_t* keys = out.key + out.count;
+  const auto begin = static_cast<int32_t>(first), count = static_cast<int32_t>(last - first);
+  for (int32_t i = 0; i < count; ++i) keys[i] = begin + i;
+  std::fill_n(out.padding + out.count, count, false);
+  out.count += count;
 }
 
 int32_t phase_size(const NeighbourhoodAxis& a) { return (a.size + a.dilation - 1) / a.dilation; }
@@ -101,7 +115,7 @@ void TileKeys::select(int32_t b, const int32_t* query, const int32_t* head, int3
 void TileKeys::add_range(int64_t first, int64_t last, bool pairs, KeyList& out) const {
   const Neighbourhood& n = p_.neighbourhood;
   if (n.axes == 0) {
-    for (int64_t j = first; j < last; ++j) append(j, pairs, out);
+    append(first, last, pairs, out);
     return;
   }
   const int32_t x = n.axes - 1;  // lines of keys along the last axis
@@ -117,13 +131,17 @@ void TileKeys::add_range(int64_t first, int64_t last, bool pairs, KeyList& out) 
     if (!line_seen(line)) continue;
     const int64_t begin = std::max(first, line * size + axis_begin_[x]);
     const int64_t end = std::min(last, line * size + axis_end_[x]);
-    for (int64_t j = begin; j < end; ++j)
-      if (axis_seen_[x][static_cast<size_t>(j - line * size)] & kKeySeen) append(j, pairs, out);
+    const auto seen = [&](int64_t j) { return (axis_seen_[x][static_cast<size_t>(j - line * size)] & kKeySeen) != 0; };
+    for (int64_t j = begin, run = begin; j < end; run = ++j) {
+      while (j < end && seen(j)) ++j;
+      append(run, j, pairs, out);
+    }
   }
 }
 
 void TileKeys::list(int64_t first, int64_t last, bool pairs, KeyList& out) const {
   out.count = 0;
+  out.contiguous = true;
   out.has_padding = false;
   const BlockListRef& l = p_.blocks;
   if (first >= last) {
@@ -145,13 +163,13 @@ void TileKeys::list(int64_t first, int64_t last, bool pairs, KeyList& out) const
       add_range(std::max(first, begin), std::min(last, begin + l.block_k), pairs, out);
     }
   }
-  if (out.count == 0) return;
+  if (out.count == 0 || !pairs) return;
   const int32_t skip_first = out.padding[0], skip_last = out.padding[out.count - 1];
   out.contiguous = true;
   for (int32_t c = skip_first; out.contiguous && c < out.count - skip_last; ++c)
     out.contiguous = !out.padding[c] && out.key[c] == out.key[skip_first] + (c - skip_first);
   if (!out.contiguous) {
-    if (pairs && out.count % 2 == 1) {
+    if (out.count % 2 == 1) {
       out.key[out.count] = out.key[out.count - 1] + 1;
       out.padding[out.count++] = true;
       out.has_padding = true;

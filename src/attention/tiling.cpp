@@ -1,6 +1,7 @@
 #include "attention/tiling.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 
 #include "attention/visibility.h"
@@ -49,6 +50,15 @@ int32_t fill_box(const RowTiling& t, const Neighbourhood& n, int64_t box, int32_
         }
       }
   return row;
+}
+
+// What `count` consecutive queries of a box, whose last axis is the fastest, span along each axis.
+void group_extents(const int32_t (&box)[3], int32_t count, int32_t (&extent)[3]) {
+  for (int32_t x = 2; x >= 0; --x) {
+    const bool aligned = box[x] % count == 0 || count % box[x] == 0;  // else they may begin anywhere
+    extent[x] = aligned ? std::min(count, box[x]) : box[x];
+    count = static_cast<int32_t>(ceil_div(count, box[x])) + (aligned ? 0 : 1);
+  }
 }
 
 // Keys along an axis that the queries of a box see together.
@@ -104,8 +114,9 @@ int32_t fill_rows(const RowTiling& t, const AttentionProblem& p, int32_t b, int3
   return count;
 }
 
-void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_t lanes, int32_t (&box)[3]) {
-  constexpr double kLoadRows = 40;  // bringing a key in costs as much as this many rows that see it
+void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_t group_rows, int32_t lanes,
+                int32_t (&box)[3]) {
+  constexpr double kLoadRows = 20;  // bringing a key in costs as much as this many rows that see it
   double best = 0;
   const auto extents = [&](int32_t x) {
     std::vector<int32_t> list;
@@ -120,15 +131,18 @@ void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_
         const int64_t rows = int64_t{x} * y * z * heads;
         if (rows > most_rows && x * y * z > 1) continue;
         const int32_t candidate[3] = {x, y, z};
-        double keys = 1, queries = 1;
+        int32_t group[3];
+        group_extents(candidate, (group_rows + heads - 1) / heads, group);
+        double keys = 1, group_keys = 1, queries = 1;
         for (int32_t axis = 0; axis < n.axes; ++axis) {
           const NeighbourhoodAxis& a = n.axis[axis];
           keys *= union_of(a, candidate[axis]);
+          group_keys *= union_of(a, group[axis]);
           // Boxes at the end of an axis are cut: the mean.
           queries *= double(a.size) / double(boxes_of(a, candidate[axis]));
         }
         const double padded = double(ceil_div(rows, lanes) * lanes);
-        const double cost = keys * (padded + kLoadRows) / queries;
+        const double cost = (group_keys * padded + keys * kLoadRows) / queries;
         if (best == 0 || cost < best) {
           best = cost;
           std::copy_n(candidate, 3, box);
@@ -153,32 +167,35 @@ TileMap::TileMap(const AttentionProblem& p, const RowTiling& t) : heads_(p.Hkv) 
     count_ = uniform_ * p.B * p.Hkv;
     return;
   }
+  heads_first_ = std::abs(p.q.stride[1]) > std::abs(p.q.stride[2]);
   order_.resize(static_cast<size_t>(p.B));
   std::iota(order_.begin(), order_.end(), 0);
   const auto work = [&](int32_t b) { return int64_t{query_count(p, b)} * key_count(p, b); };
   std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return work(a) > work(b); });
-  first_.reserve(order_.size());
+  first_.reserve(order_.size() + 1);
+  int64_t tiles = 0;
   for (const int32_t b : order_) {
-    first_.push_back(count_);
-    count_ += tile_count(t, p.neighbourhood, query_count(p, b)) * p.Hkv;
+    first_.push_back(tiles);
+    tiles += tile_count(t, p.neighbourhood, query_count(p, b));
   }
+  first_.push_back(tiles);
+  count_ = tiles * heads_;
 }
 
 TileMap::Place TileMap::locate(int64_t index) const {
-  int32_t b = 0;
-  int64_t tiles = uniform_, rest = index;  // `rest`: in the sequence
   if (order_.empty()) {
-    b = static_cast<int32_t>(index / (tiles * heads_));
-    rest = index % (tiles * heads_);
-  } else {
-    // Sequences without rows share their first tile with the next: the last of them has it.
-    const auto next = std::upper_bound(first_.begin(), first_.end(), index);
-    b = order_[static_cast<size_t>(next - first_.begin()) - 1];
-    const int64_t end = next == first_.end() ? count_ : *next;
-    rest = index - next[-1];
-    tiles = (end - next[-1]) / heads_;
+    const int64_t head = index / uniform_;
+    return {static_cast<int32_t>(head / heads_), static_cast<int32_t>(head % heads_), uniform_ - 1 - index % uniform_};
   }
-  return {b, static_cast<int32_t>(rest / tiles), tiles - 1 - rest % tiles};
+  const int64_t tiles = first_.back();
+  const int64_t at = heads_first_ ? index % tiles : index / heads_;  // tiles of one head before it, or a bit more
+  // Sequences without rows share their first tile with the next: the last of them has it.
+  const auto next = std::upper_bound(first_.begin(), first_.end(), at);
+  const int32_t b = order_[static_cast<size_t>(next - first_.begin()) - 1];
+  const int64_t own = *next - next[-1];
+  if (heads_first_) return {b, static_cast<int32_t>(index / tiles), own - 1 - (at - next[-1])};
+  const int64_t rest = index - next[-1] * heads_;
+  return {b, static_cast<int32_t>(rest / own), own - 1 - rest % own};
 }
 
 }  // namespace mfa

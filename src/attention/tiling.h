@@ -34,8 +34,10 @@ int64_t tile_count(const RowTiling& t, const Neighbourhood& n, int32_t queries);
 int32_t fill_rows(const RowTiling& t, const AttentionProblem& p, int32_t b, int32_t kv_head, int64_t tile,
                   int32_t* query, int32_t* head);
 
-// The box of at most `most_rows` rows whose queries need the least work for each, with vectors of `lanes` rows.
-void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_t lanes, int32_t (&box)[3]);
+// The box of at most `most_rows` rows whose queries need the least work for each, where rows are computed in groups of
+// `group_rows`, which leave out what their windows do not have, with vectors of `lanes` rows.
+void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_t group_rows, int32_t lanes,
+                int32_t (&box)[3]);
 
 // Whether every sequence of `p` is the whole grid of its neighbourhood.
 bool covers_grid(const AttentionProblem& p);
@@ -52,7 +54,8 @@ class TileMap {
 
   int64_t count() const { return count_; }
   // The last tiles of a sequence come first: under a causal mask they see the most keys. Of sequences of different
-  // lengths the one with the most work comes first.
+  // lengths the one with the most work comes first, with all its heads, or where the rows of a head lie together in
+  // memory, with its head before the next head of any sequence.
   Place locate(int64_t index) const;
   // Sequence number `index` in that order.
   int32_t sequence(int32_t index) const { return order_.empty() ? index : order_[static_cast<size_t>(index)]; }
@@ -60,8 +63,9 @@ class TileMap {
  private:
   int64_t count_ = 0, uniform_ = 0;  // `uniform_` tiles for each (sequence, KV head)
   int32_t heads_ = 1;
+  bool heads_first_ = false;    // packed: all tiles of a head before the next head
   std::vector<int32_t> order_;  // packed: the sequences
-  std::vector<int64_t> first_;  // and the tiles before each
+  std::vector<int64_t> first_;  // and the tiles of one head before each, and in all
 };
 
 }  // namespace mfa

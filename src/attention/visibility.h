@@ -31,15 +31,30 @@ struct KeyRange {  // keys begin <= j < end; empty when end <= begin
   return offset > 0 ? offset : 0;
 }
 
-// The keys that row `i` of batch entry `b` may see; what cuts inside of an interval is not applied.
+// The keys that the rows of batch entry `b` may see; what cuts inside of an interval is not applied.
+class VisibleKeys {
+ public:
+  [[gnu::always_inline]] VisibleKeys(const AttentionProblem& p, int32_t b)
+      : keys_(key_count(p, b)), offset_(position_offset(p, b)) {
+    if (p.window_left >= 0) before_ = p.window_left;
+    if (p.window_right >= 0) after_ = p.window_right;
+    if (p.causal) after_ = std::min<int64_t>(after_, 0);
+  }
+  int32_t position(int32_t i) const { return i + offset_; }
+  [[gnu::always_inline]] KeyRange of(int32_t i) const {
+    const int64_t pos = int64_t{i} + offset_;
+    const int64_t begin = std::max<int64_t>(pos - before_, 0), end = std::min<int64_t>(pos + after_ + 1, keys_);
+    if (begin >= end) return {0, 0};
+    return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+  }
+
+ private:
+  static constexpr int64_t kOpen = int64_t{1} << 40;
+  int32_t keys_, offset_;
+  int64_t before_ = kOpen, after_ = kOpen;  // keys on either side of the row's position
+};
 [[gnu::always_inline]] inline KeyRange visible_keys(const AttentionProblem& p, int32_t b, int32_t i) {
-  const int64_t pos = int64_t{i} + position_offset(p, b);
-  int64_t begin = 0, end = key_count(p, b);
-  if (p.causal && pos + 1 < end) end = pos + 1;
-  if (p.window_right >= 0 && pos + p.window_right + 1 < end) end = pos + p.window_right + 1;
-  if (p.window_left >= 0 && pos - p.window_left > begin) begin = pos - p.window_left;
-  if (begin >= end) return {0, 0};
-  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+  return VisibleKeys(p, b).of(i);
 }
 
 // Whether the block lists show the tile of (i, j) to head `h`.

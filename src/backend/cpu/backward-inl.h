@@ -427,13 +427,15 @@ class Backward {
 
     const bool masked = steps_.Masked(p_, x_.tile, g0, kWidth, x_.block, {lo, hi, true});
     const bool plain = seen.full && !masked && !steps_.any();
-    if (!plain) {
+    VF ignored[NR];
+    for (int c = 0; c < NR; ++c) ignored[c] = hn::Zero(df);
+    if (masked && steps_.only_windows(x_.block, seen)) {
+      HideBeyondWindows<NR>(x_.tile, g0, x_.block, lo, hi, S, kBackwardRowTile, ignored);
+    } else if (!plain) {
       for (int c = 0; c < NR; ++c) {
         if (masked) PackMask(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.mask + c * kLanes, kWidth);
         if (steps_.bias) PackBias(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.bias + c * kLanes, kWidth);
       }
-      VF ignored[NR];
-      for (int c = 0; c < NR; ++c) ignored[c] = hn::Zero(df);
       ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, key_of, lo, hi, x_.bias, masked ? x_.mask : nullptr, S,
                           kBackwardRowTile, ignored, steps_.softcap ? x_.dr + g0 : nullptr);
     }

@@ -30,7 +30,6 @@ HWY_INLINE void MergeState(float* m_at, float* l_at, VF block_m, VF block_l, VF&
 
 struct ForwardScratch {
   RowTile tile;
-  BlockRows blocks[2];  // the one that is computed and the next
   RowState state;
   float* q;       // [group][D][width]
   float* o;       // [group][Dv][width]
@@ -38,7 +37,7 @@ struct ForwardScratch {
   float* bias;    // [kKeyBlock][width]
   int32_t* mask;  // [kKeyBlock][width]
   uint8_t* seen;  // [kKeyBlock][width], which scores are visible; only for non-finite values
-  float* k;       // [kKeyBlock][padded D], keys that are not read in place
+  float* k;       // keys that are not read in place
   float* v;       // panels of [kKeyBlock] rows, Dv columns
   float* select;  // buffers of ScoreSelector
   size_t bytes;
@@ -52,7 +51,6 @@ struct ForwardScratch {
       return out;
     };
     const size_t block_rows = static_cast<size_t>(kKeyBlock) * kGroupRows;
-    const bool wide = p.dtype != DType::f32 || GathersRows(p) || RotatesKeys(p) || TileKeys::cuts(p);
     const ScoreSteps steps(p);
     q = reinterpret_cast<float*>(take(static_cast<size_t>(p.D) * kMaxRowTile, 4));
     o = reinterpret_cast<float*>(take(static_cast<size_t>(p.Dv) * kMaxRowTile, 4));
@@ -60,7 +58,7 @@ struct ForwardScratch {
     bias = reinterpret_cast<float*>(take(steps.bias ? block_rows : 0, 4));
     mask = reinterpret_cast<int32_t*>(take(steps.mask || steps.cuts ? block_rows : 0, 4));
     seen = reinterpret_cast<uint8_t*>(take(block_rows, 1));
-    k = reinterpret_cast<float*>(take(wide ? static_cast<size_t>(kKeyBlock) * RoundUp(p.D, kLanes) : 0, 4));
+    k = reinterpret_cast<float*>(take(BlockReader::KeyFloats(p), 4));
     v = reinterpret_cast<float*>(take(PanelFloats(kKeyBlock, p.Dv), 4));
     select = reinterpret_cast<float*>(
         take(job.floors ? ScoreSelector::Floats(job.most_kept, RoundUp(job.plan.row_width, kLanes)) : 0, 4));
@@ -71,11 +69,7 @@ struct ForwardScratch {
 class TiledForward {
  public:
   TiledForward(const ForwardJob& job, void* scratch)
-      : job_(job),
-        p_(*job.problem),
-        steps_(p_),
-        finder_(p_, kNativeBf16 && job.plan.native_bf16),
-        x_(job, static_cast<char*>(scratch)) {}
+      : job_(job), p_(*job.problem), steps_(p_), x_(job, static_cast<char*>(scratch)), reader_(job, x_.k, x_.v) {}
 
   size_t scratch_bytes() const { return x_.bytes; }
 
@@ -84,32 +78,19 @@ class TiledForward {
     const ForwardPlan& plan = job_.plan;
     if (!SelectRows(index, place)) return;
     PackQueries();
-    finder_.Select(x_.tile);
     if (job_.floors) selector_.Begin(x_.select, job_.kept[place.b], tile_width_);
-    const int keys = key_count(p_, place.b), blocks = (keys + kKeyBlock - 1) / kKeyBlock;
+    const int blocks = (key_count(p_, place.b) + kKeyBlock - 1) / kKeyBlock;
     const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
-    BlockRows *rows = &x_.blocks[0], *other = &x_.blocks[1];
-    for (int i = Seek(first, last, keys, *rows); i < last;) {
-      const int after = Seek(i + 1, last, keys, *other);
-      at_ = rows;
-      KeyBlock block{};
-      block.index = i;
-      block.lo = rows->block.all.lo;
-      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-        LoadBlock<T>(block);
-        if (after < last) {
-          FetchAfter<T>(*other, block.next);
-        } else if (next) {
-          FetchKeys<T>(*next, block.next);
-        }
-      });
+    int seen = first;
+    for (reader_.Begin(x_.tile, tile_width_, first, last); reader_.index() < last; reader_.Advance()) {
+      MarkUnseen(seen, reader_.index());
+      upcoming_.Clear();
+      const KeyBlock block = reader_.Load(next, upcoming_);
+      if (next && reader_.at_last()) AddRows(*next);
       Attend(block);
-      i = after;
-      BlockRows* done = rows;
-      rows = other;
-      other = done;
+      seen = reader_.index() + 1;
     }
-    if (next) FetchQueries(*next);
+    MarkUnseen(seen, last);
     if (job_.floors) {
       for (int r = 0; r < x_.tile.count; ++r) job_.floors[LseIndex(r)] = selector_.Floor(r);
     } else if (plan.key_splits == 1) {
@@ -132,12 +113,16 @@ class TiledForward {
     if (count == 0) return false;
     tile_width_ = RoundUp(count, kLanes);
     CompleteRowTile(p_, place.b, place.kv_head, count, tile_width_, x_.tile);
-    for (int r = 0; r < tile_width_; ++r) {  // a sink is a key without a value, merged before the first block
-      x_.state.m[r] = p_.sinks ? p_.sinks[x_.tile.head[r]] * kLog2e : -kInf;
+    for (int r = 0; r < tile_width_; r += kLanes) {
+      hn::Store(hn::Set(df, -kInf), df, x_.state.m + r);
+      hn::Store(hn::Zero(df), df, x_.state.l + r);
+    }
+    for (int r = 0; p_.sinks && r < tile_width_;
+         ++r) {  // a sink is a key without a value, merged before the first block
+      x_.state.m[r] = p_.sinks[x_.tile.head[r]] * kLog2e;
       x_.state.l[r] = x_.state.m[r] == -kInf ? 0.f : 1.f;
     }
-    const VF zero = hn::Zero(df);
-    for (int i = 0; i < tile_width_ * p_.Dv; i += kLanes) hn::Store(zero, df, x_.o + i);
+    for (int g = 0; g < kMostGroups; ++g) holds_[g] = false;
     if (job_.out && job_.out->probs) HideAllProbabilities();
     return true;
   }
@@ -182,143 +167,48 @@ class TiledForward {
     }
   }
 
-  // The first block from `index` on, before `last`, that some row sees, in `out`; `last` if there is none.
-  int Seek(int index, int last, int keys, BlockRows& out) {
-    for (; index < last; ++index) {
-      const int64_t k0 = int64_t{index} * kKeyBlock;
-      finder_.Find(x_.tile, tile_width_, k0, static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0)), out.block);
-      if (out.block.all.empty()) {
-        for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) MarkUnseen(index, g0);
-        continue;
-      }
-      if (out.block.listed || GathersRows(p_)) {
-        WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-          const TileBlock& at = out.block;
-          KeyRows(p_, p_.k, x_.tile.b, x_.tile.kv_head, at.list, at.all.lo, at.all.hi,
-                  reinterpret_cast<const T**>(out.k));
-          KeyRows(p_, p_.v, x_.tile.b, x_.tile.kv_head, at.list, at.all.lo, at.all.hi,
-                  reinterpret_cast<const T**>(out.v));
-        });
-      }
-      break;
-    }
-    return index;
-  }
-
-  template <class T>
-  void FetchAfter(const BlockRows& rows, NextRows& next) const {
-    const TileBlock& at = rows.block;
-    next.count = at.all.hi - at.all.lo;
-    if (at.listed || GathersRows(p_)) {
-      next.k_table = rows.k + at.all.lo;
-      next.v_table = rows.v + at.all.lo;
-    } else {
-      FetchRun<T>(x_.tile.b, x_.tile.kv_head, at.k0 + at.all.lo, next);
-    }
-  }
-  template <class T>
-  void FetchRun(int b, int kv_head, int64_t key, NextRows& next) const {
-    next.k = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.k, b, kv_head, key));
-    next.v = reinterpret_cast<const char*>(KeyRow<T>(p_, p_.v, b, kv_head, key));
-    next.k_step = p_.k.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
-    next.v_step = p_.v.stride[2] * static_cast<ptrdiff_t>(sizeof(T));
-  }
-  // The first keys of another tile, and its queries if they are in order.
-  template <class T>
-  void FetchKeys(const TileMap::Place& place, NextRows& next) const {
-    const int keys = Min(key_count(p_, place.b), kKeyBlock);
-    if (GathersRows(p_) || steps_.cuts || keys == 0) return;
-    next.count = keys;
-    FetchRun<T>(place.b, place.kv_head, 0, next);
-  }
-  void FetchQueries(const TileMap::Place& place) const {
-    const int G = p_.Hq / p_.Hkv, rows = Min(query_count(p_, place.b), kGroupRows / G);
-    if (steps_.cuts) return;
+  // The first rows of another tile and of its output.
+  void AddRows(const TileMap::Place& place) {
+    int32_t query[kMaxRowTile], head[kMaxRowTile];
+    const int count = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, query, head);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-      for (int h = 0; h < G; ++h)
-        for (int i = 0; i < rows; ++i) PrefetchRow(QueryRow<T>(p_, p_.q, place.b, place.kv_head * G + h, i), p_.D);
+      const int rows = Min(count, kGroupRows);
+      for (int r = 0; r < rows; ++r)
+        upcoming_.Add(QueryRow<T>(p_, p_.q, place.b, head[r], query[r]), static_cast<size_t>(p_.D) * sizeof(T));
+      for (int r = 0; job_.out && r < rows; ++r)
+        upcoming_.Add(QueryRow<T>(p_, job_.out->o, place.b, head[r], query[r]), static_cast<size_t>(p_.Dv) * sizeof(T));
     });
   }
 
-  template <class T>
-  void LoadBlock(KeyBlock& block) {
-    const TileBlock& at = at_->block;
-    const int b = x_.tile.b, h = x_.tile.kv_head;
-    if (at.listed || GathersRows(p_)) {
-      LoadValues<T>(RowTable<T>{reinterpret_cast<const T* const*>(at_->v)}, block);
-      return LoadGathered(reinterpret_cast<const T* const*>(at_->k), block);
-    }
-    LoadValues<T>(StridedRows<T>{KeyRow<T>(p_, p_.v, b, h, at.k0), p_.v.stride[2]}, block);
-    const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, at.k0), p_.k.stride[2]};
-    if (RotatesKeys(p_)) {
-      const T* rows[kKeyBlock];
-      for (int c = at.all.lo; c < at.all.hi; ++c) rows[c] = k.At(c);
-      return LoadGathered(rows, block);
-    }
-    if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
-      if (job_.plan.native_bf16) {
-        block.k16 = k.first;
-        block.k16_stride = k.step;
-        return;
-      }
-    }
-    block.k = WidenBlock<T>(k, at.all.lo, at.all.hi, p_.D, x_.k, &block.k_stride);
-  }
-
-  template <class T, class Rows>
-  void LoadValues(const Rows& rows, KeyBlock& block) {
-    const int lo = at_->block.all.lo, hi = at_->block.all.hi;
-    if (job_.floors) {  // only the scores count: values are not read, and none is NaN
-      block.v = x_.v;
-      return;
-    }
-    if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
-      if (job_.plan.native_bf16) {
-        bfloat16* panels = reinterpret_cast<bfloat16*>(x_.v);
-        PackPairPanels(rows, lo & ~1, RoundUp(hi, 2), lo, hi, p_.Dv, kValuePanel, panels);
-        block.v16 = panels;
-        return;
-      }
-    }
-    PackPanels<T>(rows, lo, hi, p_.Dv, kValuePanel, x_.v);
-    block.v = x_.v;
-  }
-
-  template <class T>
-  void LoadGathered(const T* const* rows, KeyBlock& block) {
-    const TileBlock& at = at_->block;
-    const int b = x_.tile.b;
-    const ptrdiff_t stride = RoundUp(p_.D, kLanes);
-    if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
-      if (job_.plan.native_bf16) {
-        bfloat16* out = reinterpret_cast<bfloat16*>(x_.k);
-        for (int c = at.all.lo; c < at.all.hi; ++c)
-          __builtin_memcpy(out + c * stride, rows[c], static_cast<size_t>(p_.D) * sizeof(T));
-        block.k16 = out;
-        block.k16_stride = stride;
-        return;
-      }
-    }
-    GatherKeys(p_, b, at.list, rows, at.all.lo, at.all.hi, x_.k, stride);
-    block.k = x_.k;
-    block.k_stride = stride;
-  }
+  // The work of a column group on keys, on channels of the output, and of rows at the end: how the rows that come next
+  // are spread over it. A step of a product counts one.
+  int ScoreWork(int keys) const { return keys * (p_.D + 16); }
+  int ValueWork(int channels, int keys) const { return channels * (keys + 16); }
+  int FinishWork(int rows) const { return rows * p_.Dv; }
 
   // Attends every column group to a loaded block.
   void Attend(const KeyBlock& block) {
+    BlockKeys seen[kMostGroups];
+    int64_t work = reader_.at_last() ? FinishWork(tile_width_) : 0;
+    for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
+      BlockKeys& keys = seen[g0 / kGroupRows];
+      keys = reader_.block().Of(x_.tile, g0, Min(kGroupRows, tile_width_ - g0));
+      if (!keys.empty()) work += ScoreWork(keys.hi - keys.lo) + ValueWork(p_.Dv, keys.hi - keys.lo);
+    }
+    upcoming_.Spread(work);
     int nonfinite = -1;  // not looked at yet
     for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
       const int vectors = Min(kGroupRows, tile_width_ - g0) / kLanes;
-      const BlockKeys keys = at_->block.Of(x_.tile, g0, vectors * kLanes);
+      const BlockKeys& keys = seen[g0 / kGroupRows];
       if (keys.empty()) {
-        MarkUnseen(block.index, g0);
+        MarkUnseenBy(g0, block.index);
         continue;
       }
       // An odd bound of a pair lets the product touch a key that the group does not see.
       const bool odd = block.v16 && (keys.lo % 2 || keys.hi % 2);
-      const bool masked = steps_.Masked(p_, x_.tile, g0, vectors * kLanes, at_->block, keys);
+      const bool masked = steps_.Masked(p_, x_.tile, g0, vectors * kLanes, reader_.block(), keys);
       const bool hides = !keys.full || masked || steps_.hides() || odd;
-      if (hides && nonfinite < 0 && !job_.floors) nonfinite = NonFiniteValues(block, at_->block.all);
+      if (hides && nonfinite < 0 && !job_.floors) nonfinite = NonFiniteValues(block, reader_.block().all);
       const bool skip_hidden = hides && nonfinite > 0;
       if constexpr (kNativeBf16) {
         if (block.v16) {
@@ -366,9 +256,13 @@ class TiledForward {
           MergeState(x_.state.m + r, x_.state.l + r, hn::LoadU(df, m + r), hn::LoadU(df, l + r), a, b);
           float* to = x_.o + static_cast<ptrdiff_t>(g0) * p_.Dv + (r - g0);
           const float* from = o + static_cast<ptrdiff_t>(g0) * p_.Dv + (r - g0);
-          for (int d = 0; d < p_.Dv; ++d, to += width, from += width)
-            hn::Store(hn::MulAdd(hn::Load(df, to), a, hn::Mul(hn::LoadU(df, from), b)), df, to);
+          const bool holds = holds_[g0 / kGroupRows];
+          for (int d = 0; d < p_.Dv; ++d, to += width, from += width) {
+            const VF part = hn::Mul(hn::LoadU(df, from), b);
+            hn::Store(holds ? hn::MulAdd(hn::Load(df, to), a, part) : part, df, to);
+          }
         }
+        holds_[g0 / kGroupRows] = true;
       }
     }
   }
@@ -380,12 +274,15 @@ class TiledForward {
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
       for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
         const int width = Min(kGroupRows, tile_width_ - g0);
+        float* o = x_.o + static_cast<ptrdiff_t>(g0) * p_.Dv;
+        for (int i = 0; !holds_[g0 / kGroupRows] && i < width * p_.Dv; i += kLanes) hn::Store(hn::Zero(df), df, o + i);
         for (int r = 0; r < width; r += kLanes) {
           const int real = Min(kLanes, t.count - g0 - r);
           T* rows[kLanes];
           for (int i = 0; i < real; ++i)
             rows[i] = QueryRow<T>(p_, job_.out->o, t.b, t.head[g0 + r + i], t.query[g0 + r + i]);
-          UnpackTransposed(x_.o + static_cast<ptrdiff_t>(g0) * p_.Dv + r, width, p_.Dv, inverse + g0 + r, rows, real);
+          upcoming_.Fetch(FinishWork(kLanes));
+          UnpackTransposed(o + r, width, p_.Dv, inverse + g0 + r, rows, real);
         }
       }
     });
@@ -396,8 +293,14 @@ class TiledForward {
     }
   }
 
+  // Blocks that no group sees.
+  void MarkUnseen(int first, int last) {
+    if (job_.plan.key_splits == 1) return;
+    for (int i = first; i < last; ++i)
+      for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) MarkUnseenBy(g0, i);
+  }
   // A block that a group does not see has no partial result: the mark is a pair that no row can have.
-  void MarkUnseen(int block, int g0) {
+  void MarkUnseenBy(int g0, int block) {
     if (job_.plan.key_splits == 1) return;
     const int64_t at = PartialIndex(block) * job_.partials.row_width + g0;
     job_.partials.m[at] = kInf;
@@ -415,16 +318,17 @@ class TiledForward {
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
 
+    const bool windows = masked && steps_.only_windows(reader_.block(), keys);
     const int32_t* mask = masked ? x_.mask : nullptr;
-    if (masked) {
+    if (masked && !windows) {
       bool any = false;
       for (int c = 0; c < NR; ++c)
-        any |= PackMask(p_, x_.tile, g0 + c * kLanes, at_->block, lo, hi - lo, x_.mask + c * kLanes, kWidth);
-      if (!any) return MarkUnseen(block.index, g0);
+        any |= PackMask(p_, x_.tile, g0 + c * kLanes, reader_.block(), lo, hi - lo, x_.mask + c * kLanes, kWidth);
+      if (!any) return MarkUnseenBy(g0, block.index);
     }
     if (steps_.bias)
       for (int c = 0; c < NR; ++c)
-        PackBias(p_, x_.tile, g0 + c * kLanes, at_->block, lo, hi - lo, x_.bias + c * kLanes, kWidth);
+        PackBias(p_, x_.tile, g0 + c * kLanes, reader_.block(), lo, hi - lo, x_.bias + c * kLanes, kWidth);
 
     // S = K Q^T
     const bool plain = keys.full && !masked && !steps_.any();
@@ -435,7 +339,7 @@ class TiledForward {
       block_m[c] = hn::Max(s, block_m[c]);
     };
     ForRowTiles<kTallRows<NR>>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
-      PrefetchNext(block, g0, k, MR);
+      upcoming_.Fetch(ScoreWork(MR));
       const auto store = [&](int r, int c, VF s) HWY_ATTR { store_scores(k + r, c, s); };
       if constexpr (kPairs) {
         const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2);
@@ -443,14 +347,19 @@ class TiledForward {
                              store);
       } else {
         const float* q = x_.q + static_cast<ptrdiff_t>(g0) * p_.D;
-        MultiplyTile<MR, NR>(block.k + k * block.k_stride, StepsAdjacent{block.k_stride}, q, kWidth, p_.D, store);
+        const StridedRows<float> rows = reader_.Keys<MR>(block, k);
+        MultiplyTile<MR, NR>(rows.first, StepsAdjacent{rows.step}, q, kWidth, p_.D, store);
       }
     });
     if (!plain) {
       MFA_UNROLL
       for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
-      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, at_->block.list.key, lo, hi, x_.bias, mask, S, kWidth, block_m,
-                          nullptr);
+      if (windows) {
+        HideBeyondWindows<NR>(x_.tile, g0, reader_.block(), lo, hi, S, kWidth, block_m);
+      } else {
+        ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, reader_.block().list.key, lo, hi, x_.bias, mask, S, kWidth,
+                            block_m, nullptr);
+      }
     }
     if (HWY_UNLIKELY(job_.floors != nullptr)) return selector_.Add<NR>(S, g0, lo, hi);
     if (job_.out->probs) StoreScores(g0, lo, hi, kWidth);
@@ -495,7 +404,7 @@ class TiledForward {
       Exponentials<NR, true>(S, lo, hi, safe, block_l);
     }
     if (drops) {
-      ApplyDropout(p_, x_.tile, g0, kWidth, at_->block.list.key, lo, hi, S, kWidth);
+      ApplyDropout(p_, x_.tile, g0, kWidth, reader_.block().list.key, lo, hi, S, kWidth);
       if constexpr (kPairs) {
         for (int k = pair_lo; k < pair_hi; k += 2)
           for (int c = 0; c < NR; ++c) {
@@ -522,11 +431,18 @@ class TiledForward {
       for (int c = 0; c < NR; ++c)
         MergeState(x_.state.m + g0 + c * kLanes, x_.state.l + g0 + c * kLanes, block_m[c], block_l[c], a[c], b[c]);
     }
+    const bool holds = holds_[g0 / kGroupRows];
+    if (!apart) holds_[g0 / kGroupRows] = true;
     const auto merge = [&](int d, int c, VF acc) HWY_ATTR {
       float* at = o + static_cast<ptrdiff_t>(d) * kWidth + c * kLanes;
-      hn::Store(apart ? acc : hn::MulAdd(hn::Load(df, at), a[c], hn::Mul(acc, b[c])), df, at);
+      if (!apart) {
+        acc = hn::Mul(acc, b[c]);
+        if (holds) acc = hn::MulAdd(hn::Load(df, at), a[c], acc);
+      }
+      hn::Store(acc, df, at);
     };
     const auto multiply = [&]<int MR>(const auto* v, const auto* P, int steps, int d) HWY_ATTR {
+      upcoming_.Fetch(ValueWork(MR, hi - lo));
       const auto store = [&](int r, int c, VF acc) HWY_ATTR { merge(d + r, c, acc); };
       if (HWY_UNLIKELY(skip_hidden)) {
         MultiplyVisibleTile<MR, NR>(v, pair_lo, P, steps, x_.seen, store);
@@ -560,34 +476,6 @@ class TiledForward {
     }
   }
 
-  // Each of the `groups` column groups fetches its share of the next rows, a few lines between two tiles: more at once
-  // would fill the queue of outstanding misses and hold up the loads of the products.
-  HWY_INLINE void PrefetchNext(const KeyBlock& block, int g0, int k, int rows) const {
-    const NextRows& next = block.next;
-    if (next.count == 0) return;
-    const int groups = (tile_width_ + kGroupRows - 1) / kGroupRows, group = g0 / kGroupRows;
-    const int size = p_.dtype == DType::f32 ? 4 : 2;
-    const auto share = [&](const char* row, int bytes) HWY_ATTR {
-      const int lines = (bytes + 63) / 64;
-      for (int i = lines * group / groups; i < lines * (group + 1) / groups; ++i)
-        __builtin_prefetch(row + i * 64, 0, 2);
-    };
-    const int first = k - block.lo, last = Min(first + rows, next.count);
-    const int k_bytes = p_.D * size, v_bytes = p_.Dv * size;
-    if (next.k_table) {
-      for (int r = first; r < last; ++r) {
-        share(static_cast<const char*>(next.k_table[r]), k_bytes);
-        share(static_cast<const char*>(next.v_table[r]), v_bytes);
-      }
-      return;
-    }
-    const char *key = next.k + first * next.k_step, *value = next.v + first * next.v_step;
-    for (int r = first; r < last; ++r, key += next.k_step, value += next.v_step) {
-      share(key, k_bytes);
-      share(value, v_bytes);
-    }
-  }
-
   int64_t PartialIndex(int block) const { return tile_index_ * job_.partials.blocks + block; }
 
   int64_t LseIndex(int r) const { return row_index(p_, x_.tile.b, x_.tile.head[r], x_.tile.query[r]); }
@@ -600,7 +488,7 @@ class TiledForward {
     }
   }
   void StoreScores(int g0, int lo, int hi, int width) {
-    const KeyList& list = at_->block.list;
+    const KeyList& list = reader_.block().list;
     for (int r = 0; r < width && g0 + r < x_.tile.count; ++r) {
       float* row = ProbabilityRow(g0 + r);
       for (int k = lo; k < hi; ++k)
@@ -618,12 +506,14 @@ class TiledForward {
   const ForwardJob& job_;
   const AttentionProblem& p_;
   const ScoreSteps steps_;
-  BlockFinder finder_;
   ForwardScratch x_;
+  BlockReader reader_;
+  UpcomingRows upcoming_;
   ScoreSelector selector_;
-  const BlockRows* at_ = nullptr;  // the block that is computed
   int64_t tile_index_ = 0;
   int tile_width_ = 0;
+  static constexpr int kMostGroups = kMaxRowTile / kGroupRows;
+  bool holds_[kMostGroups] = {};  // of each column group: `o` holds what a block has given
 };
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "backend/cpu/rows-inl.h"
 #include "backend/cpu/scores-inl.h"
 #include "backend/cpu/key_block-inl.h"
+#include "backend/cpu/block_reader-inl.h"
 #include "backend/cpu/score_floor-inl.h"
 #include "backend/cpu/forward_tiled-inl.h"
 #include "backend/cpu/forward_decode-inl.h"
@@ -64,12 +65,16 @@ void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
   const int split = static_cast<int>(task / batches);
   const int64_t first = task % batches * plan.batch, last = Min(plan.tiles.count(), first + plan.batch);
   TileMap::Place place = plan.tiles.locate(first);
-  for (int64_t index = first; index < last; ++index) {
-    const bool more = index + 1 < last;
-    const TileMap::Place next = more ? plan.tiles.locate(index + 1) : place;
-    WithForward(job, Decodes(job, place), scratch,
-                [&](auto& kernel) { kernel.Run(index, place, split, more ? &next : nullptr); });
-    place = next;
+  for (int64_t index = first; index < last;) {
+    const bool decodes = Decodes(job, place);
+    WithForward(job, decodes, scratch, [&](auto& kernel) {
+      do {
+        const bool more = index + 1 < last;
+        const TileMap::Place next = more ? plan.tiles.locate(index + 1) : place;
+        kernel.Run(index++, place, split, more ? &next : nullptr);
+        place = next;
+      } while (index < last && Decodes(job, place) == decodes);
+    });
   }
 }
 void MergeTask(const ForwardJob& job, int64_t index, void* scratch) {

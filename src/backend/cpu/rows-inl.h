@@ -31,20 +31,24 @@ struct RowTile {
 
 // Completes the tile whose first `count` queries and heads are set, padded to `width`.
 HWY_INLINE void CompleteRowTile(const AttentionProblem& p, int b, int kv_head, int count, int width, RowTile& t) {
-  const int32_t offset = position_offset(p, b);
+  const VisibleKeys visible(p, b);
   t.b = b;
   t.kv_head = kv_head;
   t.count = count;
+  for (int r = count; r < width; ++r) {
+    t.query[r] = t.query[count - 1];
+    t.head[r] = t.head[count - 1];
+  }
   for (int r = 0; r < width; ++r) {
-    if (r >= count) {
-      t.query[r] = t.query[count - 1];
-      t.head[r] = t.head[count - 1];
-    }
-    const KeyRange keys = visible_keys(p, b, t.query[r]);
-    t.pos[r] = t.query[r] + offset;
+    const KeyRange keys = visible.of(t.query[r]);
+    t.pos[r] = visible.position(t.query[r]);
     t.begin[r] = keys.begin;
     t.end[r] = keys.end;
-    t.slope[r] = p.alibi_slopes ? p.alibi_slopes[t.head[r]] * kLog2e : 0.f;
+  }
+  if (p.alibi_slopes) {
+    for (int r = 0; r < width; ++r) t.slope[r] = p.alibi_slopes[t.head[r]] * kLog2e;
+  } else {
+    for (int r = 0; r < width; ++r) t.slope[r] = 0.f;
   }
   if (p.score_floor)
     for (int r = 0; r < width; ++r) t.floor[r] = p.score_floor[row_index(p, b, t.head[r], t.query[r])];

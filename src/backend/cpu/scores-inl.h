@@ -36,15 +36,24 @@ struct TileBlock {
   bool listed = false;  // entries are a list, not a run of keys
   bool uneven = false;  // rows may see different entries within their intervals
   KeyList list;         // list.key[c] for c in [all.lo, all.hi), and beyond to whole pairs of a run
-  alignas(64) int32_t position[3][kKeyBlock];  // of the entries, along the axes of the neighbourhood
+  int axes = 0;         // of the neighbourhood
+  alignas(64) int32_t position[3][kKeyBlock];  // of the entries, along its axes
 
   // The entries that lanes [r0, r0 + width) see.
   HWY_INLINE BlockKeys Of(const RowTile& t, int r0, int width) const {
-    if (!listed) {
-      BlockKeys keys = KeysOfBlock(t, r0, width, k0, all.hi);
+    BlockKeys keys;
+    if (listed) {
+      keys = EntriesOf(t, r0, width);
+    } else {
+      keys = KeysOfBlock(t, r0, width, k0, all.hi);
       keys.lo = Max(keys.lo, all.lo);
-      return keys;
     }
+    if (axes > 0) DropBeyondWindows(t, r0, width, keys);
+    return keys;
+  }
+
+ private:
+  HWY_INLINE BlockKeys EntriesOf(const RowTile& t, int r0, int width) const {
     int64_t first = INT64_MAX, last = 0, all_from = 0, all_to = INT64_MAX;
     for (int r = r0; r < r0 + width; ++r) {
       all_from = Max<int64_t>(all_from, t.begin[r]);
@@ -58,6 +67,26 @@ struct TileBlock {
     while (out.lo < out.hi && list.key[out.hi - 1] >= last) --out.hi;
     out.full = out.empty() || (all_from <= list.key[out.lo] && list.key[out.hi - 1] < all_to);
     return out;
+  }
+
+  // Leaves out the entries at both ends that are outside of all the lanes' windows.
+  void DropBeyondWindows(const RowTile& t, int r0, int width, BlockKeys& keys) const {
+    int32_t from[3], to[3];
+    for (int x = 0; x < axes; ++x) {
+      from[x] = t.from[x][r0];
+      to[x] = t.to[x][r0];
+      for (int r = r0 + 1; r < r0 + width; ++r) {
+        from[x] = Min(from[x], t.from[x][r]);
+        to[x] = Max(to[x], t.to[x][r]);
+      }
+    }
+    const auto within = [&](int c) {
+      bool in = true;
+      for (int x = 0; x < axes; ++x) in = in && position[x][c] >= from[x] && position[x][c] < to[x];
+      return in;
+    };
+    while (keys.lo < keys.hi && !within(keys.lo)) ++keys.lo;
+    while (keys.lo < keys.hi && !within(keys.hi - 1)) --keys.hi;
   }
 };
 
@@ -93,7 +122,8 @@ class BlockFinder {
       NumberKeys(out);
     }
     out.uneven = cut_keys_.lists_differ() || out.list.has_padding;
-    if (p_.neighbourhood.axes > 0) PlaceKeys(out);
+    out.axes = p_.neighbourhood.axes;
+    if (out.axes > 0) PlaceKeys(out);
   }
 
  private:
@@ -117,16 +147,15 @@ class BlockFinder {
 HWY_INLINE bool NeighboursAll(const AttentionProblem& p, const RowTile& t, int r0, int width, const TileBlock& block,
                               const BlockKeys& keys) {
   for (int x = 0; x < p.neighbourhood.axes; ++x) {
-    int32_t least = INT32_MAX, most = -1, from = 0, to = INT32_MAX;
-    for (int c = keys.lo; c < keys.hi; ++c) {
-      least = Min(least, block.position[x][c]);
-      most = Max(most, block.position[x][c]);
-    }
+    int32_t from = 0, to = INT32_MAX;
     for (int r = r0; r < r0 + width; ++r) {
       from = Max(from, t.from[x][r]);
       to = Min(to, t.to[x][r]);
     }
-    if (least < from || most >= to) return false;
+    const int32_t* u = block.position[x];
+    if (u[keys.lo] < from || u[keys.hi - 1] >= to) return false;  // mostly so
+    for (int c = keys.lo; c < keys.hi; ++c)
+      if (u[c] < from || u[c] >= to) return false;
   }
   return true;
 }
@@ -144,6 +173,10 @@ struct ScoreSteps {
         cuts(TileKeys::cuts(p)) {}
   bool any() const { return softcap || alibi || bias || mask || floor; }
   bool hides() const { return bias || mask || floor; }
+  // Whether only the neighbourhood hides any of `keys`, which the rows' intervals have.
+  bool only_windows(const TileBlock& block, const BlockKeys& keys) const {
+    return block.axes > 0 && keys.full && !block.uneven && !any();
+  }
   // Whether entries must be looked at one by one for lanes [r0, r0 + width).
   HWY_INLINE bool Masked(const AttentionProblem& p, const RowTile& t, int r0, int width, const TileBlock& block,
                          const BlockKeys& keys) const {
@@ -298,6 +331,45 @@ HWY_INLINE void ApplyScoreSteps(const AttentionProblem& p, const ScoreSteps& ste
       max = hn::Max(s, max);
     }
     row_max[c] = max;
+  }
+}
+
+// The same where only the neighbourhood hides keys: entries [lo, hi) outside of a row's window.
+template <int NR>
+HWY_INLINE void HideBeyondWindows(const RowTile& t, int r0, const TileBlock& block, int lo, int hi, float* S,
+                                  ptrdiff_t ld, VF (&row_max)[NR]) {
+  const int last = block.axes - 1;
+  VI from[NR], to[NR], line[NR];  // `line`: whether the rows see the line of the entries along the last axis
+  MFA_UNROLL
+  for (int c = 0; c < NR; ++c) {
+    from[c] = hn::Sub(hn::Load(di, t.from[last] + r0 + c * kLanes), hn::Set(di, 1));
+    to[c] = hn::Load(di, t.to[last] + r0 + c * kLanes);
+  }
+  for (int k = lo; k < hi; ++k) {
+    bool same = k > lo;
+    for (int x = 0; x < last; ++x) same = same && block.position[x][k] == block.position[x][k - 1];
+    if (!same) {
+      MFA_UNROLL
+      for (int c = 0; c < NR; ++c) line[c] = hn::Set(di, -1);
+      for (int x = 0; x < last; ++x) {
+        const VI u = hn::Set(di, block.position[x][k]);
+        MFA_UNROLL
+        for (int c = 0; c < NR; ++c) {
+          const int r = r0 + c * kLanes;
+          const auto in = hn::AndNot(hn::Lt(u, hn::Load(di, t.from[x] + r)), hn::Lt(u, hn::Load(di, t.to[x] + r)));
+          line[c] = hn::And(line[c], hn::VecFromMask(di, in));
+        }
+      }
+    }
+    const VI u = hn::Set(di, block.position[last][k]);
+    MFA_UNROLL
+    for (int c = 0; c < NR; ++c) {
+      float* at = S + k * ld + c * kLanes;
+      const auto in = hn::And(hn::And(hn::Gt(u, from[c]), hn::Lt(u, to[c])), hn::MaskFromVec(line[c]));
+      const VF s = hn::IfThenElse(hn::RebindMask(df, in), hn::Load(df, at), hn::Set(df, -kInf));
+      hn::Store(s, df, at);
+      row_max[c] = hn::Max(s, row_max[c]);
+    }
   }
 }
 

@@ -197,10 +197,14 @@ HWY_INLINE void UnpackTransposed(const float* in, ptrdiff_t ld, int n, const flo
     MFA_UNROLL
     for (int r = 0; r < kLanes; ++r) v[r] = hn::MulAdd(hn::Load(df, in + (c + r) * ld), f, hn::Zero(df));
     Transpose(v);
-    // A static trip count keeps v in registers; only real rows are stored.
-    MFA_UNROLL
-    for (int r = 0; r < kLanes; ++r)
-      if (r < count) StoreFloat(v[r], rows[r] + c);
+    if (HWY_LIKELY(count == kLanes)) {
+      MFA_UNROLL
+      for (int r = 0; r < kLanes; ++r) StoreFloat(v[r], rows[r] + c);
+    } else {  // a static trip count keeps v in registers
+      MFA_UNROLL
+      for (int r = 0; r < kLanes; ++r)
+        if (r < count) StoreFloat(v[r], rows[r] + c);
+    }
   }
   for (; c < n; ++c)
     for (int r = 0; r < count; ++r) StoreScalar(in[c * ld + r] * factor[r] + 0.f, rows[r] + c);

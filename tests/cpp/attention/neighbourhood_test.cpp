@@ -130,7 +130,7 @@ TEST(TileKeys, BoxesAndTheirListsCoverWhatRowsSee) {
     p.Nq = p.Nk = tokens_of(p.neighbourhood);
     RowTiling t;
     t.heads = p.Hq;
-    choose_box(p.neighbourhood, t.heads, random.pick({4, 24, 96}), 8, t.box);
+    choose_box(p.neighbourhood, t.heads, random.pick({4, 24, 96}), random.pick({8, 24}), 8, t.box);
     TileKeys keys(p);
     std::vector<int> met(static_cast<size_t>(p.Nq) * p.Hq);
     for (int64_t tile = 0; tile < tile_count(t, p.neighbourhood, p.Nq); ++tile) {

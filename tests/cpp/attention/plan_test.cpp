@@ -81,7 +81,7 @@ TEST(PlanForward, TasksCoverEveryRowAndKeyBlockOnce) {
           ASSERT_GE(plan.split_blocks, 1);
           ASSERT_GE(int64_t{plan.key_splits} * plan.split_blocks, blocks);
           ASSERT_LT(int64_t{plan.key_splits - 1} * plan.split_blocks, std::max<int64_t>(blocks, 1));
-          ASSERT_EQ(plan.tasks, int64_t{p.B} * p.Hkv * plan.row_tiles * plan.key_splits);
+          ASSERT_EQ(plan.tasks, ceil_div(int64_t{p.B} * p.Hkv * plan.row_tiles, plan.batch) * plan.key_splits);
           if (wants_probs) {
             ASSERT_EQ(plan.kernel, ForwardKernel::tiled);
             ASSERT_EQ(plan.key_splits, 1);
@@ -106,6 +106,8 @@ TEST(PlanForward, TilesOfPackedSequencesHaveEveryRowOnce) {
     }
     p.query_starts = starts.data();
     p.packed_queries = starts.back();
+    p.q.stride[1] = random.pick({1, 100});  // the order of the tiles follows from what lies together
+    p.q.stride[2] = 10;
     const int64_t offsets[1] = {0};
     if (random.chance(0.5)) {
       p.blocks.offsets = offsets;  // only its shape is looked at
