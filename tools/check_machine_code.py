@@ -18,20 +18,14 @@ from pathlib import Path
 # Kernels whose products must be matrix instructions, and which: by the file and the kernel's dtype.
 MATRIX = (
     (re.compile(r"^hopper_(forward|dq|dkv|backward_fused).*_(bf16|f16)$"), "HGMMA"),
-    (re.compile(r".*_(bf16|f16|f32)_\d+$"), "HMMA"),
+    (re.compile(r".*_(bf16|f16)_\d+$"), "HMMA"),
 )
 
 # Bytes of stack that a kernel may use: it keeps a few values of a step there rather than take smaller steps.
 STACK = {
-    **{
-        f"hopper_{stem}_{dtype}": 64
-        for stem in ("dkv_128", "dkv_modified_96", "dkv_modified_128", "dkv_shared_modified_192", "backward_fused_128")
-        for dtype in ("bf16", "f16")
-    },
-    "forward_tiled_f32_256": 8,
-    "forward_tiled_f32_576": 16,
-    "forward_few_rows_f32_576": 16,
-    "bias_gradient_f32_64": 8,
+    f"hopper_{stem}_{dtype}": 64
+    for stem in ("dkv_128", "dkv_modified_96", "dkv_modified_128", "backward_fused_128") + ("dkv_shared_modified_192",)
+    for dtype in ("bf16", "f16")
 }
 
 

@@ -50,7 +50,7 @@ inline constexpr int kHeadDims[] = {64, 128, 256, 576};  // the values of DP
 inline constexpr ForwardTile kForward16[] = {
     {64, 64, 64, 4, 1, 3}, {128, 64, 64, 4, 1}, {256, 64, 64, 4, 2}, {576, 32, 32, 2, 4}};
 inline constexpr ForwardTile kForward32[] = {
-    {64, 128, 64, 4, 2}, {128, 128, 64, 4, 2}, {256, 64, 32, 4, 1}, {576, 32, 16, 2, 2}};
+    {64, 128, 64, 4, 2}, {128, 128, 48, 4, 2}, {256, 64, 32, 4, 1}, {576, 32, 16, 2, 2}};
 // Few rows, as in decode: the warps share the keys.
 inline constexpr ForwardTile kForwardFewRows16[] = {
     {64, 16, 128, 1, 4}, {128, 16, 64, 1, 4}, {256, 16, 64, 1, 4}, {576, 16, 32, 1, 4}};

@@ -77,13 +77,13 @@ __device__ __forceinline__ void backward_queries(const BackwardParams& f) {
       }
       __syncthreads();
       const T* d_s = tiles.d_s + wm * MI * 16 * Tiles::p_pitch;
-      if (contain && (partial || p.bias.data || sizeof(T) == 4))
+      if (contain && (partial || p.bias.data))
         multiply_hiding<T, A::rows, BK, Tile.DP, Tile.threads()>(dq, d_s, Tiles::p_pitch, tiles.k, wn * NI * 8, p.D);
       else
         multiply<T, A::rows, B::rows>(dq, d_s, Tiles::p_pitch, tiles.k + wn * NI * 8, Tiles::pitch, BK, columns);
     }
     // As in the forward: a NaN may be that of a hidden key.
-    if (contain || !(hides || sizeof(T) == 4) || !__syncthreads_or(any_nonfinite(dq))) break;
+    if (contain || !hides || !__syncthreads_or(any_nonfinite(dq))) break;
     contain = true;
   }
   drain_copies();
@@ -149,7 +149,7 @@ __device__ __forceinline__ void backward_keys(const BackwardParams& f) {
       }
       __syncthreads();
       const T *weights = tiles.weights + km * MI * 16, *d_s = tiles.d_s + km * MI * 16;
-      if (contain && (partial || p.bias.data || sizeof(T) == 4)) {
+      if (contain && (partial || p.bias.data)) {
         multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dv, weights, Tiles::p_pitch, tiles.d_o, kn * NI * 8,
                                                                     p.Dv);
         multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dk, d_s, Tiles::p_pitch, tiles.q, kn * NI * 8, p.D);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void backward_keys(const BackwardParams& f) {
         multiply<T, A::columns, B::rows>(dk, d_s, Tiles::p_pitch, tiles.q + kn * NI * 8, Tiles::pitch, BQ, columns_k);
       }
     }
-    if (contain || !(hides || sizeof(T) == 4) || !__syncthreads_or(any_nonfinite(dk) || any_nonfinite(dv))) break;
+    if (contain || !hides || !__syncthreads_or(any_nonfinite(dk) || any_nonfinite(dv))) break;
     contain = true;
   }
   drain_copies();

@@ -136,14 +136,14 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
       if (k0 + BK < k_end) load_rows<BK, DP, kThreads>(k_tile, k, k0 + BK, seen.keys, p.D, k_vector);
       if (used) {
         const T* weights = p_tile + wm * MI * 16 * p_pitch;
-        if (contain && (partial || p.bias.data || sizeof(T) == 4))
+        if (contain && (partial || p.bias.data))
           multiply_hiding<T, A::rows, BK, DP, kThreads>(o, weights, p_pitch, v_tile, wn * ON * 8, p.Dv);
         else
           multiply<T, A::rows, B::rows>(o, weights, p_pitch, v_tile + wn * ON * 8, pitch, BK, columns);
       }
     }
     // A NaN or an infinity may be that of a key that the row does not see: 0 * NaN. Then all again, with care.
-    if (contain || !(hides || sizeof(T) == 4) || !__syncthreads_or(any_nonfinite(o))) break;
+    if (contain || !hides || !__syncthreads_or(any_nonfinite(o))) break;
     contain = true;
   }
   drain_copies();

@@ -2,8 +2,8 @@
 //
 // A warp holds a product of MI * 16 rows and NI * 8 columns as mma.sync m16n8 accumulators do, whatever computes it:
 // lane 4 g + t has, of block (mi, ni), rows 16 mi + g and + 8 and columns 8 ni + 2 t and + 1. Sixteen-bit operands are
-// multiplied by mma.sync. So is float32, as three products of tf32 halves, which together keep its accuracy: Ootomo and
-// Yokota, "Recovering single precision accuracy from Tensor Cores", arXiv:2203.03341.
+// multiplied by mma.sync; float32 by fused multiply-adds, because the tensor cores' tf32 does not keep float32's
+// accuracy.
 #pragma once
 
 #include <type_traits>
@@ -130,79 +130,6 @@ __device__ __forceinline__ void clear(float (&c)[MI][NI][4]) {
 enum class A { rows, columns };  // A is stored [m][k] or [k][m]
 enum class B { rows, columns };  // B is stored [k][n] or [n][k]
 
-// The products of float32.
-
-// x as the sum of two tf32 numbers, the first the nearest; of the second the tensor cores ignore what is below 2^-21 x.
-// With integers, since conversions are slow; a NaN stays one in one of the two.
-__device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
-  constexpr uint32_t kBelow = 0x1fff;  // bits that tf32 lacks
-  high = (__float_as_uint(x) + (kBelow + 1) / 2) & ~kBelow;
-  low = __float_as_uint(x - __uint_as_float(high));
-}
-__device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// c += A B over k < `depth`, a multiple of 16; without `All`, for the blocks of columns before `columns` only. The
-// tensor cores truncate what they add, so 16 products are summed there and then rounded into c. Lane 4 g + t brings
-// channels t and t + 4 of eight where both operands lie along rows, else 2 t and 2 t + 1: no two lanes read from one
-// bank.
-template <A Ta, B Tb, bool All, int MI, int NI>
-__device__ __forceinline__ void multiply_halves(float (&c)[MI][NI][4], const float* a, int a_pitch, const float* b,
-                                                int b_pitch, int depth, int columns) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  constexpr bool along_rows = Ta == A::rows && Tb == B::columns;
-  const int first = along_rows ? t : 2 * t, second = along_rows ? t + 4 : 2 * t + 1;
-#pragma unroll 1
-  for (int k0 = 0; k0 < depth; k0 += 16) {
-    uint32_t a_high[2][MI][4], a_low[2][MI][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int m = 16 * mi + 8 * (e % 2) + g, k = k0 + 8 * half + (e / 2 ? second : first);
-          split(Ta == A::rows ? a[m * a_pitch + k] : a[k * a_pitch + m], a_high[half][mi][e], a_low[half][mi][e]);
-        }
-    // Several sums at a time: each waits for its last product.
-    constexpr int together = NI % 2 || NI > 16 ? 1 : 2;  // wide sums leave no registers
-#pragma unroll
-    for (int n0 = 0; n0 < NI; n0 += together) {
-      if (!All && 8 * n0 >= columns) break;
-      uint32_t b_high[2][together][2], b_low[2][together][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int ni = 0; ni < together; ++ni)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int n = 8 * (n0 + ni) + g, k = k0 + 8 * half + (e ? second : first);
-            split(Tb == B::columns ? b[n * b_pitch + k] : b[k * b_pitch + n], b_high[half][ni][e], b_low[half][ni][e]);
-          }
-      float sum[MI][together][4] = {};
-#pragma unroll
-      for (int step = 0; step < 6; ++step)  // the small products first
-#pragma unroll
-        for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-          for (int ni = 0; ni < together; ++ni) {
-            const int half = step % 2;
-            multiply_add_tf32(sum[mi][ni], step < 2 ? a_low[half][mi] : a_high[half][mi],
-                              step / 2 == 1 ? b_low[half][ni] : b_high[half][ni]);
-          }
-#pragma unroll
-      for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-        for (int ni = 0; ni < together; ++ni)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) c[mi][n0 + ni][e] += sum[mi][ni][e];
-    }
-  }
-}
-
 // c += A B over k < `depth`, a multiple of 16; without `All`, for the blocks of columns before `columns` only. Checks
 // between the products of blocks keep their loads from running ahead, hence the two versions.
 template <typename T, A Ta, B Tb, bool All, int MI, int NI>
@@ -283,40 +210,16 @@ __device__ __forceinline__ void multiply_blocks(float (&c)[MI][NI][4], const T* 
   }
 }
 
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
-
-// Whether an accumulator of the thread is infinite or NaN.
-template <int MI, int NI>
-__device__ __forceinline__ bool any_nonfinite(const float (&c)[MI][NI][4]) {
-  float sum = 0.f;  // 0 * finite = 0, else NaN
-#pragma unroll
-  for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-    for (int ni = 0; ni < NI; ++ni)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum = fmaf(c[mi][ni][e], 0.f, sum);
-  return sum != 0.f;
-}
-
-// c += A B. Scores (B stored [n][k]) start from c = 0.
 template <typename T, A Ta, B Tb, int MI, int NI>
 __device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int a_pitch, const T* b, int b_pitch,
                                          int depth, int columns) {
-  if constexpr (sizeof(T) == 4) {
-    if (columns >= 8 * NI)
-      multiply_halves<Ta, Tb, true>(c, a, a_pitch, b, b_pitch, depth, columns);
-    else
-      multiply_halves<Ta, Tb, false>(c, a, a_pitch, b, b_pitch, depth, columns);
-    if constexpr (Tb == B::rows) return;
-    // Halves of an infinity are not numbers, but its product may be -infinity, which hides a key.
-    if (!__any_sync(~0u, any_nonfinite(c))) return;
-    clear(c);
-  }
   if (columns >= 8 * NI)
     multiply_blocks<T, Ta, Tb, true>(c, a, a_pitch, b, b_pitch, depth, columns);
   else
     multiply_blocks<T, Ta, Tb, false>(c, a, a_pitch, b, b_pitch, depth, columns);
 }
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
 
 // Adds the terms of A B, B stored [k][n], in which B is not finite and A not 0: a factor of 0 hides what it meets.
 template <typename T, A Ta, int MI, int NI>
@@ -366,6 +269,19 @@ __device__ __forceinline__ void multiply_hiding(float (&c)[MI][NI][4], const T* 
   clear_nonfinite<DEPTH, DP, THREADS>(tile, D);
   __syncthreads();
   multiply<T, Ta, B::rows>(c, a, a_pitch, tile + first, kPitch<T, DP>, DEPTH, columns);
+}
+
+// Whether an accumulator of the thread is infinite or NaN.
+template <int MI, int NI>
+__device__ __forceinline__ bool any_nonfinite(const float (&c)[MI][NI][4]) {
+  float sum = 0.f;  // 0 * finite = 0, else NaN
+#pragma unroll
+  for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+    for (int ni = 0; ni < NI; ++ni)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum = fmaf(c[mi][ni][e], 0.f, sum);
+  return sum != 0.f;
 }
 
 // Writes a warp's block as elements of T to shared memory.
