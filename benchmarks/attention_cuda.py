@@ -92,7 +92,7 @@ def cases() -> list[Case]:
 def repeats(case: Case) -> tuple[int, int]:
     """Calls of a batch and sets of inputs."""
     seconds = case.work() / (2e12 if case.kind == "decode" else 20e12 if case.dtype == "float32" else 400e12)
-    calls = max(1, min(40, round(0.004 / max(seconds, 1e-6))))
+    calls = max(1, min(40, round(0.02 / max(seconds, 1e-6))))
     sets = max(1, min(calls, 1 + L2_BYTES * 2 // case.bytes_of_inputs())) if case.kind == "decode" else 1
     return calls, sets
 

@@ -206,7 +206,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_in_a_tree_is_refused(mistake):
+def test_mistake_in_a_tree_is_refused(mistake, request):
+    if mistake.startswith("lengths"):
+        request.getfixturevalue("on_cpu")  # GPUs clip lengths rather than wait for their values
     change, words = MISTAKES[mistake]
     arguments = {
         "q": mx.zeros((2, 4, 3, 8)),

@@ -73,7 +73,7 @@ constexpr TileChoice dq_tiles[] = {
 };
 // Keys and values stay, queries pass.
 constexpr TileChoice dkv_tiles[] = {
-    {64, 2, 96, 2, false},
+    {64, 2, 112, 2, false},
     {96, 2, 64, 2, false},
     {128, 2, 64, 2, false},
 };
