@@ -63,8 +63,9 @@ void group_extents(const int32_t (&box)[3], int32_t count, int32_t (&extent)[3])
 
 // Keys along an axis that the queries of a box see together.
 double union_of(const NeighbourhoodAxis& a, int32_t extent) {
-  const int32_t groups = extent % a.stride == 0 ? extent / a.stride - 1 : (extent + a.stride - 2) / a.stride;
-  return std::min<double>(phase_size(a), a.window + double(groups) * a.stride);
+  const int64_t stride = a.stride;  // up to 2^31 - 1
+  const int64_t groups = extent % stride == 0 ? extent / stride - 1 : (extent + stride - 2) / stride;
+  return std::min<double>(phase_size(a), a.window + double(groups) * double(stride));
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ def clear_mlx_cache():
     mx.random.seed(SEED)
     yield
     gc.collect()
+    gc.freeze()  # what lives on is not walked again: with the modules of models imported that is most of a test's time
     mx.clear_cache()
 
 

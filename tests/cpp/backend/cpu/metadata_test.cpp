@@ -37,11 +37,11 @@ bool all_finite(const Values& values) {
 }
 
 // Arrays of exactly the elements that the shapes of `p` say, and the problem that points to them.
-struct Run {
+struct Computation {
   AttentionProblem p;
   Values q, k, v, o, lse, d_o, dlse, dq, dk, dv;
 
-  Run(Random& random, const AttentionProblem& metadata) : p(metadata) {
+  Computation(Random& random, const AttentionProblem& metadata) : p(metadata) {
     p.Hq = kHq;
     p.D = p.Dv = kD;
     p.scale = 0.5f;
@@ -97,7 +97,7 @@ TEST(MalformedMetadata, IsRefusedOrComputedFromInsideOfItsArrays) {
     for (int64_t n = 0; n < mistakes; ++n) testing::spoil(random, m);
     if (!m.error().empty()) continue;
     computed_although_spoiled += mistakes > 0;
-    Run run(random, m.problem());
+    Computation run(random, m.problem());
     run.forward();
     ASSERT_TRUE(all_finite(run.o)) << "case " << i;
     run.backward();
@@ -111,7 +111,7 @@ TEST(MalformedMetadata, OfATopKSelectionIsComputedFromInsideOfItsArrays) {
   for (int i = 0; i < kCases; ++i) {
     Metadata m = testing::random_metadata(random);
     if (!m.query_starts.empty() || !m.table.empty()) continue;
-    Run run(random, m.problem());
+    Computation run(random, m.problem());
     std::vector<int32_t> keep(static_cast<size_t>(m.p.B));
     for (int32_t& n : keep)
       n = random.pick({std::numeric_limits<int32_t>::min(), -1, 0, 1, 3, 100, std::numeric_limits<int32_t>::max()});
@@ -153,7 +153,7 @@ TEST(MalformedMetadata, OfANeighbourhoodIsRefusedOrComputedFromInsideOfItsArrays
     if (tokens > 200) continue;
     m.p.Nq = m.p.Nk = static_cast<int32_t>(tokens);
     m.p.causal = random.chance(0.2);
-    Run run(random, m.problem());
+    Computation run(random, m.problem());
     run.forward();
     ASSERT_TRUE(all_finite(run.o)) << "case " << i;
     ++computed;
