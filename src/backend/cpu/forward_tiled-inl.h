@@ -73,27 +73,26 @@ class TiledForward {
 
   size_t scratch_bytes() const { return x_.bytes; }
 
-  // Part `split` of the keys for tile number `index`. Rows of the tile at `next`, if any, are fetched meanwhile.
-  void Run(int64_t index, const TileMap::Place& place, int split, const TileMap::Place* next) {
-    const ForwardPlan& plan = job_.plan;
+  // Blocks [first, last) of the keys for tile number `index`. First rows of the tile at `next`, if any, are fetched
+  // meanwhile.
+  void Run(int64_t index, const TileMap::Place& place, int first, int last, const Upcoming* next) {
     if (!SelectRows(index, place)) return;
     PackQueries();
     if (job_.floors) selector_.Begin(x_.select, job_.kept[place.b], tile_width_);
-    const int blocks = (key_count(p_, place.b) + kKeyBlock - 1) / kKeyBlock;
-    const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
+    last = Min(last, (key_count(p_, place.b) + kKeyBlock - 1) / kKeyBlock);
     int seen = first;
     for (reader_.Begin(x_.tile, tile_width_, first, last); reader_.index() < last; reader_.Advance()) {
       MarkUnseen(seen, reader_.index());
       upcoming_.Clear();
-      const KeyBlock block = reader_.Load(next, upcoming_);
-      if (next && reader_.at_last()) AddRows(*next);
+      const KeyBlock block = reader_.Load(next ? &next->place : nullptr, upcoming_);
+      if (next && reader_.at_last()) AddRows(next->place);
       Attend(block);
       seen = reader_.index() + 1;
     }
     MarkUnseen(seen, last);
     if (job_.floors) {
       for (int r = 0; r < x_.tile.count; ++r) job_.floors[LseIndex(r)] = selector_.Floor(r);
-    } else if (plan.key_splits == 1) {
+    } else if (job_.plan.key_splits == 1) {
       Finish();
     }
   }
