@@ -1,32 +1,12 @@
 // forward_tiled-inl.h: attention forward with lanes = query rows.
 //
 // A task owns up to kMaxRowTile rows of one KV head and walks the key blocks they see. For each column group of rows
-//   S = K Q^T (transposed scores)  ->  P = exp2(S - block max)  ->  O^T = a O^T
-//   + b (V^T P)
+//   S = K Q^T (transposed scores)  ->  P = exp2(S - block max)  ->  O^T = a O^T + b (V^T P)
 // Each block is reduced on its own and merged in order with weights a, b, so a row's bits depend on its keys alone.
-// Source: Dao et al., arXiv:2205.14135; Milakov & Gimelshein, arXiv:1805.02867.
+// Source: Dao et al., arXiv:2205.14135.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
-
-// Running maximum (base-2) and sum of each row, and the weights that a block's merge gives to the old and new parts.
-struct RowState {
-  alignas(64) float m[kMaxRowTile];
-  alignas(64) float l[kMaxRowTile];
-};
-
-HWY_INLINE VF FiniteOrZero(VF m) { return hn::IfThenElse(hn::Eq(m, hn::Set(df, -kInf)), hn::Zero(df), m); }
-
-// Merges (block_m, block_l) into the state at `at` and returns the weights.
-HWY_INLINE void MergeState(float* m_at, float* l_at, VF block_m, VF block_l, VF& a, VF& b) {
-  const VF m = hn::Load(df, m_at);
-  const VF m_new = hn::Max(block_m, m);
-  const VF safe = FiniteOrZero(m_new);
-  a = Exp2(hn::Sub(m, safe));
-  b = Exp2(hn::Sub(block_m, safe));
-  hn::Store(m_new, df, m_at);
-  hn::Store(hn::MulAdd(hn::Load(df, l_at), a, hn::Mul(block_l, b)), df, l_at);
-}
 
 struct ForwardScratch {
   RowTile tile;
@@ -355,6 +335,8 @@ class TiledForward {
       for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
       if (windows) {
         HideBeyondWindows<NR>(x_.tile, g0, reader_.block(), lo, hi, S, kWidth, block_m);
+      } else if (!masked && !steps_.any()) {
+        HideBeyondIntervals<NR>(x_.tile, g0, reader_.block().list.key, lo, hi, S, kWidth, block_m);
       } else {
         ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, reader_.block().list.key, lo, hi, x_.bias, mask, S, kWidth,
                             block_m, nullptr);
