@@ -10,8 +10,8 @@ namespace {
 
 // Decode ranges below this many keys cost more in merging than they gain.
 constexpr int32_t kMinSplitBlocks = 2;
-// Key blocks of a range that decoding reads for all heads of a pool in turn: their pages stay in the table of
-// addresses.
+// Key blocks of a task that decodes all heads of a pool: it takes each block for all heads before the next, as the
+// heads of a page lie together in memory.
 constexpr int32_t kPagedSplitBlocks = 4;
 
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
@@ -90,6 +90,11 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
   if (plan.kernel == ForwardKernel::decode && p.pages.page_size > 0 && p.Hkv > 1)
     plan.split_blocks = std::min(plan.split_blocks, kPagedSplitBlocks);
   plan.key_splits = std::max(1, ceil_div(blocks, plan.split_blocks));
+  plan.turn_blocks = plan.split_blocks;
+  if (plan.kernel == ForwardKernel::decode && p.pages.page_size > 0 && p.Hkv > 1 && plan.key_splits > 1) {
+    plan.batch = p.Hkv;
+    plan.turn_blocks = 1;
+  }
   if (plan.key_splits == 1)
     plan.batch = static_cast<int32_t>(std::clamp<int64_t>(row_tasks / (int64_t{64} * std::max(1, threads)), 1, 32));
   plan.tasks = (row_tasks + plan.batch - 1) / plan.batch * plan.key_splits;

@@ -45,6 +45,7 @@ struct ForwardPlan {
   int32_t key_splits = 1;    // tasks along the keys; > 1 stores a partial result a block, merged afterwards
   int32_t split_blocks = 0;  // key blocks per split
   int32_t batch = 1;         // row tiles of a task: more where there are thousands of short sequences
+  int32_t turn_blocks = 0;   // key blocks that all tiles of a task take before the next ones: split_blocks, or fewer
   int64_t tasks = 0;         // row tiles of all sequences and KV heads / batch * key_splits
   RowTiling tiling;
   TileMap tiles;

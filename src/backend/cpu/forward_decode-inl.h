@@ -1,14 +1,9 @@
 // forward_decode-inl.h: attention forward for few query rows: lanes = keys for the scores, channels for the output.
 //
-// Keys are transposed in registers and the products accumulate in the same order as in the tiled kernel, so a row has
-// the same bits in both. Memory-bound: each key block is prefetched one block ahead.
+// Memory-bound: each key block is prefetched one block ahead, also that of another tile.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
-
-constexpr int kMaxDecodeRows = kTileRows;     // the scores of all rows fit in the registers
-constexpr int kScoreStride = kKeyBlock + 16;  // room for a whole vector from any key of the block
-static_assert(kLanes <= 16);
 
 struct DecodeScratch {
   RowTile tile;
@@ -34,168 +29,6 @@ struct DecodeScratch {
   }
 };
 
-// Channels [d, d + 2 * kLanes) of kLanes rows as pairs.
-HWY_INLINE void LoadPairRows(const bfloat16* const* rows, int d, VF (&pairs)[kLanes]) {
-  const hn::Repartition<uint16_t, DF> d16;
-  MFA_UNROLL
-  for (int i = 0; i < kLanes; ++i)
-    pairs[i] = hn::BitCast(df, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(rows[i] + d)));
-}
-
-// S[g][k] for kLanes keys: rows[] point at the keys, q[] at the queries.
-template <int G, class T>
-HWY_INLINE void DecodeScores(const T* const* rows, const float* q, ptrdiff_t q_stride, int D, float* S,
-                             ptrdiff_t s_stride) {
-  VF acc[G];
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
-  int d = 0;
-  if constexpr (std::is_same_v<T, bfloat16>) {  // transposed as pairs, widened afterwards: half the shuffles
-    for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
-      VF pairs[kLanes];
-      LoadPairRows(rows, d, pairs);
-      Transpose(pairs);
-      MFA_UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        const VU bits = hn::BitCast(du, pairs[j]);
-        const VF even = hn::BitCast(df, hn::ShiftLeft<16>(bits));
-        const VF odd = hn::BitCast(df, hn::And(bits, hn::Set(du, 0xffff0000u)));
-        MFA_UNROLL
-        for (int g = 0; g < G; ++g) {
-          acc[g] = hn::MulAdd(even, hn::Set(df, q[g * q_stride + d + 2 * j]), acc[g]);
-          acc[g] = hn::MulAdd(odd, hn::Set(df, q[g * q_stride + d + 2 * j + 1]), acc[g]);
-        }
-      }
-    }
-  }
-  for (; d + kLanes <= D; d += kLanes) {
-    VF k[kLanes];
-    MFA_UNROLL
-    for (int i = 0; i < kLanes; ++i) k[i] = LoadFloat(rows[i] + d);
-    Transpose(k);
-    MFA_UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      MFA_UNROLL
-      for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k[j], hn::Set(df, q[g * q_stride + d + j]), acc[g]);
-    }
-  }
-  for (; d < D; ++d) {
-    alignas(64) float column[kLanes];
-    for (int i = 0; i < kLanes; ++i) column[i] = to_float(rows[i][d]);
-    const VF k = hn::Load(df, column);
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) acc[g] = hn::MulAdd(k, hn::Set(df, q[g * q_stride + d]), acc[g]);
-  }
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) hn::StoreU(acc[g], df, S + g * s_stride);
-}
-
-// The same with pairs of channels: the products of bfloat16 pairs, in the order of the tiled kernel.
-template <int G>
-HWY_INLINE void DecodePairScores(const bfloat16* const* rows, const uint32_t* q, ptrdiff_t q_stride, int pairs,
-                                 VF scale, float* S, ptrdiff_t s_stride) {
-  VF acc[G];
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) acc[g] = hn::Zero(df);
-  int d = 0;
-  for (; d + kLanes <= pairs; d += kLanes) {
-    VF k[kLanes];
-    LoadPairRows(rows, 2 * d, k);
-    Transpose(k);
-    MFA_UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      MFA_UNROLL
-      for (int g = 0; g < G; ++g)
-        acc[g] = DotPairs(acc[g], hn::BitCast(du, k[j]), hn::Set(du, q[g * q_stride + d + j]));
-    }
-  }
-  for (; d < pairs; ++d) {
-    alignas(64) uint32_t column[kLanes];
-    for (int i = 0; i < kLanes; ++i) column[i] = PairAt(rows[i] + 2 * d);
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) acc[g] = DotPairs(acc[g], hn::Load(du, column), hn::Set(du, q[g * q_stride + d]));
-  }
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) hn::StoreU(hn::Mul(acc[g], scale), df, S + g * s_stride);
-}
-
-// The values of the next block, fetched evenly by the passes over the channels of this one: pass c of `passes` fetches
-// the rows k with k % passes in [c, c + share). None if width is 0.
-template <class Rows>
-struct NextBlock {
-  Rows rows;  // of the entry k of the next block
-  int width = 0, passes = 1, pass = 0, share = 1;
-  HWY_INLINE void Fetch(int k) const {
-    if (width == 0) return;
-    const int turn = k % passes;
-    if (turn >= pass && turn < pass + share) rows.Fetch(k, width);
-  }
-};
-
-// out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi); values past `width` are read as zero.
-template <int G, int NV, class Rows, class Next>
-HWY_INLINE void DecodeValues(const Rows& v, int lo, int hi, const float* P, float* out, ptrdiff_t out_stride,
-                             const Next& next) {
-  VF acc[G][NV];
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) {
-    MFA_UNROLL
-    for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
-  }
-  for (int k = lo; k < hi; ++k) {
-    const auto* row = v.At(k);
-    next.Fetch(k);
-    VF value[NV];
-    MFA_UNROLL
-    for (int c = 0; c < NV; ++c) value[c] = LoadFloat(row + c * kLanes);
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) {
-      const VF w = hn::Set(df, P[g * kScoreStride + k]);
-      MFA_UNROLL
-      for (int c = 0; c < NV; ++c) acc[g][c] = hn::MulAdd(value[c], w, acc[g][c]);
-    }
-  }
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) {
-    MFA_UNROLL
-    for (int c = 0; c < NV; ++c) hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
-  }
-}
-
-// The same for pairs of keys [lo, hi), both even; `P` holds a pair of probabilities for each pair of keys. A key
-// outside [first, last) is not read.
-template <int G, int NV, class Rows, class Next>
-HWY_INLINE void DecodePairValues(const Rows& v, int lo, int hi, int first, int last, const uint32_t* P, float* out,
-                                 ptrdiff_t out_stride, const Next& next) {
-  static constexpr bfloat16 kZeros[NV * kLanes] = {};
-  VF acc[G][NV];
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) {
-    MFA_UNROLL
-    for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
-  }
-  for (int k = lo; k < hi; k += 2) {
-    const bfloat16* even = k >= first ? v.At(k) : kZeros;
-    const bfloat16* odd = k + 1 < last ? v.At(k + 1) : kZeros;
-    next.Fetch(k);
-    next.Fetch(k + 1);
-    VU value[NV];
-    MFA_UNROLL
-    for (int c = 0; c < NV; ++c) value[c] = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) {
-      const VU w = hn::Set(du, P[g * kScoreStride + k / 2]);
-      MFA_UNROLL
-      for (int c = 0; c < NV; ++c) acc[g][c] = DotPairs(acc[g][c], value[c], w);
-    }
-  }
-  MFA_UNROLL
-  for (int g = 0; g < G; ++g) {
-    MFA_UNROLL
-    for (int c = 0; c < NV; ++c) hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
-  }
-}
-
 // kPairs: products of bfloat16 pairs.
 template <class T, bool kPairs>
 class DecodeForward {
@@ -209,13 +42,16 @@ class DecodeForward {
         finder_(p_, kPairs),
         x_(p_, job.plan.tiling.decode_rows, static_cast<char*>(scratch)) {}
 
-  void Run(int64_t index, const TileMap::Place& place, int split, const TileMap::Place* /*next*/) {
-    const ForwardPlan& plan = job_.plan;
+  // Blocks [first, last) of the keys for tile number `index`. `next`: what follows, or null.
+  void Run(int64_t index, const TileMap::Place& place, int first, int last, const Upcoming* next) {
     Begin(index, place);
-    const int keys = key_count(p_, place.b), blocks = (keys + kKeyBlock - 1) / kKeyBlock;
-    const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
-    for (int i = first; i < last; ++i) Block(i, keys, i + 1 < last);
-    if (plan.key_splits == 1) Finish();
+    const int keys = key_count(p_, place.b);
+    last = Min(last, (keys + kKeyBlock - 1) / kKeyBlock);
+    for (int i = first; i < last; ++i) {
+      const Upcoming after{place, i + 1};
+      Block(i, keys, i + 1 < last ? &after : next);
+    }
+    if (job_.plan.key_splits == 1) Finish();
   }
 
   void Merge(int64_t index, const TileMap::Place& place) {
@@ -258,8 +94,8 @@ class DecodeForward {
     for (int i = 0; i < rows_ * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.o + i);
   }
 
-  // Rows of the block: a fixed step apart, or found one by one. `more`: the next block follows.
-  void Block(int index, int keys, bool more) {
+  // Rows of the block: a fixed step apart, or found one by one. `next`: what follows, or null.
+  void Block(int index, int keys, const Upcoming* next) {
     const int64_t k0 = int64_t{index} * kKeyBlock;
     const int count = static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0));
     finder_.Find(x_.tile, rows_, k0, count, x_.block);
@@ -268,42 +104,55 @@ class DecodeForward {
     if (!x_.block.listed && !GathersRows(p_)) {
       const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, k0), p_.k.stride[2]};
       const StridedRows<T> v{KeyRow<T>(p_, p_.v, b, h, k0), p_.v.stride[2]};
-      const int fetched = more && k0 + 2 * kKeyBlock <= keys ? kKeyBlock : 0;
-      return Attend(index, k, v, StridedRows<T>{k.At(fetched), k.step}, StridedRows<T>{v.At(fetched), v.step},
-                    fetched > 0);
+      if (!Fetches(next)) return Attend(index, k, v, k, v, false);
+      const TileMap::Place& place = next->place;
+      const int64_t first = int64_t{next->block} * kKeyBlock;
+      return Attend(index, k, v, StridedRows<T>{KeyRow<T>(p_, p_.k, place.b, place.kv_head, first), k.step},
+                    StridedRows<T>{KeyRow<T>(p_, p_.v, place.b, place.kv_head, first), v.step}, true);
     }
     const int lo = x_.block.all.lo, hi = x_.block.all.hi;
-    if (tables_for_ == index && !x_.block.listed) {
+    if (has_next_table_ && !x_.block.listed) {
       table_ ^= 1;
     } else {
       KeyRows(p_, p_.k, b, h, x_.block.list, lo, hi, k_rows_[table_]);
       KeyRows(p_, p_.v, b, h, x_.block.list, lo, hi, v_rows_[table_]);
     }
-    const bool fetch = more && !x_.block.listed && hi - lo == kKeyBlock && k0 + 2 * kKeyBlock <= keys;
-    const int next = table_ ^ 1;
-    tables_for_ = fetch ? index + 1 : -1;
-    if (fetch) {
-      for (int c = 0; c < kKeyBlock; ++c) x_.next.key[c] = x_.block.list.key[c] + kKeyBlock;
-      KeyRows(p_, p_.k, b, h, x_.next, 0, kKeyBlock, k_rows_[next]);
-      KeyRows(p_, p_.v, b, h, x_.next, 0, kKeyBlock, v_rows_[next]);
+    const int other = table_ ^ 1;
+    has_next_table_ = !x_.block.listed && Fetches(next);
+    if (has_next_table_) {
+      const TileMap::Place& place = next->place;
+      for (int c = 0; c < kKeyBlock; ++c) x_.next.key[c] = next->block * kKeyBlock + c;
+      KeyRows(p_, p_.k, place.b, place.kv_head, x_.next, 0, kKeyBlock, k_rows_[other]);
+      KeyRows(p_, p_.v, place.b, place.kv_head, x_.next, 0, kKeyBlock, v_rows_[other]);
     }
-    Attend(index, RowTable<T>{k_rows_[table_]}, RowTable<T>{v_rows_[table_]}, RowTable<T>{k_rows_[next]},
-           RowTable<T>{v_rows_[next]}, fetch);
+    Attend(index, RowTable<T>{k_rows_[table_]}, RowTable<T>{v_rows_[table_]}, RowTable<T>{k_rows_[other]},
+           RowTable<T>{v_rows_[other]}, has_next_table_);
+  }
+
+  // Whether all of this block is computed, so that all of the next is fetched, which must be a whole one.
+  bool Fetches(const Upcoming* next) const {
+    return next && x_.block.all.hi - x_.block.all.lo == kKeyBlock &&
+           (int64_t{next->block} + 1) * kKeyBlock <= key_count(p_, next->place.b);
   }
 
   template <class Rows>
   void Attend(int index, const Rows& k, const Rows& v, const Rows& next_k, const Rows& next_v, bool prefetch) {
     const BlockKeys& seen = x_.block.all;
     const int lo = seen.lo, hi = seen.hi;
-    for (int k_lo = lo; k_lo < hi; k_lo += kLanes) {
-      if (prefetch)
-        for (int i = 0; i < kLanes; ++i) next_k.Fetch(Min(k_lo + i, hi - 1), p_.D);
+    const int vectors = RotatesKeys(p_) ? 1 : rows_ == 1 ? kKeyVectors<1> : rows_ == 2 ? kKeyVectors<2> : 1;
+    for (int k_lo = lo, step = 0; k_lo < hi; k_lo += step) {
+      step = k_lo + vectors * kLanes <= hi ? vectors * kLanes : kLanes;
+      for (int i = 0; prefetch && i < step; ++i) next_k.Fetch(Min(k_lo + i, hi - 1), p_.D);
       if (RotatesKeys(p_)) {
         RotateKeys(k, k_lo, hi);
+        continue;
+      }
+      const T* rows[kKeyVectors<1> * kLanes];
+      for (int i = 0; i < step; ++i) rows[i] = k.At(Min(k_lo + i, hi - 1));
+      if (step == kLanes) {
+        Products<1>(rows, k_lo);
       } else {
-        const T* rows[kLanes];
-        for (int i = 0; i < kLanes; ++i) rows[i] = k.At(Min(k_lo + i, hi - 1));
-        Products(rows, k_lo);
+        Products<0>(rows, k_lo);
       }
     }
     float m[kMaxDecodeRows], l[kMaxDecodeRows];
@@ -344,16 +193,18 @@ class DecodeForward {
     }
   }
 
-  // The scores of all rows for the keys rows[0] .. from entry `entry`.
-  template <class R>
+  // The scores of all rows for the keys rows[0] .. from entry `entry`: kVectors vectors of them, 0: as many as suit the
+  // number of rows.
+  template <int kVectors, class R>
   HWY_INLINE void Products(const R* const* rows, int entry) {
     ForRowTiles<kTileRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
+      constexpr int NK = kVectors > 0 ? kVectors : kKeyVectors<G>;
       if constexpr (kPairs && std::is_same_v<R, bfloat16>) {
         const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q + g * d_padded_);
-        return DecodePairScores<G>(rows, q, d_padded_, p_.D / 2, hn::Set(df, p_.scale * kLog2e), scores_at(g, entry),
-                                   kScoreStride);
+        return DecodePairScores<G, NK>(rows, q, d_padded_, p_.D / 2, hn::Set(df, p_.scale * kLog2e),
+                                       scores_at(g, entry), kScoreStride);
       }
-      DecodeScores<G>(rows, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, entry), kScoreStride);
+      DecodeScores<G, NK>(rows, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, entry), kScoreStride);
     });
   }
 
@@ -370,7 +221,7 @@ class DecodeForward {
     };
     const float* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = rotate(i);
-    Products(rows, entry);
+    Products<1>(rows, entry);
   }
 
   template <class Rows>
@@ -574,9 +425,10 @@ class DecodeForward {
   DecodeScratch x_;
   int64_t tile_index_ = 0;
   int rows_ = 0;
-  // Rows of this block and of the next, where they are found one by one; `tables_for_`: the block of the latter.
+  // Rows of this block and of the next, where they are found one by one.
   const T *k_rows_[2][kKeyBlock], *v_rows_[2][kKeyBlock];
-  int table_ = 0, tables_for_ = -1;
+  int table_ = 0;
+  bool has_next_table_ = false;  // the other table has the rows of the block that follows
   bool visible_[kMaxDecodeRows][kKeyBlock];
 };
 

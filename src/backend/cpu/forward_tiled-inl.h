@@ -1,32 +1,12 @@
 // forward_tiled-inl.h: attention forward with lanes = query rows.
 //
 // A task owns up to kMaxRowTile rows of one KV head and walks the key blocks they see. For each column group of rows
-//   S = K Q^T (transposed scores)  ->  P = exp2(S - block max)  ->  O^T = a O^T
-//   + b (V^T P)
+//   S = K Q^T (transposed scores)  ->  P = exp2(S - block max)  ->  O^T = a O^T + b (V^T P)
 // Each block is reduced on its own and merged in order with weights a, b, so a row's bits depend on its keys alone.
-// Source: Dao et al., arXiv:2205.14135; Milakov & Gimelshein, arXiv:1805.02867.
+// Source: Dao et al., arXiv:2205.14135.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
-
-// Running maximum (base-2) and sum of each row, and the weights that a block's merge gives to the old and new parts.
-struct RowState {
-  alignas(64) float m[kMaxRowTile];
-  alignas(64) float l[kMaxRowTile];
-};
-
-HWY_INLINE VF FiniteOrZero(VF m) { return hn::IfThenElse(hn::Eq(m, hn::Set(df, -kInf)), hn::Zero(df), m); }
-
-// Merges (block_m, block_l) into the state at `at` and returns the weights.
-HWY_INLINE void MergeState(float* m_at, float* l_at, VF block_m, VF block_l, VF& a, VF& b) {
-  const VF m = hn::Load(df, m_at);
-  const VF m_new = hn::Max(block_m, m);
-  const VF safe = FiniteOrZero(m_new);
-  a = Exp2(hn::Sub(m, safe));
-  b = Exp2(hn::Sub(block_m, safe));
-  hn::Store(m_new, df, m_at);
-  hn::Store(hn::MulAdd(hn::Load(df, l_at), a, hn::Mul(block_l, b)), df, l_at);
-}
 
 struct ForwardScratch {
   RowTile tile;
@@ -73,27 +53,26 @@ class TiledForward {
 
   size_t scratch_bytes() const { return x_.bytes; }
 
-  // Part `split` of the keys for tile number `index`. Rows of the tile at `next`, if any, are fetched meanwhile.
-  void Run(int64_t index, const TileMap::Place& place, int split, const TileMap::Place* next) {
-    const ForwardPlan& plan = job_.plan;
+  // Blocks [first, last) of the keys for tile number `index`. First rows of the tile at `next`, if any, are fetched
+  // meanwhile.
+  void Run(int64_t index, const TileMap::Place& place, int first, int last, const Upcoming* next) {
     if (!SelectRows(index, place)) return;
     PackQueries();
     if (job_.floors) selector_.Begin(x_.select, job_.kept[place.b], tile_width_);
-    const int blocks = (key_count(p_, place.b) + kKeyBlock - 1) / kKeyBlock;
-    const int first = split * plan.split_blocks, last = Min(blocks, first + plan.split_blocks);
+    last = Min(last, (key_count(p_, place.b) + kKeyBlock - 1) / kKeyBlock);
     int seen = first;
     for (reader_.Begin(x_.tile, tile_width_, first, last); reader_.index() < last; reader_.Advance()) {
       MarkUnseen(seen, reader_.index());
       upcoming_.Clear();
-      const KeyBlock block = reader_.Load(next, upcoming_);
-      if (next && reader_.at_last()) AddRows(*next);
+      const KeyBlock block = reader_.Load(next ? &next->place : nullptr, upcoming_);
+      if (next && reader_.at_last()) AddRows(next->place);
       Attend(block);
       seen = reader_.index() + 1;
     }
     MarkUnseen(seen, last);
     if (job_.floors) {
       for (int r = 0; r < x_.tile.count; ++r) job_.floors[LseIndex(r)] = selector_.Floor(r);
-    } else if (plan.key_splits == 1) {
+    } else if (job_.plan.key_splits == 1) {
       Finish();
     }
   }
@@ -356,6 +335,8 @@ class TiledForward {
       for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
       if (windows) {
         HideBeyondWindows<NR>(x_.tile, g0, reader_.block(), lo, hi, S, kWidth, block_m);
+      } else if (!masked && !steps_.any()) {
+        HideBeyondIntervals<NR>(x_.tile, g0, reader_.block().list.key, lo, hi, S, kWidth, block_m);
       } else {
         ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, reader_.block().list.key, lo, hi, x_.bias, mask, S, kWidth,
                             block_m, nullptr);

@@ -14,7 +14,9 @@
 #include "backend/cpu/key_block-inl.h"
 #include "backend/cpu/block_reader-inl.h"
 #include "backend/cpu/score_floor-inl.h"
+#include "backend/cpu/row_state-inl.h"
 #include "backend/cpu/forward_tiled-inl.h"
+#include "backend/cpu/decode_products-inl.h"
 #include "backend/cpu/forward_decode-inl.h"
 #include "backend/cpu/key_mean-inl.h"
 #include "backend/cpu/backward-inl.h"
@@ -60,21 +62,22 @@ size_t ForwardScratchBytes(const ForwardJob& job) {
 }
 void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
   const ForwardPlan& plan = job.plan;
-  // All heads at a range of keys before the next range: heads of a page lie side by side in memory.
   const int64_t batches = plan.tasks / plan.key_splits;
-  const int split = static_cast<int>(task / batches);
+  const int begin = static_cast<int>(task / batches) * plan.split_blocks, end = begin + plan.split_blocks;
   const int64_t first = task % batches * plan.batch, last = Min(plan.tiles.count(), first + plan.batch);
-  TileMap::Place place = plan.tiles.locate(first);
-  for (int64_t index = first; index < last;) {
-    const bool decodes = Decodes(job, place);
-    WithForward(job, decodes, scratch, [&](auto& kernel) {
-      do {
-        const bool more = index + 1 < last;
-        const TileMap::Place next = more ? plan.tiles.locate(index + 1) : place;
-        kernel.Run(index++, place, split, more ? &next : nullptr);
-        place = next;
-      } while (index < last && Decodes(job, place) == decodes);
-    });
+  for (int block = begin; block < end; block += plan.turn_blocks) {
+    TileMap::Place place = plan.tiles.locate(first);
+    for (int64_t index = first; index < last;) {
+      const bool decodes = Decodes(job, place);
+      WithForward(job, decodes, scratch, [&](auto& kernel) {
+        do {
+          const bool turns = index + 1 == last;
+          const Upcoming next{plan.tiles.locate(turns ? first : index + 1), turns ? block + plan.turn_blocks : block};
+          kernel.Run(index++, place, block, Min(block + plan.turn_blocks, end), next.block < end ? &next : nullptr);
+          place = next.place;
+        } while (index < last && Decodes(job, place) == decodes);
+      });
+    }
   }
 }
 void MergeTask(const ForwardJob& job, int64_t index, void* scratch) {

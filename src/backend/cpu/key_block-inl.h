@@ -85,6 +85,12 @@ class UpcomingRows {
   int64_t rate_ = 0, credit_ = 0;  // lines << kShift: for a unit of work, and due
 };
 
+// A tile and a block of its keys that come after those which are computed.
+struct Upcoming {
+  TileMap::Place place;
+  int block = 0;
+};
+
 // The most keys of a tile of the first product.
 constexpr int kMostTileRows = kTallRows<1>;
 

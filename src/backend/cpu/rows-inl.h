@@ -109,11 +109,12 @@ HWY_INLINE void KeyRows(const AttentionProblem& p, const TensorRef& x, int b, in
     if (list.padding[c]) rows[c] = ZeroRow<T>();
 }
 
+// Into the second cache: the first is full of what is needed before.
 template <class T>
 HWY_INLINE void PrefetchRow(const T* row, int width) {
   const char* at = reinterpret_cast<const char*>(row);
   const size_t bytes = static_cast<size_t>(width) * sizeof(T);
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // Rows as PackPanels and the decode kernel read them: a fixed step apart, or anywhere.
@@ -132,7 +133,8 @@ struct RowTable {
   HWY_INLINE const T* At(int r) const { return rows[r] + column; }
   HWY_INLINE void Fetch(int r, int width) const {
     PrefetchRow(At(r), width);
-    __builtin_prefetch(At(r) + width - 1);  // no row that follows has the last line, if rows do not begin with one
+    __builtin_prefetch(At(r) + width - 1, 0,
+                       2);  // no row that follows has the last line, if rows do not begin with one
   }
   HWY_INLINE RowTable Columns(int c) const { return {rows, column + c}; }
 };

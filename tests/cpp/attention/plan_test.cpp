@@ -195,13 +195,16 @@ TEST(PlanForward, LongKeysOfFewRowsAreSharedByTheThreads) {
   EXPECT_GT(plan_forward(shape(1, 1, 1, 1, 32768), all_traits()[0], 16, false).tasks, 15);
 }
 
-TEST(PlanForward, DecodeOverPagesGoesThroughTheHeadsInShortRangesOfKeys) {
+TEST(PlanForward, DecodeOverPagesTakesEachBlockOfKeysForAllHeadsInTurn) {
   AttentionProblem p = shape(1, 8, 8, 1, 32768);
   for (const CpuKernelTraits& cpu : all_traits()) {
     EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 1);
     p.pages.page_size = 16;
-    EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 32);
-    EXPECT_EQ(plan_forward(p, cpu, 1, false).tasks, 8 * 32);
+    const ForwardPlan paged = plan_forward(p, cpu, 1, false);
+    EXPECT_EQ(paged.key_splits, 32);
+    EXPECT_EQ(paged.batch, 8);
+    EXPECT_EQ(paged.turn_blocks, 1);
+    EXPECT_EQ(paged.tasks, 32);
     p.Hq = p.Hkv = 1;  // nothing lies beside the head
     EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 1);
     p = shape(1, 8, 8, 1, 32768);
