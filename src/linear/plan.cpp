@@ -17,10 +17,10 @@ constexpr int64_t kMinDirectBytes = 32 << 10;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// A product of one row is a single pass over the weights; the widths of codes that models use have code for it.
+// A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.
 bool goes_direct(const MatmulProblem& p) {
-  if (!p.w.quantised()) return p.M <= (p.w.transposed ? kDirectRowsTransposed : kDirectRows);
-  return p.w.transposed && p.M <= kDirectRowsTransposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8);
+  if (p.M > (p.w.transposed ? kDirectRowsTransposed : kDirectRows)) return false;
+  return !p.w.quantised() || (p.w.transposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8));
 }
 
 void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {

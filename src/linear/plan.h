@@ -13,10 +13,9 @@ struct MatmulTraits {
   int32_t panel = 0;  // columns of a packed panel
 };
 
-// Most rows of a direct product. Transposed weights are shuffled before they are multiplied: for a second row it pays
-// to do that once, into a panel.
+// Most rows of a direct product.
 inline constexpr int32_t kDirectRows = 4;
-inline constexpr int32_t kDirectRowsTransposed = 1;
+inline constexpr int32_t kDirectRowsTransposed = 8;
 
 enum class MatmulKernel : uint8_t {
   empty,   // no output

@@ -3,9 +3,12 @@
 //
 //   out[r][n] = alpha * sum_k x[r][k] w[k][n] + beta * c[r][n],     r < M, n < N, k < K
 //
-// Sums are float32. The order of a sum depends on K alone: blocks of kInnerBlock terms are each summed from zero in the
-// order of k and the blocks are added in order, so an element has the same bits whatever rows, tile or thread compute
-// it.
+// Sums are float32. The order of a sum depends on K and the kind of weights alone, so an element has the same bits
+// whatever rows, tile or thread compute it. Terms are cut into blocks of kInnerBlock. The terms of a block are dealt to
+// kChains chains, as many neighbours at a time as share a 32-bit word of a dense stored row (two bfloat16, eight codes
+// of 4 bits; one where words hold no whole number of codes, and for float16). A chain is summed from zero in the order
+// of k; the chains are added to the total one after the other. So a kernel may have columns in its lanes and walk one
+// chain at a time, or chains in its lanes and walk weights in the order of memory.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +17,10 @@
 
 namespace mfa {
 
-// Terms of a sum that are added before they join the total. Part of the numerical definition; a multiple of every group
-// size of quantised weights.
+// Terms of a sum whose chains are added before the next terms begin. Part of the numerical definition; a multiple of
+// every group size of quantised weights.
 inline constexpr int32_t kInnerBlock = 256;
+inline constexpr int32_t kChains = 4;
 
 // Rows of which element r lies at data + (offsets ? offsets[r] : r * stride), in elements; each row is dense.
 struct RowsRef {

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kMinGroup = 32;                        // of the group sizes of the format
 constexpr int kMaxGroups = kInnerBlock / kMinGroup;  // groups of one column in an inner block
-constexpr int kMaxColumnVectors = 4;                 // vectors of columns that are asked for at once
+constexpr int kMaxColumnVectors = 3;                 // vectors of columns that are asked for at once
 
 // Codes of kBits bits, packed along the sum: a column of w is a stored row.
 template <int kBits, bool kPairs>
@@ -14,12 +14,14 @@ class AffineColumnWeights {
   static constexpr bool kWhole = 32 % kBits == 0;  // no code lies across two words
   static constexpr int kWords = kWhole ? kLanes : kBits;
   static constexpr int kLoads = (kWords + kLanes - 1) / kLanes;
+  static constexpr int kSlots = 64;  // groups of a column whose scales are held widened: whole inner blocks of them
   static constexpr int kCodes = kWhole ? 32 / kBits : 32;  // that are unpacked together, all of one group
 
  public:
   static constexpr bool kByRows = false;
   static constexpr bool kDirect = kBits == 4 || kBits == 8;
-  static constexpr int kDirectVectors = 4;  // of columns at a time for one row: chains that hide the latency of sums
+  static constexpr bool kSpread = false;
+  static constexpr int kUnit = kWhole ? 32 / kBits / (kPairs ? 2 : 1) : 1;
   static constexpr int kChunk = kWords * 32 / kBits;
   static_assert(kInnerBlock % kChunk == 0);
 
@@ -27,6 +29,62 @@ class AffineColumnWeights {
     const AffineRef& a = p.w.affine;
     groups_ = (p.K + a.group_size - 1) / a.group_size;
     shift_ = a.group_size == 32 ? 5 : a.group_size == 64 ? 6 : 7;
+  }
+
+  // kSides columns as few rows read them: weights-inl.h.
+  struct Columns {
+    const uint32_t* side[kSides];
+    int n[kSides];
+    int first, last;  // the groups in the slots
+    float scales[kSides][kSlots], biases[kSides][kSlots];
+  };
+  HWY_INLINE void BeginColumn(Columns& columns, int side, int n) const {
+    columns.n[side] = n;
+    columns.side[side] = Row(n);
+    columns.last = 0;
+  }
+  HWY_INLINE void BeginBlock(Columns& columns, int k1) const {
+    if (((k1 - 1) >> shift_) >= columns.last) Refill(columns);
+  }
+  template <int V, class F>
+  HWY_INLINE void Words(const Columns (&columns)[V], int k, const F& f) const {
+    // A code of every column after the other: what is done to one is a long chain.
+    const auto mask = hn::Set(dcu, (1u << kBits) - 1);
+    hn::Vec<DCU> words[V];
+    VC scale[V], bias[V], even[V];
+    const int group = (k >> shift_) - columns[0].first;
+    MFA_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const uint32_t* at[kSides];
+      MFA_UNROLL
+      for (int s = 0; s < kSides; ++s) at[s] = columns[v].side[s] + static_cast<ptrdiff_t>(k) * kBits / 32;
+      words[v] = LoadSides(dcu, at);
+      scale[v] = SetSides(columns[v].scales, group);
+      bias[v] = SetSides(columns[v].biases, group);
+    }
+    UnrollCodes(std::make_integer_sequence<int, 32 / kBits>(),
+                [&]<int i>(std::integral_constant<int, i>) MFA_INLINE_LAMBDA {
+                  const hn::RebindToSigned<DC> dci;
+                  MFA_UNROLL
+                  for (int v = 0; v < V; ++v) {
+                    auto bits = words[v];
+                    if constexpr (i > 0) bits = hn::ShiftRight<i * kBits>(bits);
+                    if constexpr (i * kBits + kBits < 32) bits = hn::And(bits, mask);
+                    const VC w = hn::MulAdd(hn::ConvertTo(dc, hn::BitCast(dci, bits)), scale[v], bias[v]);
+                    if constexpr (!kPairs) {
+                      f(v, i, w);
+                    } else if constexpr (i % 2 == 0) {
+                      even[v] = w;
+                    } else {
+                      f(v, i / 2, PackPairs(even[v], w));
+                    }
+                  }
+                });
+  }
+  // Groups are whole words of all chains, so there are no others.
+  template <int V, class F>
+  HWY_INLINE void LastWords(const Columns (&)[V], int, int, const F&) const {
+    static_assert(kMinGroup % (kChains * 32 / kBits) == 0);
   }
 
   const void* Begin(int n) const { return static_cast<const uint32_t*>(p_->w.data) + n * p_->w.stride; }
@@ -68,6 +126,33 @@ class AffineColumnWeights {
   }
 
  private:
+  // Brings the scales and biases of the next groups into the slots.
+  HWY_NOINLINE void Refill(Columns& columns) const {
+    const AffineRef& a = p_->w.affine;
+    columns.first = columns.last;
+    columns.last = Min(groups_, columns.first + kSlots);
+    WithType(p_->dtype, [&]<class T>(T*) {
+      const auto widen = [&](const void* in, int64_t stride, float (&to)[kSides][kSlots]) {
+        for (int s = 0; s < kSides; ++s) {
+          const T* row = static_cast<const T*>(in) + columns.n[s] * stride + columns.first;
+          const int count = columns.last - columns.first;
+          int i = 0;
+          for (; i + kLanes <= count; i += kLanes) hn::StoreU(LoadFloat(row + i), df, to[s] + i);
+          for (; i < count; ++i) to[s][i] = to_float(row[i]);
+        }
+      };
+      widen(a.scales, a.scale_stride, columns.scales);
+      widen(a.biases, a.bias_stride, columns.biases);
+    });
+  }
+  static HWY_INLINE VC SetSides(const float (&slots)[kSides][kSlots], int i) {
+    if constexpr (kSides == 1) {
+      return hn::Set(dc, slots[0][i]);
+    } else {
+      return hn::ConcatUpperLower(dc, hn::Set(dc, slots[1][i]), hn::Set(dc, slots[0][i]));
+    }
+  }
+
   const uint32_t* Row(int n) const {
     return static_cast<const uint32_t*>(p_->w.data) + Min(n, p_->N - 1) * p_->w.stride;
   }
@@ -159,6 +244,7 @@ class AffineRowWeights {
  public:
   static constexpr bool kByRows = true;
   static constexpr bool kDirect = false;
+  static constexpr int kUnit = 1;
 
   explicit AffineRowWeights(const MatmulProblem& p) : p_(&p) {}
 

@@ -1,6 +1,6 @@
-// matmul-inl.h: tasks of a matrix product. Lanes are columns of the result, and every element is summed as
-// linear/problem.h says: a chain of multiply-adds over an inner block, blocks added in order. So both kernels, and
-// every tile of them, give an element the same bits.
+// matmul-inl.h: tasks of a matrix product. Every element is summed as linear/problem.h says: blocks of terms dealt to
+// chains of multiply-adds, chains added in order. So all kernels, and every tile of them, give an element the same
+// bits.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -13,31 +13,107 @@ constexpr size_t kPackedBytes = size_t{224} << 10;
 // set.
 template <bool kPairs>
 constexpr ptrdiff_t PackedStride(int k) {
-  return RoundUp(k, 32) + (kPairs ? 32 : 16);
+  return RoundUp(k, 64) + (kPairs ? 32 : 16);
 }
 
-// Elements [k0, k0 + n) of row r of x.
-HWY_NOINLINE void PackRow(const MatmulProblem& p, int64_t r, int k0, int n, float* out) {
+// Steps of row r of x from term k0 to k0 + n, widened, and zeros up to whole words of all chains.
+template <int kUnit>
+HWY_INLINE void LoadSteps(const MatmulProblem& p, int64_t r, int k0, int n, float* out) {
   WithType(p.dtype, [&]<class T>(T*) { WidenRow(static_cast<const T*>(p.x.data) + p.x.at(r) + k0, n, out); });
+  for (int i = RoundUp(n, kLanes); i < RoundUp(n, kChains * kUnit); ++i) out[i] = 0.f;
 }
-HWY_INLINE void PackRow(const MatmulProblem& p, int64_t r, int k0, int n, bfloat16* out) {
-  __builtin_memcpy(out, static_cast<const bfloat16*>(p.x.data) + p.x.at(r) + k0, static_cast<size_t>(n) * sizeof(*out));
-  out[n] = bfloat16{0};  // the partner of the last term if n is odd; a row has room for it
+template <int kUnit>
+HWY_INLINE void LoadSteps(const MatmulProblem& p, int64_t r, int k0, int n, uint32_t* out) {
+  const auto* in = static_cast<const bfloat16*>(p.x.data) + p.x.at(r) + k0;
+  __builtin_memcpy(out, in, static_cast<size_t>(n) * sizeof(*in));
+  auto* rest = reinterpret_cast<bfloat16*>(out);
+  for (int i = n; i < RoundUp(n, 2 * kChains * kUnit); ++i) rest[i] = bfloat16{0};
 }
 
-// sums[r][c] += the products of `rows` packed rows and a panel, `steps` terms of an inner block. The first block is
-// added to zero, not stored, so that no sum is -0.
-template <bool kPairs, int NR>
+// Asks for terms of a row of x: its pieces are too short for the processor's own prefetchers.
+HWY_INLINE void FetchRow(const MatmulProblem& p, int64_t r, int k0, int n) {
+  const auto size = static_cast<ptrdiff_t>(size_of(p.dtype));
+  const char* from = static_cast<const char*>(p.x.data) + (p.x.at(r) + k0) * size;
+  for (ptrdiff_t i = 0; i < n * size; i += kCacheLine) __builtin_prefetch(from + i, 0, 3);
+}
+
+// Row r of x as few rows read it: step j of the words of all chains in neighbouring places. E is a step.
+template <int kUnit, class E>
+HWY_NOINLINE void PackWords(const MatmulProblem& p, int64_t r, int k0, int n, E* out) {
+  constexpr int kGroup = kChains * kUnit, kStep = std::is_same_v<E, float> ? 1 : 2;
+  for (const int end = k0 + n; k0 < end; k0 += kInnerBlock, out += kInnerBlock / kStep) {
+    const int count = Min(kInnerBlock, end - k0);
+    if constexpr (kUnit == 1) {
+      LoadSteps<kUnit>(p, r, k0, count, out);
+    } else {
+      HWY_ALIGN E steps[kInnerBlock / kStep];
+      LoadSteps<kUnit>(p, r, k0, count, steps);
+      for (int g = 0; g < (count + kStep - 1) / kStep; g += kGroup) {
+        if constexpr (kUnit % 4 == 0) {
+          const hn::CappedTag<float, 4> d4;
+          for (int j = 0; j < kUnit; j += 4) {
+            hn::Vec<decltype(d4)> v[4];
+            MFA_UNROLL
+            for (int i = 0; i < 4; ++i) v[i] = hn::LoadU(d4, reinterpret_cast<const float*>(steps) + g + i * kUnit + j);
+            Transpose(d4, v);
+            MFA_UNROLL
+            for (int i = 0; i < 4; ++i) hn::StoreU(v[i], d4, reinterpret_cast<float*>(out) + g + (j + i) * kChains);
+          }
+        } else {
+          for (int j = 0; j < kUnit; ++j) {
+            MFA_UNROLL
+            for (int i = 0; i < kChains; ++i) out[g + j * kChains + i] = steps[g + i * kUnit + j];
+          }
+        }
+      }
+    }
+  }
+}
+
+// As tiles read it: the steps of a chain in neighbouring places, the chains `length` steps apart.
+template <int kUnit, class E>
+HWY_NOINLINE void PackChains(const MatmulProblem& p, int64_t r, int k0, int n, int length, E* out) {
+  HWY_ALIGN E steps[kInnerBlock];
+  LoadSteps<kUnit>(p, r, k0, n, steps);
+  int i = 0;  // of a chain
+  for (; kUnit == 1 && i + 4 * kSides <= length; i += 4 * kSides) {
+    VC v[4];
+    MFA_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float* at[kSides];
+      for (int s = 0; s < kSides; ++s) at[s] = reinterpret_cast<const float*>(steps) + (i + 4 * s + j) * kChains;
+      v[j] = LoadSides(dc, at);
+    }
+    TransposeBlocks(dc, v);
+    MFA_UNROLL
+    for (int j = 0; j < 4; ++j) hn::StoreU(v[j], dc, reinterpret_cast<float*>(out) + j * length + i);
+  }
+  for (; i < length; i += kUnit) {
+    MFA_UNROLL
+    for (int c = 0; c < kChains; ++c) {
+      MFA_UNROLL
+      for (int j = 0; j < kUnit; ++j) out[c * length + i + j] = steps[i * kChains + c * kUnit + j];
+    }
+  }
+}
+
+// sums[r][c] += the products of `rows` packed rows and a panel, chain by chain: `steps` steps of each. The first block
+// is added to zero, not stored, so that no sum is -0.
+template <bool kPairs, int NR, class Steps>
 HWY_NOINLINE void MultiplyPanel(const typename Terms<kPairs>::X* x, ptrdiff_t x_stride, int rows,
-                                const typename Terms<kPairs>::Stored* panel, int steps, bool first, float* sums,
+                                const typename Terms<kPairs>::Stored* panel, Steps steps, bool first, float* sums,
                                 ptrdiff_t sums_stride) {
   ForRowTiles<kTileRows>(0, rows, [&]<int MR>(int r) {
     float* to = sums + r * sums_stride;
-    MultiplyTile<MR, NR>(x + r * x_stride, StepsAdjacent{x_stride}, panel, kPanelColumns, steps,
-                         [&](int i, int c, VF acc) MFA_INLINE_LAMBDA {
-                           float* at = to + i * sums_stride + c * kLanes;
-                           hn::StoreU(hn::Add(first ? hn::Zero(df) : hn::LoadU(df, at), acc), df, at);
-                         });
+    for (int chain = 0; chain < kChains; ++chain) {
+      const bool begin = first && chain == 0;
+      MultiplyTile<MR, NR>(x + r * x_stride + chain * steps * Terms<kPairs>::kStep, StepsAdjacent{x_stride},
+                           panel + chain * steps * kPanelColumns, kPanelColumns, steps,
+                           [&](int i, int c, VF acc) MFA_INLINE_LAMBDA {
+                             float* at = to + i * sums_stride + c * kLanes;
+                             hn::StoreU(hn::Add(begin ? hn::Zero(df) : hn::LoadU(df, at), acc), df, at);
+                           });
+    }
   });
 }
 
@@ -78,14 +154,19 @@ class Product {
   using Step = Terms<kPairs>;
   using X = typename Step::X;
   using Stored = typename Step::Stored;
+  static constexpr int kUnit = Weights::kUnit;
+  static constexpr int StepsOf(int terms) { return (terms + Step::kStep - 1) / Step::kStep; }
+  // Steps of each chain of a block of `terms` terms; where there are fewer, zeros stand in.
+  static constexpr int ChainLength(int terms) { return RoundUp(StepsOf(terms), kChains * kUnit) / kChains; }
 
  public:
   explicit Product(const MatmulJob& job) : p_(*job.problem), plan_(job.plan), weights_(p_) {}
 
   size_t scratch_bytes() const {
     if (plan_.kernel == MatmulKernel::direct) {
-      const size_t sums = Weights::kByRows ? size_t{2} * kDirectRows * static_cast<size_t>(columns_padded()) : 0;
-      return kDirectRows * static_cast<size_t>(PackedStride<kPairs>(p_.K)) * sizeof(X) + sums * sizeof(float) + 64;
+      const size_t row = static_cast<size_t>(PackedStride<kPairs>(p_.K)) * sizeof(X);
+      const size_t sums = size_t{2} * static_cast<size_t>(columns_padded()) * sizeof(float);
+      return static_cast<size_t>(plan_.row_block) * (row + sums);
     }
     return packed_x_bytes() + panel_bytes() + static_cast<size_t>(plan_.row_block * sums_stride()) * sizeof(float);
   }
@@ -98,12 +179,14 @@ class Product {
     if constexpr (Weights::kDirect) {
       if (plan_.kernel == MatmulKernel::direct) {
         char* to = static_cast<char*>(scratch);
+        if (rows == 1) return Direct<1>(r0, rows, n0, n1, to);
+        if (rows == 2) return Direct<2>(r0, rows, n0, n1, to);
         if constexpr (Weights::kByRows) {
-          if (rows == 2) return Direct<2>(r0, n0, n1, to);
-          if (rows == 3) return Direct<3>(r0, n0, n1, to);
-          if (rows == 4) return Direct<4>(r0, n0, n1, to);
+          if (rows == 3) return Direct<3>(r0, rows, n0, n1, to);
+        } else {
+          if (rows > 4) return Direct<8>(r0, rows, n0, n1, to);
         }
-        return Direct<1>(r0, n0, n1, to);
+        return Direct<4>(r0, rows, n0, n1, to);
       }
     }
     Tiled(r0, rows, n0, n1, static_cast<char*>(scratch));
@@ -114,70 +197,66 @@ class Product {
 
   // ---- direct -------------------------------------------------------------------------------------------------------
   template <int R>
-  HWY_NOINLINE void Direct(int64_t r0, int n0, int n1, char* scratch) {
+  HWY_NOINLINE void Direct(int64_t r0, int rows, int n0, int n1, char* scratch) {
     const ptrdiff_t x_stride = PackedStride<kPairs>(p_.K);
     X* x = reinterpret_cast<X*>(scratch);
-    for (int r = 0; r < R; ++r) PackRow(p_, r0 + r, 0, p_.K, x + r * x_stride);
+    float* sums = reinterpret_cast<float*>(x + plan_.row_block * x_stride);
+    for (int r = 0; r < rows; ++r) PackWords<kUnit>(p_, r0 + r, 0, p_.K, reinterpret_cast<Stored*>(x + r * x_stride));
     if constexpr (Weights::kByRows) {
-      DirectByRows<R>(r0, n0, n1, x, x_stride, reinterpret_cast<float*>(x + kDirectRows * x_stride));
+      DirectByRows<R>(r0, n0, n1, x, x_stride, sums);
     } else {
-      DirectByColumns(r0, n0, n1, x);
-    }
-  }
-
-  // A few vectors of columns at a time, their sums in registers.
-  HWY_INLINE void DirectByColumns(int64_t r0, int n0, int n1, const X* x) {
-    constexpr int G = Weights::kDirectVectors;
-    for (int n = n0; n < n1; n += G * kLanes) {
-      HWY_ALIGN float totals[G * kLanes] = {};
-      Prefetch ahead(weights_.Begin(n + G * kLanes));
-      for (int k0 = 0; k0 < p_.K; k0 += kInnerBlock) {
-        const int k1 = Min(k0 + kInnerBlock, p_.K);
-        weights_.Prepare(n, G, k0, k1);
-        VF sums[G];
-        MFA_UNROLL
-        for (int g = 0; g < G; ++g) sums[g] = hn::Zero(df);
-        weights_.template Load<G>(n, 0, k0, k1, ahead, [&](int g, int k, typename Step::Vector w) MFA_INLINE_LAMBDA {
-          sums[g] = Accumulate(BroadcastStep(x + k), w, sums[g]);
-        });
-        MFA_UNROLL
-        for (int g = 0; g < G; ++g) {
-          float* total = totals + g * kLanes;
-          hn::Store(hn::Add(hn::Load(df, total), sums[g]), df, total);
-        }
-      }
-      WriteRow(p_, totals, r0, n, Min(G * kLanes, n1 - n));
+      MultiplyFewRows<kPairs, R>(weights_, p_.K, x, x_stride, rows, n0, n1, sums, columns_padded());
+      for (int r = 0; r < rows; ++r) WriteRow(p_, sums + r * columns_padded(), r0 + r, n0, n1 - n0);
     }
   }
 
   // Long pieces of a few stored rows at a time, the sums of all columns in the first cache.
   template <int R>
   HWY_INLINE void DirectByRows(int64_t r0, int n0, int n1, const X* x, ptrdiff_t x_stride, float* sums) {
+    constexpr int kRowsAtATime = 8;
     const int columns = RoundUp(n1 - n0, kLanes);
     float* totals = sums + R * columns;
     Prefetch none;
     for (int i = 0; i < R * columns; i += kLanes) hn::StoreU(hn::Zero(df), df, totals + i);
     for (int k0 = 0; k0 < p_.K; k0 += kInnerBlock) {
-      const int k1 = Min(k0 + kInnerBlock, p_.K);
-      for (int i = 0; i < R * columns; i += kLanes) hn::StoreU(hn::Zero(df), df, sums + i);
-      for (int k = k0; k < k1; k += Weights::kChunk) {
-        const int last = Min(k + Weights::kChunk, k1);
-        for (int c = 0; c < columns; c += kLanes) {
-          VF acc[R];
-          MFA_UNROLL
-          for (int r = 0; r < R; ++r) acc[r] = hn::LoadU(df, sums + r * columns + c);
-          weights_.template Load<1>(n0 + c, 0, k, last, none,
-                                    [&](int, int kk, typename Step::Vector w) MFA_INLINE_LAMBDA {
-                                      MFA_UNROLL
-                                      for (int r = 0; r < R; ++r)
-                                        acc[r] = Accumulate(BroadcastStep(x + r * x_stride + kk), w, acc[r]);
-                                    });
-          MFA_UNROLL
-          for (int r = 0; r < R; ++r) hn::StoreU(acc[r], df, sums + r * columns + c);
+      const int steps = StepsOf(Min(kInnerBlock, p_.K - k0)), length = ChainLength(Min(kInnerBlock, p_.K - k0));
+      for (int chain = 0; chain < kChains; ++chain) {
+        for (int i = 0; i < R * columns; i += kLanes) hn::StoreU(hn::Zero(df), df, sums + i);
+        for (int first = 0; first < length; first += kRowsAtATime) {
+          // Terms of stored rows, and where x has them. Past the last there is nothing to add.
+          int terms[kRowsAtATime], places[kRowsAtATime], count = 0;
+          for (int i = first; i < Min(first + kRowsAtATime, length); ++i) {
+            const int step = i / kUnit * kChains * kUnit + chain * kUnit + i % kUnit;
+            if (step >= steps) break;
+            terms[count] = k0 + step * Step::kStep;
+            places[count++] = k0 + (i * kChains + chain) * Step::kStep;
+          }
+          const auto add = [&](auto rows) MFA_INLINE_LAMBDA {
+            for (int c = 0; c < columns; c += kLanes) {
+              VF acc[R];
+              MFA_UNROLL
+              for (int r = 0; r < R; ++r) acc[r] = hn::LoadU(df, sums + r * columns + c);
+              for (int i = 0; i < rows; ++i) {
+                weights_.template Load<1>(
+                    n0 + c, 0, terms[i], terms[i] + 1, none, [&](int, int, typename Step::Vector w) MFA_INLINE_LAMBDA {
+                      MFA_UNROLL
+                      for (int r = 0; r < R; ++r)
+                        acc[r] = Accumulate(BroadcastStep(x + r * x_stride + places[i]), w, acc[r]);
+                    });
+              }
+              MFA_UNROLL
+              for (int r = 0; r < R; ++r) hn::StoreU(acc[r], df, sums + r * columns + c);
+            }
+          };
+          if (count == kRowsAtATime) {
+            add(std::integral_constant<int, kRowsAtATime>());
+          } else {
+            add(count);
+          }
         }
+        for (int i = 0; i < R * columns; i += kLanes)
+          hn::StoreU(hn::Add(hn::LoadU(df, totals + i), hn::LoadU(df, sums + i)), df, totals + i);
       }
-      for (int i = 0; i < R * columns; i += kLanes)
-        hn::StoreU(hn::Add(hn::LoadU(df, totals + i), hn::LoadU(df, sums + i)), df, totals + i);
     }
     for (int r = 0; r < R; ++r) WriteRow(p_, totals + r * columns, r0 + r, n0, n1 - n0);
   }
@@ -209,7 +288,11 @@ class Product {
       const int end = Min(outer + blocks * kInnerBlock, p_.K);
       for (int k0 = outer; k0 < end; k0 += kInnerBlock) {
         X* to = x + (k0 - outer) / kInnerBlock * rows * kStride;
-        for (int r = 0; r < rows; ++r) PackRow(p_, r0 + r, k0, Min(kInnerBlock, end - k0), to + r * kStride);
+        const int terms = Min(kInnerBlock, end - k0);
+        for (int r = 0; r < rows; ++r) {
+          if (r + 2 < rows) FetchRow(p_, r0 + r + 2, k0, terms);
+          PackChains<kUnit>(p_, r0 + r, k0, terms, ChainLength(terms), reinterpret_cast<Stored*>(to + r * kStride));
+        }
       }
       for (int n = n0; n < n1; n += kPanelColumns) {
         const int vectors = Min(kTileVectors, (n1 - n + kLanes - 1) / kLanes);
@@ -219,8 +302,14 @@ class Product {
           const X* block = x + (k0 - outer) / kInnerBlock * rows * kStride;
           PackPanel(n, k0, k1, ahead, panel);
           const auto multiply = [&]<int NR>(std::integral_constant<int, NR>) {
-            MultiplyPanel<kPairs, NR>(block, kStride, rows, panel, (k1 - k0 + Step::kStep - 1) / Step::kStep, k0 == 0,
-                                      sums + (n - n0), sums_stride());
+            const auto run = [&](auto steps) {
+              MultiplyPanel<kPairs, NR>(block, kStride, rows, panel, steps, k0 == 0, sums + (n - n0), sums_stride());
+            };
+            if (k1 - k0 == kInnerBlock) {
+              run(std::integral_constant<int, ChainLength(kInnerBlock)>());
+            } else {
+              run(ChainLength(k1 - k0));
+            }
           };
           if (vectors == 3) {
             multiply(std::integral_constant<int, 3>());
@@ -242,18 +331,30 @@ class Product {
     return Prefetch();
   }
 
-  // panel[step][column] = the terms of [k0, k1).
+  // panel[step][column] = the terms of [k0, k1), chain after chain.
   HWY_NOINLINE void PackPanel(int n, int k0, int k1, Prefetch& ahead, Stored* panel) {
+    const int steps = StepsOf(k1 - k0), length = ChainLength(k1 - k0);
+    if (length != chain_length_) {
+      chain_length_ = length;
+      for (int i = 0; i < length * kChains; ++i)
+        row_of_[i] = (ChainOf<kUnit>(i) * length + StepOfChain<kUnit>(i)) * kPanelColumns;
+    }
+    if (steps < length * kChains) {
+      for (int chain = 0; chain < kChains; ++chain)  // the last words may be missing
+        std::memset(panel + ((chain + 1) * length - kUnit) * kPanelColumns, 0, sizeof(Stored) * kUnit * kPanelColumns);
+    }
     weights_.Prepare(n, kTileVectors, k0, k1);
     for (int vector = 0; vector < kTileVectors; ++vector)
       weights_.template Load<1>(n, vector, k0, k1, ahead, [&](int g, int k, typename Step::Vector w) MFA_INLINE_LAMBDA {
-        StoreStep(w, panel + (k - k0) / Step::kStep * kPanelColumns + g * kLanes);
+        StoreStep(w, panel + row_of_[(k - k0) / Step::kStep] + g * kLanes);
       });
   }
 
   const MatmulProblem& p_;
   const MatmulPlan& plan_;
   Weights weights_;
+  int chain_length_ = 0;
+  int32_t row_of_[kInnerBlock];  // where the steps of a block lie in a panel whose chains have chain_length_ steps
 };
 
 // Calls f with the Product of the job's weights.

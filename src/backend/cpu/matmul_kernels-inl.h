@@ -10,6 +10,7 @@
 #include "backend/cpu/tile-inl.h"
 #include "backend/cpu/weights-inl.h"
 #include "backend/cpu/affine_weights-inl.h"
+#include "backend/cpu/few_rows-inl.h"
 #include "backend/cpu/matmul-inl.h"
 // clang-format on
 

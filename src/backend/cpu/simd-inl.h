@@ -135,39 +135,46 @@ HWY_INLINE void WidenRow(const T* in, int n, float* out) {
 
 // ---- transposes
 // -------------------------------------------------------------------------------------------------
-// In: row i of a kLanes x kLanes matrix in v[i]. Out: column i in v[i].
-HWY_INLINE void Transpose(VF (&v)[kLanes]) {
-  const hn::Repartition<double, DF> dd;
-  MFA_UNROLL
-  for (int g = 0; g < kLanes; g += 4) {  // 4 x 4 inside each 128-bit block
-    const auto a = hn::InterleaveLower(df, v[g], v[g + 1]), b = hn::InterleaveUpper(df, v[g], v[g + 1]);
-    const auto c = hn::InterleaveLower(df, v[g + 2], v[g + 3]), d = hn::InterleaveUpper(df, v[g + 2], v[g + 3]);
-    const auto ad = hn::BitCast(dd, a), bd = hn::BitCast(dd, b), cd = hn::BitCast(dd, c), d2 = hn::BitCast(dd, d);
-    v[g] = hn::BitCast(df, hn::InterleaveLower(dd, ad, cd));
-    v[g + 1] = hn::BitCast(df, hn::InterleaveUpper(dd, ad, cd));
-    v[g + 2] = hn::BitCast(df, hn::InterleaveLower(dd, bd, d2));
-    v[g + 3] = hn::BitCast(df, hn::InterleaveUpper(dd, bd, d2));
-  }
-#if HWY_TARGET == HWY_AVX2
-  MFA_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const VF a = v[j], b = v[4 + j];
-    v[j] = hn::ConcatLowerLower(df, b, a);
-    v[4 + j] = hn::ConcatUpperUpper(df, b, a);
-  }
-#elif HWY_TARGET <= HWY_AVX3
-  MFA_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const VF a = v[j], b = v[4 + j], c = v[8 + j], d = v[12 + j];
-    const VF ac_lo = hn::ConcatLowerLower(df, c, a), bd_lo = hn::ConcatLowerLower(df, d, b);
-    const VF ac_hi = hn::ConcatUpperUpper(df, c, a), bd_hi = hn::ConcatUpperUpper(df, d, b);
-    v[j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(bd_lo), ac_lo);
-    v[4 + j] = hn::OddEvenBlocks(bd_lo, hn::SwapAdjacentBlocks(ac_lo));
-    v[8 + j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(bd_hi), ac_hi);
-    v[12 + j] = hn::OddEvenBlocks(bd_hi, hn::SwapAdjacentBlocks(ac_hi));
-  }
-#endif
+// Transposes the 4 x 4 matrices in the 128-bit blocks of four vectors.
+template <class D>
+HWY_INLINE void TransposeBlocks(D d, hn::Vec<D>* v) {
+  const hn::Repartition<double, D> dd;
+  const auto a = hn::BitCast(dd, hn::InterleaveLower(d, v[0], v[1]));
+  const auto b = hn::BitCast(dd, hn::InterleaveUpper(d, v[0], v[1]));
+  const auto c = hn::BitCast(dd, hn::InterleaveLower(d, v[2], v[3]));
+  const auto e = hn::BitCast(dd, hn::InterleaveUpper(d, v[2], v[3]));
+  v[0] = hn::BitCast(d, hn::InterleaveLower(dd, a, c));
+  v[1] = hn::BitCast(d, hn::InterleaveUpper(dd, a, c));
+  v[2] = hn::BitCast(d, hn::InterleaveLower(dd, b, e));
+  v[3] = hn::BitCast(d, hn::InterleaveUpper(dd, b, e));
 }
+
+// In: row i of a square matrix of as many rows as `d` has lanes, in v[i]. Out: column i in v[i].
+template <class D, int N = static_cast<int>(hn::MaxLanes(D()))>
+HWY_INLINE void Transpose(D d, hn::Vec<D> (&v)[N]) {
+  MFA_UNROLL
+  for (int g = 0; g < N; g += 4) TransposeBlocks(d, v + g);
+  if constexpr (N == 8) {
+    MFA_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const auto a = v[j], b = v[4 + j];
+      v[j] = hn::ConcatLowerLower(d, b, a);
+      v[4 + j] = hn::ConcatUpperUpper(d, b, a);
+    }
+  } else if constexpr (N == 16) {
+    MFA_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const auto a = v[j], b = v[4 + j], c = v[8 + j], e = v[12 + j];
+      const auto ac_lo = hn::ConcatLowerLower(d, c, a), be_lo = hn::ConcatLowerLower(d, e, b);
+      const auto ac_hi = hn::ConcatUpperUpper(d, c, a), be_hi = hn::ConcatUpperUpper(d, e, b);
+      v[j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(be_lo), ac_lo);
+      v[4 + j] = hn::OddEvenBlocks(be_lo, hn::SwapAdjacentBlocks(ac_lo));
+      v[8 + j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(be_hi), ac_hi);
+      v[12 + j] = hn::OddEvenBlocks(be_hi, hn::SwapAdjacentBlocks(ac_hi));
+    }
+  }
+}
+HWY_INLINE void Transpose(VF (&v)[kLanes]) { Transpose(df, v); }
 
 // out[c * ld + r] = rows[r][c] * factor for r < kLanes, c < n: the transpose of kLanes rows, widened.
 template <class T>

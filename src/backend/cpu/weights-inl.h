@@ -6,6 +6,8 @@
 //   zero.
 //
 // Lanes at and past column N repeat what is there or hold zero; nothing outside the matrix is read.
+//
+// A step is a term, or a pair. kUnit neighbouring steps belong to one chain (linear/problem.h).
 
 // A lambda that is called from unrolled code must not become a function of its own: its captures would leave registers.
 #define MFA_INLINE_LAMBDA __attribute__((always_inline))
@@ -30,6 +32,41 @@ struct Terms<true> {
   static constexpr int kStep = 2;
   static HWY_INLINE VU Zero() { return hn::Zero(du); }
 };
+// Step `s` of a block, as chain and step of the chain.
+template <int kUnit>
+constexpr int ChainOf(int s) {
+  return s / kUnit % kChains;
+}
+template <int kUnit>
+constexpr int StepOfChain(int s) {
+  return s / (kChains * kUnit) * kUnit + s % kUnit;
+}
+
+// Vectors of chains: those of one column in each 128-bit block, of `kSides` columns.
+using DC = hn::CappedTag<float, 2 * kChains>;
+using DCU = hn::RebindToUnsigned<DC>;
+using VC = hn::Vec<DC>;
+constexpr DC dc;
+constexpr DCU dcu;
+constexpr int kSides = static_cast<int>(hn::MaxLanes(DC())) / kChains;
+
+// Block s is loaded from in[s].
+template <class D, class T>
+HWY_INLINE hn::Vec<D> LoadSides(D d, const T* const (&in)[kSides]) {
+  const auto load = [](auto d, const T* p) {
+    if constexpr (std::is_same_v<hn::TFromD<D>, T>) {
+      return hn::LoadU(d, p);
+    } else {
+      return LoadFloat(d, p);
+    }
+  };
+  if constexpr (kSides == 1) {
+    return load(d, in[0]);
+  } else {
+    return hn::Combine(d, load(hn::Half<D>(), in[1]), load(hn::Half<D>(), in[0]));
+  }
+}
+
 HWY_INLINE void StoreStep(VF w, float* p) { hn::Store(w, df, p); }
 HWY_INLINE void StoreStep(VU w, uint32_t* p) { hn::Store(w, du, p); }
 
@@ -61,15 +98,48 @@ class ColumnWeights {
   static constexpr bool kByRows = false;
   static constexpr bool kDirect = true;
   static constexpr bool kHalves = std::is_same_v<T, bfloat16>;  // two terms in 32 bits
-  static constexpr int kDirectVectors = 2;  // of columns at a time for one row: chains that hide the latency of sums
+  static constexpr int kUnit = kHalves && !kPairs ? 2 : 1;
+  static constexpr bool kSpread = true;
   static constexpr int kChunk = kHalves ? 2 * kLanes : kLanes;
 
   explicit ColumnWeights(const MatmulProblem& p)
       : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N) {}
 
+  // kSides columns as few rows read them. Words(columns, k, f) calls f(v, j, w) for each of columns[v] and j < kUnit,
+  // block s of w being step j of the words of all chains of column s from term k on. LastWords does where terms from k1
+  // on are zero.
+  struct Columns {
+    const T* side[kSides];
+  };
+  HWY_INLINE void BeginColumn(Columns& columns, int side, int n) const { columns.side[side] = data_ + n * stride_; }
+  HWY_INLINE void BeginBlock(Columns&, int) const {}
+  template <int V, class F>
+  HWY_INLINE void Words(const Columns (&columns)[V], int k, const F& f) const {
+    MFA_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const T* at[kSides];
+      MFA_UNROLL
+      for (int s = 0; s < kSides; ++s) at[s] = columns[v].side[s] + k;
+      Steps(at, v, f);
+    }
+  }
+  template <int V, class F>
+  HWY_INLINE void LastWords(const Columns (&columns)[V], int k, int k1, const F& f) const {
+    constexpr int kTerms = kChains * (kHalves ? 2 : 1);
+    MFA_UNROLL
+    for (int v = 0; v < V; ++v) {
+      HWY_ALIGN T words[kSides][kTerms] = {};
+      const T* at[kSides];
+      for (int s = 0; s < kSides; ++s) {
+        for (int i = 0; i < Min(kTerms, k1 - k); ++i) words[s][i] = columns[v].side[s][k + i];
+        at[s] = words[s];
+      }
+      Steps(at, v, f);
+    }
+  }
+
   // Where the first of the columns from n on begins.
   const void* Begin(int n) const { return data_ + n * stride_; }
-
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
@@ -85,6 +155,23 @@ class ColumnWeights {
   }
 
  private:
+  template <class F>
+  static HWY_INLINE void Steps(const T* const (&at)[kSides], int v, const F& f) {
+    if constexpr (kHalves) {
+      const uint32_t* words[kSides];
+      for (int s = 0; s < kSides; ++s) words[s] = reinterpret_cast<const uint32_t*>(at[s]);
+      const auto bits = LoadSides(dcu, words);
+      if constexpr (kPairs) {
+        f(v, 0, bits);
+      } else {
+        f(v, 0, hn::BitCast(dc, hn::ShiftLeft<16>(bits)));
+        f(v, 1, hn::BitCast(dc, hn::And(bits, hn::Set(dcu, 0xffff0000u))));
+      }
+    } else {
+      f(v, 0, LoadSides(dc, at));
+    }
+  }
+
   template <int G, class Row, class F>
   HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
     // A whole cache line of each row at a time: rows a power of two apart compete for a few sets and do not stay.
@@ -152,7 +239,7 @@ class RowWeights {
  public:
   static constexpr bool kByRows = true;
   static constexpr bool kDirect = true;
-  static constexpr int kChunk = 8;
+  static constexpr int kUnit = std::is_same_v<T, bfloat16> && !kPairs ? 2 : 1;
 
   explicit RowWeights(const MatmulProblem& p)
       : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N), K_(p.K) {}

@@ -22,13 +22,13 @@ MatmulProblem problem(int64_t M, int32_t N, int32_t K, DType dtype = DType::bf16
 }
 
 TEST(MatmulPlan, FewRowsGoDirect) {
-  MatmulProblem p = problem(1, 576, 576);
-  EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::direct);
-  p.M = 2;
-  EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::tiled);
-  p.w.transposed = false;
-  for (p.M = 1; p.M <= 4; ++p.M) EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::direct);
-  EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::tiled);
+  for (const bool transposed : {true, false}) {
+    MatmulProblem p = problem(1, 576, 576);
+    p.w.transposed = transposed;
+    const int64_t most = transposed ? kDirectRowsTransposed : kDirectRows;
+    for (p.M = 1; p.M <= most; ++p.M) EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::direct);
+    EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::tiled);
+  }
 }
 
 TEST(MatmulPlan, QuantisedRowsGoDirectWhereTheKernelHasTheirWidth) {
@@ -50,12 +50,12 @@ TEST(MatmulPlan, QuantisedRowsGoDirectWhereTheKernelHasTheirWidth) {
 TEST(MatmulPlan, NoOutputIsNoWork) {
   EXPECT_EQ(plan_matmul(problem(0, 5, 5), kNarrow, 2).tasks, 0);
   EXPECT_EQ(plan_matmul(problem(5, 0, 5), kNarrow, 2).tasks, 0);
-  EXPECT_EQ(plan_matmul(problem(5, 5, 0), kNarrow, 2).kernel, MatmulKernel::tiled);
+  EXPECT_EQ(plan_matmul(problem(9, 5, 0), kNarrow, 2).kernel, MatmulKernel::tiled);
 }
 
 TEST(MatmulPlan, TasksCoverTheResultOnce) {
   for (const MatmulTraits& cpu : {kNarrow, kWide})
-    for (const int64_t M : {1, 3, 4, 5, 31, 64, 191, 192, 193, 512, 4096})
+    for (const int64_t M : {1, 3, 4, 5, 8, 9, 31, 64, 191, 192, 193, 512, 4096})
       for (const int32_t N : {1, 23, 24, 25, 512, 576, 1536, 49152})
         for (const int32_t K : {1, 576, 4096})
           for (const int threads : {1, 2, 3, 16, 64}) {
@@ -72,7 +72,7 @@ TEST(MatmulPlan, TasksCoverTheResultOnce) {
             if (plan.kernel == MatmulKernel::tiled) {
               EXPECT_EQ(plan.column_block % cpu.panel, 0);
             } else {
-              EXPECT_LE(plan.row_block, kDirectRows);
+              EXPECT_LE(plan.row_block, kDirectRowsTransposed);
             }
           }
 }
