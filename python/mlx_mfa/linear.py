@@ -108,8 +108,8 @@ def gather_mm(
         array: ``[*indices, M, N]``.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit.
-        RuntimeError: When evaluated, if an index lies outside the leading axes.
+        ValueError: If shapes or dtypes do not fit, or an index whose value is known lies outside the leading axes.
+        RuntimeError: When evaluated, if another index does.
     """
     return _ext.gather_mm(x, w, lhs_indices, rhs_indices, stream)
 
@@ -137,7 +137,7 @@ def gather_qmm(
         array: ``[*indices, M, N]``.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit.
-        RuntimeError: When evaluated, if an index lies outside the leading axes.
+        ValueError: If shapes or dtypes do not fit, or an index whose value is known lies outside the leading axes.
+        RuntimeError: When evaluated, if another index does.
     """
     return _ext.gather_qmm(x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, stream)

@@ -20,10 +20,10 @@ struct Indices {
   const void* data;
   bool is_signed;
   // The index of `entry`, checked against the number of matrices it picks from.
-  size_t at(size_t entry, size_t count, const char* name) const {
+  size_t at(size_t entry, size_t count, const char* function, const char* name) const {
     const int64_t index = is_signed ? int64_t{static_cast<const int32_t*>(data)[entry]}
                                     : int64_t{static_cast<const uint32_t*>(data)[entry]};
-    check(index >= 0 && index < static_cast<int64_t>(count), "gather_mm", name, " must be in [0, ", count, "); got ",
+    check(index >= 0 && index < static_cast<int64_t>(count), function, name, " must be in [0, ", count, "); got ",
           index);
     return static_cast<size_t>(index);
   }
@@ -36,11 +36,12 @@ struct GatheredProducts {
   std::vector<int64_t> x, w, scales, biases;  // offsets of the matrices
 
   void run() const {
+    const char* function = first.w.quantised() ? "gather_qmm" : "gather_mm";
     // Entries by the matrix of weights they use, otherwise in their order.
     std::vector<size_t> x_of(entries), w_of(entries), order(entries);
     for (size_t i = 0; i < entries; ++i) {
-      x_of[i] = lhs.at(i, x.size(), "lhs_indices");
-      w_of[i] = rhs.at(i, w.size(), "rhs_indices");
+      x_of[i] = lhs.at(i, x.size(), function, "lhs_indices");
+      w_of[i] = rhs.at(i, w.size(), function, "rhs_indices");
     }
     std::iota(order.begin(), order.end(), size_t{0});
     if (!std::is_sorted(w_of.begin(), w_of.end()))

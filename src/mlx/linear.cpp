@@ -128,25 +128,38 @@ mx::array multiply(const char* function, Kind kind, const OptionalArray& c, mx::
   return out;
 }
 
-mx::array indices_or_all(const OptionalArray& given, const mx::array& x, const char* name, mx::Stream s) {
-  if (!given) {
-    const mx::Shape batch = batch_shape(x);
-    int count = 1;
-    for (const int extent : batch) count *= extent;
-    return mx::reshape(mx::arange(0, count, mx::uint32, s), batch, s);
+// Indices whose values are known are checked when the call is made, the others where the work runs.
+void check_known_indices(const char* function, const char* name, const mx::array& indices, int64_t count) {
+  if (indices.is_tracer() || !indices.is_available() || !indices.flags().contiguous) return;
+  const bool is_signed = indices.dtype() == mx::int32;
+  for (size_t i = 0; i < indices.data_size(); ++i) {
+    const int64_t index = is_signed ? int64_t{indices.data<int32_t>()[i]} : int64_t{indices.data<uint32_t>()[i]};
+    check(index >= 0 && index < count, function, name, " must be in [0, ", count, "); got ", index);
   }
-  check(mx::issubdtype(given->dtype(), mx::integer), "gather_mm", name, " must have an integer dtype; got ",
+}
+
+mx::array indices_or_all(const char* function, const char* name, const OptionalArray& given, const mx::array& x,
+                         mx::Stream s) {
+  const mx::Shape batch = batch_shape(x);
+  int count = 1;
+  for (const int extent : batch) count *= extent;
+  if (!given) return mx::reshape(mx::arange(0, count, mx::uint32, s), batch, s);
+  check(mx::issubdtype(given->dtype(), mx::integer), function, name, " must have an integer dtype; got ",
         given->dtype());
-  if (given->dtype() == mx::uint32 || given->dtype() == mx::int32) return *given;
+  if (given->dtype() == mx::uint32 || given->dtype() == mx::int32) {
+    check_known_indices(function, name, *given, count);
+    return *given;
+  }
   const bool is_unsigned = mx::issubdtype(given->dtype(), mx::unsignedinteger);
   return mx::astype(*given, is_unsigned ? mx::uint32 : mx::int32, s);
 }
 
 mx::array gather(Kind kind, std::vector<mx::array> inputs, const Quantisation& q, const OptionalArray& lhs,
                  const OptionalArray& rhs, mx::Stream s) {
-  mx::array left = indices_or_all(lhs, inputs[0], "lhs_indices", s);
-  mx::array right = indices_or_all(rhs, inputs[1], "rhs_indices", s);
-  check(broadcasts(left.shape(), right.shape()), "gather_mm", "lhs_indices and rhs_indices must broadcast; got shapes ",
+  const char* function = kind == kGatherQMM ? "gather_qmm" : "gather_mm";
+  mx::array left = indices_or_all(function, "lhs_indices", lhs, inputs[0], s);
+  mx::array right = indices_or_all(function, "rhs_indices", rhs, inputs[1], s);
+  check(broadcasts(left.shape(), right.shape()), function, "lhs_indices and rhs_indices must broadcast; got shapes ",
         left.shape(), " and ", right.shape());
   const mx::Shape shape = mx::broadcast_shapes(left.shape(), right.shape());
   inputs.push_back(mx::broadcast_to(left, shape, s));

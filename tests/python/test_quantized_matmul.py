@@ -165,13 +165,24 @@ def test_gradients_of_picked_matrices_add_up():
             np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-4, atol=1e-4)
 
 
+def pick(name, indices):
+    x = mx.ones((2, 1, 64))
+    if name == "gather_mm":
+        return mfa.gather_mm(x, mx.ones((5, 64, 3)), None, indices)
+    return mfa.gather_qmm(x, *mx.quantize(mx.ones((5, 32, 64)), 64, 4), None, indices)
+
+
 @needs_kernels
 @pytest.mark.parametrize("index", [5, -1])
-def test_an_index_outside_is_an_error_when_it_is_used(index):
-    with pytest.raises(
-        (ValueError, RuntimeError), match=rf"\[gather_mm\] rhs_indices must be in \[0, 5\); got {index}"
-    ):
-        mx.eval(mfa.gather_mm(mx.ones((2, 1, 8)), mx.ones((5, 8, 3)), None, mx.array([0, index])))
+@pytest.mark.parametrize("name", ["gather_mm", "gather_qmm"])
+def test_an_index_outside_is_refused_when_its_value_is_known(name, index):
+    message = rf"^\[{name}\] rhs_indices must be in \[0, 5\); got {index}"
+    with pytest.raises(ValueError, match=message):
+        pick(name, mx.array([0, index]))
+    later = mx.array([0, index - 1]) + 1  # not computed yet
+    product = pick(name, later)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        mx.eval(product)
 
 
 @needs_kernels
