@@ -113,6 +113,8 @@ CALLS = {
     "stream": (lambda: mx.matmul(a(2, 64), a(64, 3), stream=mx.cpu), "matmul", True),
     "promotion": (lambda: mx.matmul(a(2, 64).astype(mx.float16), a(64, 3).astype(mx.bfloat16)), "matmul", True),
     "vectors": (lambda: mx.matmul(a(64), a(64)), "matmul", False),
+    "tiny": (lambda: mx.matmul(a(100, 8, 4), a(100, 4, 8)), "matmul", False),
+    "not so tiny": (lambda: mx.matmul(a(100, 8, 4), a(100, 4, 9)), "matmul", True),
     "complex": (lambda: mx.matmul(a(2, 64).astype(mx.complex64), a(64, 3)), "matmul", False),
     "addmm": (lambda: mx.addmm(a(3), a(2, 64), a(64, 3)), "addmm", True),
     "factors": (lambda: mx.addmm(a(2, 1), a(2, 64), a(64, 3), 2.0, beta=0.5), "addmm", True),
