@@ -30,7 +30,9 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
   return VU{_mm512_permutexvar_epi16(interleave, halves)};
 }
 #else
+#ifndef MFA_NATIVE_BF16  // 1, by the compiler's flags: test what uses pairs on a processor without them
 #define MFA_NATIVE_BF16 0
+#endif
 // The same results, slower: for code that is compiled for every instruction set.
 HWY_INLINE VF DotPairs(VF acc, VU a, VU b) {
   const auto first = [](VU x) { return hn::BitCast(df, hn::ShiftLeft<16>(x)); };
