@@ -7,6 +7,7 @@ the form of the problem that suits it best among those that mean the same.
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,14 +68,14 @@ def _from_mlx(arrays: Any) -> list[np.ndarray]:
     return [np.array(a.astype(mx.float32)) for a in arrays]
 
 
-class _MlxPeer:
+class _MlxPeer(abc.ABC):
     """What the two functions of MLX arrays share: lazy graphs, evaluated in each call."""
 
     name = ""
 
+    @abc.abstractmethod
     def attend(self, inputs: Inputs) -> Callable[..., mx.array]:
         """The function of q, k and v; masks are ready-made arrays."""
-        raise NotImplementedError
 
     def prepare(self, inputs: Inputs) -> Prepared:
         dtype = getattr(mx, inputs.dtype)

@@ -326,7 +326,7 @@ class CudaAttention final : public GpuAttention {
     std::optional<mx::array> sums, turns;
     if (fused) {
       sums = scratch({p.B * p.Hq, plan.Nq_padded, plan.fused_columns}, mx::float32, stream, call.encoder);
-      turns = scratch({p.B * p.Hq, plan.Nq_padded}, mx::int32, stream, call.encoder);
+      turns = scratch({p.B * p.Hq, plan.Nq_padded / hopper::fused_tile}, mx::int32, stream, call.encoder);
       f.dq_sums = pointer<float>(*sums);
       f.dq_turns = pointer<int32_t>(*turns);
     }

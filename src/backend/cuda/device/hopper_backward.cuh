@@ -105,6 +105,33 @@ struct BackwardMaps {
   const TensorMap *stay_first, *stay_second, *pass_first, *pass_second;
 };
 
+// Loads a pair of passing tiles into the ring's next stage; for passing queries also their lse and delta.
+template <class Tile>
+__device__ __forceinline__ void load_pair(const BackwardParams& params, const BackwardShared<Tile>& shared,
+                                          const BackwardMaps& maps, const SharedWork& w, Ring<Tile::stages>& ring,
+                                          int head, int n) {
+  const Problem& p = params.p;
+  const uint32_t full = shared.barrier(Tile::first_full + ring.stage());
+  barrier_wait(shared.barrier(Tile::first_empty + ring.stage()), ring.parity() ^ 1);
+  if constexpr (Tile::keeps_queries) {
+    barrier_arrive_expect(full, Tile::layout.pass_bytes);
+  } else {
+    // Rows past the padded end are not read, and masked: such a tile is not full.
+    const int64_t row = (int64_t{w.b()} * p.Hq + head) * params.Nq_padded + n * Tile::BN;
+    const uint32_t bytes = min(Tile::BN, params.Nq_padded - n * Tile::BN) * 4;
+    barrier_arrive_expect(full, Tile::layout.pass_bytes + 2 * bytes);
+    copy_bytes(shared.at + shared.rows_at(ring.stage()), params.lse2 + row, bytes, full);
+    copy_bytes(shared.at + shared.rows_at(ring.stage()) + Tile::BN * 4, params.delta + row, bytes, full);
+  }
+  load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage()), maps.pass_first, full, n * Tile::BN, head, w.b());
+  const uint32_t full_second = shared.barrier(Tile::second_full + ring.stage());
+  barrier_wait(shared.barrier(Tile::second_empty + ring.stage()), ring.parity() ^ 1);
+  barrier_arrive_expect(full_second, Tile::layout.pass_bytes);
+  load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage()), maps.pass_second, full_second, n * Tile::BN, head,
+                                     w.b());
+  ring.advance();
+}
+
 // The feeding warpgroup's first thread.
 template <class Tile>
 __device__ __forceinline__ void feed(const BackwardParams& params, const HopperSchedule& s,
@@ -121,33 +148,12 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
     slot.advance();
     if (w.b() < 0) break;
     if (!w.passes()) continue;
-    const auto load_pair = [&](int head, int n) {
-      const uint32_t full = shared.barrier(Tile::first_full + ring.stage());
-      barrier_wait(shared.barrier(Tile::first_empty + ring.stage()), ring.parity() ^ 1);
-      if constexpr (Tile::keeps_queries) {
-        barrier_arrive_expect(full, Tile::layout.pass_bytes);
-      } else {
-        // Rows past the padded end are not read, and masked: such a tile is not full.
-        const int64_t row = (int64_t{w.b()} * p.Hq + head) * params.Nq_padded + n * Tile::BN;
-        const uint32_t bytes = min(Tile::BN, params.Nq_padded - n * Tile::BN) * 4;
-        barrier_arrive_expect(full, Tile::layout.pass_bytes + 2 * bytes);
-        copy_bytes(shared.at + shared.rows_at(ring.stage()), params.lse2 + row, bytes, full);
-        copy_bytes(shared.at + shared.rows_at(ring.stage()) + Tile::BN * 4, params.delta + row, bytes, full);
-      }
-      load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage()), maps.pass_first, full, n * Tile::BN, head, w.b());
-      const uint32_t full_second = shared.barrier(Tile::second_full + ring.stage());
-      barrier_wait(shared.barrier(Tile::second_empty + ring.stage()), ring.parity() ^ 1);
-      barrier_arrive_expect(full_second, Tile::layout.pass_bytes);
-      load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage()), maps.pass_second, full_second, n * Tile::BN, head,
-                                         w.b());
-      ring.advance();
-    };
     // The stationary tiles follow the first passing ones: those find room while the work before is still finishing.
     bool kept = false;
     for (int pass = 0; pass < w.passes(); ++pass) {
       const int head = Tile::keeps_queries ? w.h() / p.G : w.h() * p.G + pass;
       for (int n = w.first(); n < w.last(); ++n) {
-        load_pair(head, n);
+        load_pair<Tile>(params, shared, maps, w, ring, head, n);
         if (kept) continue;
         kept = true;
 #pragma unroll 1

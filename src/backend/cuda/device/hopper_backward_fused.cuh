@@ -59,23 +59,7 @@ __device__ __forceinline__ void feed_fused(const BackwardParams& params, const H
     for (int pass = 0; pass < w.passes(); ++pass) {
       int n = w.start();
       do {
-        const uint32_t full = shared.barrier(Tile::first_full + ring.stage());
-        barrier_wait(shared.barrier(Tile::first_empty + ring.stage()), ring.parity() ^ 1);
-        // Rows past the padded end are not read, and masked: such a tile is not full.
-        const int head = w.h() * p.G + pass;
-        const int64_t row = (int64_t{w.b()} * p.Hq + head) * params.Nq_padded + n * Tile::BN;
-        const uint32_t bytes = min(Tile::BN, params.Nq_padded - n * Tile::BN) * 4;
-        barrier_arrive_expect(full, Tile::layout.pass_bytes + 2 * bytes);
-        copy_bytes(shared.at + shared.rows_at(ring.stage()), params.lse2 + row, bytes, full);
-        copy_bytes(shared.at + shared.rows_at(ring.stage()) + Tile::BN * 4, params.delta + row, bytes, full);
-        load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage()), maps.pass_first, full, n * Tile::BN, head,
-                                           w.b());
-        const uint32_t full_second = shared.barrier(Tile::second_full + ring.stage());
-        barrier_wait(shared.barrier(Tile::second_empty + ring.stage()), ring.parity() ^ 1);
-        barrier_arrive_expect(full_second, Tile::layout.pass_bytes);
-        load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage()), maps.pass_second, full_second, n * Tile::BN,
-                                           head, w.b());
-        ring.advance();
+        load_pair<Tile>(params, shared, maps, w, ring, w.h() * p.G + pass, n);
         // The stationary tiles follow the first passing ones: those find room while the work before is still
         // finishing.
         if (!kept) {
@@ -157,14 +141,13 @@ __device__ __forceinline__ void add_queries(const BackwardParams& params, const 
   }
 }
 
-// dS^T of this warpgroup's 64 keys, as the products of dQ read it: chunks of 64 queries, [128 keys][128 bytes].
+// dS^T of this warpgroup's 64 keys, as the products of dQ read it: 64 queries of [128 keys][128 bytes].
 template <class Tile>
 __device__ __forceinline__ void keep_score_gradients(const uint32_t (&ds)[Tile::BN / 4], uint32_t to, int warpgroup,
                                                      int thread) {
   const int lane = thread % 32, key = 64 * warpgroup + thread / 32 * 16 + lane % 16, half = lane / 16;
 #pragma unroll
-  for (int j = 0; j < Tile::BN / 16; ++j)
-    store_matrices(to + (j / 4 * Tile::rows + key) * 128 + ((2 * (j % 4) + half) ^ key % 8) * 16, ds + 4 * j);
+  for (int j = 0; j < Tile::BN / 16; ++j) store_matrices(to + key * 128 + ((2 * j + half) ^ key % 8) * 16, ds + 4 * j);
 }
 
 // This warpgroup's part of dQ of a tile = dS K, in units of 1 / scale.
