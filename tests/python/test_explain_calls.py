@@ -5,6 +5,10 @@ import pytest
 from problems import OWN_ROUTE, cpu_kernels_only, mfa, needs_kernels, random_arrays
 
 
+def on_cpu(*case):
+    return pytest.param(*case, marks=cpu_kernels_only)
+
+
 def qkv(B=2, Hq=4, Hkv=2, Nq=16, Nk=16, D=16):
     return random_arrays(1, (B, Hq, Nq, D), (B, Hkv, Nk, D), (B, Hkv, Nk, D))
 
@@ -37,16 +41,16 @@ def test_each_call_is_explained_as_explain_does():
         ("flash_attention_splitfuse", lambda: (*qkv(), *qkv(Nq=1)), 2),
         ("flash_attention_cascade", lambda: (qkv()[0], *qkv(B=1, Nk=50)[1:], *qkv()[1:]), 2),
         ("flash_attention_tree", lambda: (*qkv(Nk=40), list(range(-1, 15))), 2),
-        ("flash_attention_paged", lambda: (qkv()[0], *pools(), mx.array([[0, 1], [2, 3]]), [20, 32]), 1),
-        (
+        on_cpu("flash_attention_paged", lambda: (qkv()[0], *pools(), mx.array([[0, 1], [2, 3]]), [20, 32]), 1),
+        on_cpu(
             "flash_attention_paged_varlen",
             lambda: (qkv(B=1)[0], *pools(), mx.array([[0, 1], [2, 3]]), [20, 32], [0, 15, 16]),
             1,
         ),
         ("flash_attention_kvcache", qkv, 1),
-        ("flash_attention_kvcache_rope_append", lambda: (*qkv(), None, None, *rotary()), 1),
-        ("flash_attention_rope", lambda: (*qkv(), *rotary()), 1),
-        ("flash_attention_rope_unified", lambda: (*qkv(), *rotary()), 1),
+        on_cpu("flash_attention_kvcache_rope_append", lambda: (*qkv(), None, None, *rotary()), 1),
+        on_cpu("flash_attention_rope", lambda: (*qkv(), *rotary()), 1),
+        on_cpu("flash_attention_rope_unified", lambda: (*qkv(), *rotary()), 1),
         ("flash_attention_speculative_verify", lambda: (*qkv(Nk=40), mx.zeros((2, 16), mx.int32)), 1),
     ],
 )

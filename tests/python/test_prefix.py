@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from entry_points import BLOCKS, CASES, check_entry, run_block
 from problems import (
+    ON_GPU,
     cpu_kernels_only,
     keywords,
     mfa,
@@ -148,6 +149,8 @@ CASCADE_MISTAKES = {
 @pytest.mark.parametrize("mistake", CASCADE_MISTAKES)
 def test_mistake_in_a_cascade_is_refused(mistake):
     change, words = CASCADE_MISTAKES[mistake]
+    if ON_GPU and "kv_lengths" in change:
+        pytest.skip("lengths are clipped on GPUs")
     arguments = {
         "q": mx.zeros((2, 4, 5, 8)),
         "k_prefix": mx.zeros((1, 2, 9, 8)),
