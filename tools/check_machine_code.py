@@ -17,7 +17,7 @@ from pathlib import Path
 
 # Kernels whose products must be matrix instructions, and which: by the file and the kernel's dtype.
 MATRIX = (
-    (re.compile(r"^hopper_(forward|dq|dkv|backward_fused).*_(bf16|f16)$"), "HGMMA"),
+    (re.compile(r"^hopper_(forward.*_f32|(forward|dq|dkv|backward_fused).*_(bf16|f16))$"), "HGMMA"),
     (re.compile(r".*_(bf16|f16)_\d+$"), "HMMA"),
 )
 

@@ -1,6 +1,8 @@
 // hopper_cases.h: what the standalone Hopper programs check and time, and their command line.
 #pragma once
 
+#include <cstring>
+
 #include "hopper_harness.h"
 
 namespace harness {
@@ -136,9 +138,7 @@ inline std::string text_of(const Case& c) {
 
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  static_assert(sizeof(T) == sizeof(uint16_t));
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](T x, T y) { return *reinterpret_cast<uint16_t*>(&x) == *reinterpret_cast<uint16_t*>(&y); });
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
 // Prints and returns the number of failures. `verify(type, case)` checks one problem with elements of that type.

@@ -22,7 +22,9 @@ def in_new_process(program, **env):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("Nq", "kernel"), [(1, "few_rows" if ON_GPU else "decode"), (300, "tiled")])
+@pytest.mark.parametrize(
+    ("Nq", "kernel"), [(1, "few_rows" if ON_GPU else "decode"), (300, "forward" if ON_GPU else "tiled")]
+)
 def test_explain_describes_the_kernel(Nq, kernel):
     e = mfa.explain(*qkv(Nq=Nq, Nk=4096), causal=True)
     assert e["route"] == OWN_ROUTE

@@ -215,6 +215,32 @@ struct Maps {
         v(tensor_map(p.v, launch.dtype, p.B, p.Hkv, p.Nk, p.Dv, launch.key_box)) {}
 };
 
+// Float32 inputs as parts, in scratch memory: what splits them is launched, and the next launch waits for it.
+struct Parts {
+  SplitOperands operands;
+  CUtensorMap maps[3];
+
+  Parts(Call& call, const ForwardPlan& plan, const ForwardParams& f) {
+    const Problem& p = f.p;
+    const int heads[] = {p.Hq, p.Hkv, p.Hkv}, rows[] = {p.Nq, p.Nk, p.Nk};
+    const int box[] = {plan.attention.query_box, plan.attention.key_box, plan.attention.key_box};
+    std::vector<mx::array> written;
+    const auto take = [&](mx::Shape shape, mx::Dtype dtype) {
+      return written.emplace_back(scratch(std::move(shape), dtype, call.stream, call.encoder));
+    };
+    for (int i = 0; i < 3; ++i) {
+      const int entries = hopper::split_parts * p.B, tiles = (rows[i] + hopper::split_rows - 1) / hopper::split_rows;
+      const mx::array parts = take({entries, heads[i], rows[i], plan.split_columns}, mx::bfloat16);
+      operands.parts[i] = pointer<void>(parts);
+      operands.marks[i] = pointer<uint8_t>(take({p.B, heads[i], tiles}, mx::uint8));
+      maps[i] = tensor_map({operands.parts[i], {parts.strides(0), parts.strides(1), parts.strides(2)}}, Element::bf16,
+                           entries, heads[i], rows[i], plan.split_columns, box[i]);
+    }
+    call.launch(plan.split, f, operands);
+    for (const auto& x : written) call.use(x);
+  }
+};
+
 void launch_forward(Call& call, const Launch& launch, const ForwardParams& f) {
   if (!is_hopper(launch.kernel)) return call.launch(launch, f);
   const Maps maps(f.p, launch);
@@ -271,10 +297,16 @@ class CudaAttention final : public GpuAttention {
     f.splits = plan.splits;
     f.split_keys = plan.split_keys;
     if (plan.splits == 1) {
+      std::optional<Parts> parts;
+      if (plan.split.threads > 0) parts.emplace(call, plan, f);
       f.o = call.output(outputs[0]);
       call.encoder.set_output_array(outputs[1]);
       f.lse = pointer<float>(outputs[1]);
-      launch_forward(call, plan.attention, f);
+      if (parts)
+        call.launch(plan.attention, f, parts->operands, with_slot(plan.attention.schedule), parts->maps[0],
+                    parts->maps[1], parts->maps[2]);
+      else
+        launch_forward(call, plan.attention, f);
       return;
     }
     const auto o_part = scratch({plan.splits, p.B * p.Hq, p.Nq, p.Dv}, mx::float32, stream, call.encoder);

@@ -23,6 +23,7 @@ MFA_EMBED_DTYPES(backward_queries)
 MFA_EMBED_DTYPES(backward_keys)
 MFA_EMBED_DTYPES(term_gradients)
 MFA_EMBED(hopper_forward)
+MFA_EMBED(hopper_forward_split)
 MFA_EMBED(hopper_forward_wide)
 MFA_EMBED(hopper_backward)
 MFA_EMBED(hopper_backward_fused)
@@ -52,7 +53,7 @@ constexpr const unsigned char* kImages[kFamilies][kDTypes] = {
     {mfa_fatbin_backward_queries_f32, mfa_fatbin_backward_queries_f16, mfa_fatbin_backward_queries_bf16},
     {mfa_fatbin_backward_keys_f32, mfa_fatbin_backward_keys_f16, mfa_fatbin_backward_keys_bf16},
     {mfa_fatbin_term_gradients_f32, mfa_fatbin_term_gradients_f16, mfa_fatbin_term_gradients_bf16},
-    {nullptr, mfa_fatbin_hopper_forward, mfa_fatbin_hopper_forward},
+    {mfa_fatbin_hopper_forward_split, mfa_fatbin_hopper_forward, mfa_fatbin_hopper_forward},
     {nullptr, mfa_fatbin_hopper_forward_wide, mfa_fatbin_hopper_forward_wide},
     {nullptr, mfa_fatbin_hopper_backward, mfa_fatbin_hopper_backward},
     {nullptr, mfa_fatbin_hopper_backward_fused, mfa_fatbin_hopper_backward_fused},
@@ -69,6 +70,7 @@ Family family_of(const Launch& launch) {
     case Kernel::hopper_forward:
     case Kernel::hopper_forward_mask:
     case Kernel::hopper_forward_modified:
+    case Kernel::hopper_split:
       return is_wide(launch.head_dim) ? hopper_forward_wide : hopper_forward;
     case Kernel::hopper_backward_prepare:
     case Kernel::hopper_dq:

@@ -78,6 +78,13 @@ struct ForwardParams {
   float* lse_part;  // [splits, B, Hq, Nq]
 };
 
+// Float32 q, k and v as three parts of bfloat16 each, [3, B, H, N, columns], and which of their tiles of 64 rows hold
+// elements that parts do not stand for, [B, H, ceil(N / 64)].
+struct SplitOperands {
+  void* parts[3];
+  uint8_t* marks[3];
+};
+
 struct BackwardParams {
   Problem p;
   Tensor o;           // [B, Hq, Nq, Dv]

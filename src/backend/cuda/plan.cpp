@@ -98,6 +98,8 @@ const char* stem_of(Kernel kernel) {
       return "hopper_forward_mask";
     case Kernel::hopper_forward_modified:
       return "hopper_forward_modified";
+    case Kernel::hopper_split:
+      return "hopper_split";
     case Kernel::hopper_backward_prepare:
       return "hopper_backward_prepare";
     case Kernel::hopper_dq:
@@ -148,6 +150,10 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, cons
   const bool packs = p.Hq > p.Hkv && p.Nq <= kPackedQueries;
   if (!few_rows && !packs && hopper_takes(p, call, device)) {
     plan.attention = plan_hopper_forward(p, call, device, plan.row_tile, plan.key_tile);
+    return plan;
+  }
+  if (!few_rows && !packs && hopper_splits(p, call, device)) {
+    plan_hopper_split(p, call, device, plan);
     return plan;
   }
   if (few_rows && decodes(dtype, index, device)) {

@@ -41,6 +41,7 @@ enum class Kernel : uint8_t {
   hopper_forward,
   hopper_forward_mask,
   hopper_forward_modified,
+  hopper_split,
   hopper_backward_prepare,
   hopper_dq,
   hopper_dkv,
@@ -71,10 +72,12 @@ struct Launch {
 std::string name_of(const Launch& launch);
 
 struct ForwardPlan {
+  Launch split;  // of float32 inputs into parts, where `attention` reads those
   Launch attention;
   Launch merge;  // if splits > 1
   int row_tile = 0, key_tile = 0;
   int splits = 1, split_keys = 0;
+  int split_columns = 0;  // of the parts
 };
 ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
 

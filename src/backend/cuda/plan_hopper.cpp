@@ -14,8 +14,8 @@ constexpr int kColumns[] = {64, 96, 128, 192, 256, 512, 576};  // of the first r
 
 int columns_of(const AttentionProblem& p) { return hopper::columns_of(std::max(p.D, p.Dv)); }
 
-int columns_index(const AttentionProblem& p) {
-  return static_cast<int>(std::find(std::begin(kColumns), std::end(kColumns), columns_of(p)) - std::begin(kColumns));
+int index_of(int columns) {
+  return static_cast<int>(std::find(std::begin(kColumns), std::end(kColumns), columns) - std::begin(kColumns));
 }
 
 template <int n>
@@ -27,7 +27,7 @@ hopper::TileChoice tile_of(const hopper::TileChoice (&table)[n], const Attention
 // Blocks stay for the whole launch and draw tiles.
 Launch persistent(Kernel kernel, const AttentionProblem& p, const DeviceTraits& device, const HopperSchedule& schedule,
                   int threads, int shared_bytes) {
-  Launch launch{kernel, element_of(p.dtype), columns_index(p)};
+  Launch launch{kernel, element_of(p.dtype), index_of(columns_of(p))};
   launch.schedule = schedule;
   launch.grid[0] = static_cast<uint32_t>(std::min(device.multiprocessors, schedule.tiles));
   launch.threads = static_cast<uint32_t>(threads);
@@ -49,21 +49,31 @@ void plan_fused(const AttentionProblem& p, const DeviceTraits& device, BackwardP
   plan.fused.query_box = tile.tile;
   plan.fused.key_box = 64;
   plan.fused_columns = tile.columns;
-  plan.finish = Launch{Kernel::hopper_backward_finish, element_of(p.dtype), columns_index(p)};
+  plan.finish = Launch{Kernel::hopper_backward_finish, element_of(p.dtype), index_of(columns_of(p))};
   plan.finish.grid[0] = static_cast<uint32_t>(p.Hq * (plan.Nq_padded / tile.tile));
   plan.finish.grid[1] = static_cast<uint32_t>(p.B);
   plan.finish.threads = 256;
+}
+
+// Of a size that the kernels can number.
+bool is_countable(const AttentionProblem& p) {
+  constexpr int64_t kMaxPositions = int64_t{1} << 29, kMaxTiles = int64_t{1} << 30;
+  const int64_t tiles = int64_t{p.B} * p.Hq * (ceil_div(p.Nq, 64) + 2 * ceil_div(p.Nk, 64));
+  return p.B > 0 && p.Nq > 0 && p.Nk > 0 && int64_t{p.Nq} + p.Nk < kMaxPositions && tiles < kMaxTiles;
 }
 
 }  // namespace
 
 bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
   constexpr int kMaxHeadDim = 576, kMaxValueDim = 512;
-  constexpr int64_t kMaxPositions = int64_t{1} << 29, kMaxTiles = int64_t{1} << 30;
-  const int64_t tiles = int64_t{p.B} * p.Hq * (ceil_div(p.Nq, 64) + ceil_div(p.Nk, 64));
   return device.compute_capability == 90 && p.dtype != DType::f32 && p.D <= kMaxHeadDim && p.Dv <= kMaxValueDim &&
-         p.D % 8 == 0 && p.Dv % 8 == 0 && (p.scale > 0.f || is_modified(p, call)) && p.B > 0 && p.Nq > 0 && p.Nk > 0 &&
-         int64_t{p.Nq} + p.Nk < kMaxPositions && tiles < kMaxTiles && call.mapped;
+         p.D % 8 == 0 && p.Dv % 8 == 0 && (p.scale > 0.f || is_modified(p, call)) && is_countable(p) && call.mapped;
+}
+
+bool hopper_splits(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
+  constexpr int kMaxHeadDim = 128;
+  return device.compute_capability == 90 && p.dtype == DType::f32 && std::max(p.D, p.Dv) <= kMaxHeadDim &&
+         p.scale > 0.f && !is_modified(p, call) && is_countable(p);
 }
 
 bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
@@ -98,6 +108,27 @@ Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, co
   launch.query_box = 64;
   launch.key_box = tile.tile;
   return launch;
+}
+
+void plan_hopper_split(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
+                       ForwardPlan& plan) {
+  constexpr int kSplitThreads = 256;
+  const hopper::TileChoice tile = hopper::split_tiles[std::max(p.D, p.Dv) > 64];
+  plan.row_tile = 64 * tile.consumers;
+  plan.key_tile = tile.tile;
+  const auto layout = hopper::split_layout(tile);
+  const auto schedule =
+      hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, plan.row_tile)),
+                       int64_t{p.Nk} * tile.columns * 2 * hopper::split_parts * 2, has_unequal_tiles(p, call), true, 0);
+  plan.attention = persistent(Kernel::hopper_forward, p, device, schedule, layout.threads, layout.bytes);
+  plan.attention.head_dim = index_of(tile.columns);
+  plan.attention.query_box = 64;
+  plan.attention.key_box = tile.tile;
+  plan.split = Launch{Kernel::hopper_split, Element::f32, plan.attention.head_dim};
+  plan.split.grid[0] = static_cast<uint32_t>(int64_t{p.B} * p.Hq * ceil_div(p.Nq, hopper::split_rows) +
+                                             2 * int64_t{p.B} * p.Hkv * ceil_div(p.Nk, hopper::split_rows));
+  plan.split.threads = kSplitThreads;
+  plan.split_columns = tile.columns;
 }
 
 void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,

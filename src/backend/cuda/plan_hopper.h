@@ -11,8 +11,11 @@ inline constexpr const char* kHopperColumns[] = {"64", "96", "128", "192", "256"
 inline constexpr int kHopperSizes = 8, kWide = 5, kNarrowValues = 7;  // wide: "512", "576x512"
 constexpr bool is_wide(int head_dim) { return head_dim >= kWide && head_dim < kNarrowValues; }
 
-// Whether the forward kernels take the problem.
+// Whether the forward kernels for 16-bit inputs take the problem.
 bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
+
+// Whether the forward kernels for float32 do.
+bool hopper_splits(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
 
 // Whether the backward kernels do.
 bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
@@ -22,6 +25,9 @@ bool is_modified(const AttentionProblem& p, const CallTraits& call);
 
 Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
                            int& key_tile);
+
+void plan_hopper_split(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
+                       ForwardPlan& plan);
 
 // Replaces rows, queries and keys of `plan`.
 void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,

@@ -64,9 +64,7 @@ __device__ __forceinline__ void forward_tiled(const ForwardParams& f) {
       const bool used = !p.mask.data || mask.template load<kThreads>(p, b, hkv * p.G, p.G, r0, row_count, k0);
       if (used) {
         float s[MI][SN][4];
-        clear(s);
-        multiply<T, A::rows, B::columns>(s, q_tile + wm * MI * 16 * pitch, pitch, k_tile + wn * SN * 8 * pitch, pitch,
-                                         depth, BK);
+        multiply_scores(s, q_tile + wm * MI * 16 * pitch, pitch, k_tile + wn * SN * 8 * pitch, pitch, depth, BK);
         if (!deferred) {
           scale_scores<T>(p, s, nullptr);
           add_terms(p, seen, s, rows, j0);

@@ -153,8 +153,8 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
 }
 
 // Adds to written rows of the output the NaNs and infinities that cleaning took from keys they see. A lane works on the
-// columns that it wrote, those of [first, last). Rare, and therefore small rather than fast.
-template <class Tile, class Seen>
+// columns that it wrote, those of [first, last): `run` of every 4 * run. Rare, and therefore small rather than fast.
+template <class Tile, int run = 8, class Seen>
 __device__ __forceinline__ void return_nonfinite(const Problem& p, const SharedWork& work,
                                                  typename Tile::T* const (&row)[2], int first, int last, int lane,
                                                  const Seen& seen) {
@@ -166,7 +166,7 @@ __device__ __forceinline__ void return_nonfinite(const Problem& p, const SharedW
     const T* v = static_cast<const T*>(p.v.data) + work.b() * p.v.stride[0] + work.h() / p.G * p.v.stride[1] +
                  key * p.v.stride[2];
 #pragma unroll 1
-    for (int column = first + lane % 4 * 8; column < last; column += column % 8 == 7 ? 25 : 1) {
+    for (int column = first + lane % 4 * run; column < last; column += column % run == run - 1 ? 3 * run + 1 : 1) {
       const float x = static_cast<float>(v[column]);
       if (fabsf(x) < INFINITY) continue;
       if (sees[0]) row[0][column] = T(static_cast<float>(row[0][column]) + x);

@@ -55,8 +55,9 @@ struct Softmax {
 
   // Turns scores into exp2(scale * (s - m)) and returns the factors for what was summed before. The reference point m
   // follows the row maximum only when that has grown by `slack` in base 2: any m near the maximum gives the same
-  // result, and sums are then hardly ever rescaled. `widen` makes maxima those of a wider fragment.
-  template <int BK, class Widen>
+  // result, and sums are then hardly ever rescaled. `widen` makes maxima those of a wider fragment. `exact`: a score of
+  // m gives 1, not the rounding of its scaling.
+  template <int BK, bool exact = false, class Widen>
   __device__ __forceinline__ void step(float (&s)[BK / 2], float scale, float (&alpha)[2], const Widen& widen) {
     constexpr float slack = 8.f;
     float top[2], base[2];
@@ -74,7 +75,7 @@ struct Softmax {
       const bool grown = (top[r] - m[r]) * scale > slack;  // false when both are -inf
       alpha[r] = grown ? exp2_fast((m[r] - top[r]) * scale) : 1.f;
       m[r] = grown ? top[r] : m[r];
-      base[r] = m[r] == -INFINITY ? 0.f : m[r] * scale;
+      base[r] = m[r] == -INFINITY ? 0.f : exact ? m[r] : m[r] * scale;
     }
     float sum[2][2] = {};
 #pragma unroll
@@ -84,7 +85,7 @@ struct Softmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * i + 2 * r + e];
-          x = exp2_fast(fmaf(x, scale, -base[r]));
+          x = exp2_fast(exact ? (x - base[r]) * scale : fmaf(x, scale, -base[r]));
           sum[r][e] += x;
         }
 #pragma unroll
@@ -113,7 +114,8 @@ struct Softmax {
         m2 = top;
       }
       weight[r] = l[r] > 0.f ? factor / l[r] : l[r] == 0.f ? 0.f : l[r];  // NaN stays NaN
-      lse[r] = l[r] == 0.f ? -INFINITY : m2 + log2f(l[r]);
+      // Rounded once, since gradients take it from scores that come close to it.
+      lse[r] = l[r] == 0.f ? -INFINITY : sink == -INFINITY ? fmaf(m[r], scale, log2f(l[r])) : m2 + log2f(l[r]);
     }
   }
 };

@@ -176,19 +176,26 @@ MFA_PRODUCT(256, MFA_REGS_256, MFA_SUMS_256, 128, 129, 130, 131, 132, 133, 134)
 #undef MFA_SUMS_256
 // clang-format on
 
-// d [64, N] = A B^T over `depth` columns: both tiles keep the inner dimension along their columns. `a` and `b` are the
-// tiles' addresses, their chunks `a_rows` and `b_rows` rows long; A starts at a multiple of 8 rows.
-template <class T, int N, int depth, int a_rows, int b_rows>
-__device__ __forceinline__ void multiply_columns(float (&d)[N / 2], uint32_t a, uint32_t b) {
+// Sums from which products start. Costs nothing: says that old values are dead.
+template <int n>
+__device__ __forceinline__ void zero(float (&d)[n]) {
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) d[i] = 0.f;  // costs nothing: says that old values are dead
+  for (int i = 0; i < n; ++i) d[i] = 0.f;
+}
+
+// d [64, N] = A B^T over `depth` columns, or what that adds to it: both tiles keep the inner dimension along their
+// columns. `a` and `b` are the tiles' addresses, their chunks `a_rows` and `b_rows` rows long; A starts at a multiple
+// of 8 rows.
+template <class T, int N, int depth, int a_rows, int b_rows, bool begin = true>
+__device__ __forceinline__ void multiply_columns(float (&d)[N / 2], uint32_t a, uint32_t b) {
+  if (begin) zero(d);
   asm volatile("" : "+r"(a), "+r"(b));  // descriptors are cheaper made anew than kept: they would fill the registers
   const TileDescriptor da(a), db(b);
 #pragma unroll
   for (int c = 0; c < depth; c += 16) {
     const int chunk = c / 64, within = c % 64 * 2;
     Product<N>::template shared_a<T, 0, 0>(d, da.at(chunk * a_rows * 128 + within),
-                                           db.at(chunk * b_rows * 128 + within), c > 0);
+                                           db.at(chunk * b_rows * 128 + within), begin ? c > 0 : 1);
   }
 }
 

@@ -69,9 +69,8 @@ struct GradientTiles {
 
   // The products of the warp's block: s = Q K^T, d = dO V^T.
   __device__ __forceinline__ void products(Block& s, Block& d) const {
-    clear(s);
+    multiply_scores(s, q + row0 * pitch, pitch, k + key0 * pitch, pitch, depth_qk, BK);
     clear(d);
-    multiply<T, A::rows, B::columns>(s, q + row0 * pitch, pitch, k + key0 * pitch, pitch, depth_qk, BK);
     multiply<T, A::rows, B::columns>(d, d_o + row0 * pitch, pitch, v + key0 * pitch, pitch, depth_v, BK);
   }
 

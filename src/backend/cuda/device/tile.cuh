@@ -219,6 +219,31 @@ __device__ __forceinline__ void multiply(float (&c)[MI][NI][4], const T* a, int 
     multiply_blocks<T, Ta, Tb, false>(c, a, a_pitch, b, b_pitch, depth, columns);
 }
 
+// c = A B^T over the channels, A and B stored [row][channel]. Scores feed an exponential, and the kernels that
+// recompute them may sum in another order, so float32 sums are made of short ones of 16 channels, which err half as
+// much.
+template <typename T, int MI, int NI>
+__device__ __forceinline__ void multiply_scores(float (&c)[MI][NI][4], const T* a, int a_pitch, const T* b, int b_pitch,
+                                                int depth, int columns) {
+  clear(c);
+  if constexpr (sizeof(T) == 2) {
+    multiply<T, A::rows, B::columns>(c, a, a_pitch, b, b_pitch, depth, columns);
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < depth; k += 16) {
+      float piece[MI][NI][4];
+      clear(piece);
+      multiply<T, A::rows, B::columns>(piece, a + k, a_pitch, b + k, b_pitch, 16, columns);
+#pragma unroll
+      for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+        for (int ni = 0; ni < NI; ++ni)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) c[mi][ni][e] += piece[mi][ni][e];
+    }
+  }
+}
+
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
 
 // Adds the terms of A B, B stored [k][n], in which B is not finite and A not 0: a factor of 0 hides what it meets.

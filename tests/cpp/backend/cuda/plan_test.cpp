@@ -15,7 +15,7 @@ namespace {
 
 constexpr DeviceTraits kH100{90, 132, 232448};
 constexpr DeviceTraits kA100{80, 108, 166912};
-constexpr CallTraits kTiled{.mapped = false};  // arrays that tensor copies cannot read
+constexpr CallTraits kTiled{.alibi = true, .mapped = false};  // arrays that tensor copies cannot read
 constexpr DeviceTraits kL4{89, 58, 101376};
 
 AttentionProblem shape(int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D, DType dtype) {
@@ -123,7 +123,7 @@ TEST(CudaPlanForward, NamesTheKernel) {
             "forward_tiled_bf16_128");
   EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 80, DType::bf16), {}, kA100).attention),
             "forward_tiled_bf16_128");
-  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 64, DType::f32), {}, kH100).attention),
+  EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1000, 1000, 64, DType::f32), {}, kA100).attention),
             "forward_tiled_f32_64");
   EXPECT_EQ(name_of(plan_forward(shape(1, 8, 8, 1, 1000, 576, DType::f16), {}, kH100).attention),
             "forward_few_rows_f16_576");
@@ -185,6 +185,32 @@ TEST(CudaPlanHopper, TakesWhatItsKernelsKnow) {
   EXPECT_EQ(plan_backward(p, {}, {}, kH100).queries.kernel, Kernel::backward_queries);
   p.Dv = 576;
   EXPECT_EQ(name(p, {}), "forward_tiled_bf16_576");
+}
+
+TEST(CudaPlanHopper, SplitsPlainFloat32) {
+  auto name = [](const AttentionProblem& p, const CallTraits& call) {
+    return name_of(plan_forward(p, call, kH100).attention);
+  };
+  for (const auto& [D, Dv, columns] : {std::tuple{1, 1, 64}, {64, 64, 64}, {33, 65, 128}, {128, 7, 128}}) {
+    AttentionProblem p = shape(2, 8, 4, 1000, 700, D, DType::f32);
+    p.Dv = Dv;
+    // Inputs are copied, so tensor copies need not be able to read them.
+    const ForwardPlan plan = plan_forward(p, {.mapped = false}, kH100);
+    EXPECT_EQ(name_of(plan.attention), "hopper_forward_" + std::to_string(columns) + "_f32");
+    EXPECT_EQ(name_of(plan.split), "hopper_split_" + std::to_string(columns) + "_f32");
+    EXPECT_EQ(plan.split_columns, columns);
+    EXPECT_EQ(plan.split.grid[0], 2u * 8 * 16 + 2u * 2 * 4 * 11);
+    EXPECT_EQ(plan.attention.schedule.tiles, 2 * 8 * ceil_div(1000, plan.row_tile));
+    EXPECT_LE(plan.attention.shared_bytes, uint32_t(kH100.shared_bytes));
+  }
+  AttentionProblem p = shape(2, 8, 8, 1000, 1000, 64, DType::f32);
+  EXPECT_EQ(name(p, {.lengths = true}), "hopper_forward_64_f32");
+  EXPECT_EQ(name(p, {.mask = true}), "forward_tiled_f32_64");
+  p.scale = -1.f;
+  EXPECT_EQ(name(p, {}), "forward_tiled_f32_64");
+  EXPECT_EQ(plan_forward(p, {}, kH100).split.threads, 0u);
+  EXPECT_EQ(name(shape(2, 8, 8, 1000, 1000, 129, DType::f32), {}), "forward_tiled_f32_256");
+  EXPECT_EQ(name(shape(2, 8, 8, 1, 1000, 64, DType::f32), {}), "forward_few_rows_f32_64");
 }
 
 TEST(CudaPlanHopper, SchedulesCoverEveryTile) {
