@@ -5,7 +5,19 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from problems import DTYPES, check, check_case, make_case, make_problem, mfa, normal, random_arrays, routes, to_mlx
+from problems import (
+    DTYPES,
+    READ_IN_PLACE,
+    check,
+    check_case,
+    make_case,
+    make_problem,
+    mfa,
+    normal,
+    random_arrays,
+    routes,
+    to_mlx,
+)
 
 FULL = (2, 4, 33, 70)
 BROADCASTS = list(itertools.product(*((1, n) for n in FULL)))
@@ -101,7 +113,7 @@ def test_broadcast_biases_are_not_expanded(shape, peak_bytes):
     mx.eval(q, k, v, bias)
 
     def loss(q, k, v, bias):
-        return mfa.flash_attention(q, k, v, attn_bias=bias).sum()
+        return mfa.flash_attention(q, k, v, attn_bias=bias, **READ_IN_PLACE).sum()
 
     peak = peak_bytes(lambda: mx.eval(mx.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, bias)))
     assert peak < N * N * 4

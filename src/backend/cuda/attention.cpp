@@ -362,6 +362,20 @@ class CudaAttention final : public GpuAttention {
       f.dq_sums = pointer<float>(*sums);
       f.dq_turns = pointer<int32_t>(*turns);
     }
+    std::optional<mx::array> lse;
+    if (plan.lse.threads > 0) {
+      // Attention without values.
+      lse = scratch({p.B, p.Hq, p.Nq}, mx::float32, stream, call.encoder);
+      ForwardParams scores{};
+      scores.p = f.p;
+      scores.p.Dv = 0;
+      scores.p.dropout_seed = nullptr;
+      scores.splits = 1;
+      scores.lse = pointer<float>(*lse);
+      scores.lse_base2 = true;
+      call.launch(plan.lse, scores);
+      f.lse = pointer<float>(call.use(*lse));
+    }
     call.launch(plan.rows, f);
 
     // The launches below read the inputs and `delta` and `lse2`, and write nothing in common.

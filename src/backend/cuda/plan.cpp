@@ -64,6 +64,19 @@ int choose_splits(int64_t blocks, int64_t keys, int64_t slots) {
 
 int64_t rows_of_group(const AttentionProblem& p) { return int64_t{p.Hq / p.Hkv} * p.Nq; }
 
+// Hopper's tiles hold the queries of one head; with a few of each they would stay empty, where others pack a group's.
+bool fills_hopper_tiles(const AttentionProblem& p) {
+  const bool packs = p.Hq > p.Hkv && p.Nq <= kPackedQueries;
+  return rows_of_group(p) > DecodeTile::kRows && !packs;
+}
+
+Launch tiled_launch(const AttentionProblem& p, bool few, const ForwardTile& tile) {
+  const Element dtype = element_of(p.dtype);
+  return launch_of(few ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, tile_index(p.D, p.Dv),
+                   int64_t{p.B} * p.Hkv * ceil_div(rows_of_group(p), tile.BQ), tile.threads(),
+                   tile.shared_bytes(element_size(dtype)));
+}
+
 }  // namespace
 
 Element element_of(DType dtype) {
@@ -142,34 +155,32 @@ std::string name_of(const Launch& launch) {
 
 ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
   const Element dtype = element_of(p.dtype);
-  const int size = element_size(dtype), index = tile_index(p.D, p.Dv);
-  const int64_t rows = rows_of_group(p), heads = int64_t{p.B} * p.Hkv;
+  const int index = tile_index(p.D, p.Dv);
+  const int64_t heads = int64_t{p.B} * p.Hkv;
   ForwardPlan plan;
-  const bool few_rows = rows <= DecodeTile::kRows;
-  // Hopper's tiles hold the queries of one head; with a few of each they would stay empty, where others pack a group's.
-  const bool packs = p.Hq > p.Hkv && p.Nq <= kPackedQueries;
-  if (!few_rows && !packs && hopper_takes(p, call, device)) {
+  if (fills_hopper_tiles(p) && hopper_takes(p, call, device)) {
     plan.attention = plan_hopper_forward(p, call, device, plan.row_tile, plan.key_tile);
     return plan;
   }
-  if (!few_rows && !packs && hopper_splits(p, call, device)) {
+  if (fills_hopper_tiles(p) && hopper_splits(p, call, device)) {
     plan_hopper_split(p, call, device, plan);
     return plan;
   }
+  const bool few_rows = rows_of_group(p) <= DecodeTile::kRows;
   if (few_rows && decodes(dtype, index, device)) {
     const DecodeTile& tile = kDecode16[index];
     plan.row_tile = DecodeTile::kRows;
     plan.key_tile = DecodeTile::kKeys;
-    plan.attention = launch_of(Kernel::forward_decode, dtype, index, heads, tile.threads(), tile.shared_bytes(size));
+    plan.attention =
+        launch_of(Kernel::forward_decode, dtype, index, heads, tile.threads(), tile.shared_bytes(element_size(dtype)));
   } else {
     const bool few = few_rows && has_few_rows_kernel(dtype, index);
     const ForwardTile& tile = forward_tile(dtype, index, few);
     plan.row_tile = tile.BQ;
     plan.key_tile = tile.BK;
-    plan.attention = launch_of(few ? Kernel::forward_few_rows : Kernel::forward_tiled, dtype, index,
-                               heads * ceil_div(rows, tile.BQ), tile.threads(), tile.shared_bytes(size));
+    plan.attention = tiled_launch(p, few, tile);
   }
-  if ((few_rows || packs) && heads > 0) {
+  if (!fills_hopper_tiles(p) && heads > 0) {
     const int64_t resident = std::clamp<int64_t>(device.shared_bytes / plan.attention.shared_bytes, 1, 2);
     const int splits = choose_splits(plan.attention.grid[0], p.Nk, device.multiprocessors * resident);
     // Whole tiles, for decode one for each warp.
@@ -199,6 +210,8 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CallTraits& call, co
   plan.queries = launch_of(Kernel::backward_queries, dtype, index, heads * row_tiles, threads, shared);
   plan.keys = launch_of(Kernel::backward_keys, dtype, index, heads * key_tiles, threads, shared);
   if (hopper_takes_backward(p, call, device)) plan_hopper_backward(p, call, device, plan);
+  if (fills_hopper_tiles(p) && hopper_splits(p, call, device))
+    plan.lse = tiled_launch(p, false, forward_tile(dtype, index, false));
   plan.slopes = launch_of(Kernel::slope_rows, dtype, index, heads * row_tiles, threads, shared);
   plan.heads = launch_of(Kernel::head_gradients, dtype, 0, p.Hq, kHeadThreads, 0);
   const int64_t extent[4] = {p.B, p.Hq, ceil_div(p.Nq, tile.BQ), key_tiles};

@@ -89,6 +89,7 @@ struct BackwardPlan {
   Launch rows, queries, keys, bias, slopes, heads;
   Launch fused,
       finish;  // dq, dk and dv in one pass instead of `queries` and `keys`; no blocks if there is no such kernel
+  Launch lse;  // computes it again, where the forward's kernel sums scores in another order than these; else no blocks
   int Nq_padded = 0;
   int fused_columns = 0;  // of its sums of dq
 };

@@ -73,7 +73,7 @@ bool hopper_takes(const AttentionProblem& p, const CallTraits& call, const Devic
 bool hopper_splits(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
   constexpr int kMaxHeadDim = 128;
   return device.compute_capability == 90 && p.dtype == DType::f32 && std::max(p.D, p.Dv) <= kMaxHeadDim &&
-         p.scale > 0.f && !is_modified(p, call) && is_countable(p);
+         p.softcap == 0.f && (p.scale > 0.f || is_modified(p, call)) && is_countable(p);
 }
 
 bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device) {
@@ -113,14 +113,16 @@ Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, co
 void plan_hopper_split(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
                        ForwardPlan& plan) {
   constexpr int kSplitThreads = 256;
-  const hopper::TileChoice tile = hopper::split_tiles[std::max(p.D, p.Dv) > 64];
+  const bool modified = is_modified(p, call), wide = std::max(p.D, p.Dv) > hopper::split_tiles[0].columns;
+  const hopper::TileChoice tile = modified ? hopper::split_modified_tiles[wide] : hopper::split_tiles[wide];
   plan.row_tile = 64 * tile.consumers;
   plan.key_tile = tile.tile;
   const auto layout = hopper::split_layout(tile);
   const auto schedule =
       hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, plan.row_tile)),
                        int64_t{p.Nk} * tile.columns * 2 * hopper::split_parts * 2, has_unequal_tiles(p, call), true, 0);
-  plan.attention = persistent(Kernel::hopper_forward, p, device, schedule, layout.threads, layout.bytes);
+  plan.attention = persistent(modified ? Kernel::hopper_forward_modified : Kernel::hopper_forward, p, device, schedule,
+                              layout.threads, layout.bytes);
   plan.attention.head_dim = index_of(tile.columns);
   plan.attention.query_box = 64;
   plan.attention.key_box = tile.tile;

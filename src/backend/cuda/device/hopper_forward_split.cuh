@@ -20,11 +20,12 @@ namespace mfa::cuda::hopper {
 // Products of elements below this stay in range whatever their parts.
 constexpr float split_limit = 0x1p62f;
 
-template <int choice>
+template <int choice, bool modified_>
 struct SplitTile {
   using T = float;
   using Part = __nv_bfloat16;
-  static constexpr TileChoice c = split_tiles[choice];
+  static constexpr bool modified = modified_;  // by anything but a softcap, whose function here errs too much
+  static constexpr TileChoice c = modified ? split_modified_tiles[choice] : split_tiles[choice];
   static constexpr int columns = c.columns, consumers = c.consumers, BQ = 64 * consumers, BK = c.tile,
                        stages = c.stages;
   static constexpr SplitLayout layout = split_layout(c);
@@ -206,17 +207,27 @@ __device__ __forceinline__ void multiply_scores(float (&sums)[Tile::BK / 2], uin
   add(piece[1]);
 }
 
-// Of a tile, the scores of rows and keys with elements that parts do not stand for, from the elements themselves. Rare,
-// and therefore small rather than fast.
+// Whether the bias takes the key from the row, whatever its score.
+__device__ __forceinline__ bool bias_hides(const Problem& p, int b, int h, int query, int key) {
+  if (!p.bias.data) return false;
+  const int64_t at = b * p.bias.stride[0] + h * p.bias.stride[1] + query * p.bias.stride[2] + key * p.bias.stride[3];
+  return (p.bias.dtype == Element::f32 ? static_cast<const float*>(p.bias.data)[at]
+          : p.bias.dtype == Element::f16
+              ? static_cast<float>(static_cast<const __half*>(p.bias.data)[at])
+              : static_cast<float>(static_cast<const __nv_bfloat16*>(p.bias.data)[at])) == -INFINITY;
+}
+
+// Of a tile, the products of rows and keys with elements that parts do not stand for, from the elements themselves.
+// Rare, and therefore small rather than fast.
 template <class Tile>
-__device__ __forceinline__ void exact_scores(float (&sums)[Tile::BK / 2], const Problem& p, int b, int h, int query,
-                                             int key0, int lane) {
+__device__ __forceinline__ void exact_products(float (&sums)[Tile::BK / 2], const Problem& p, int b, int h, int query,
+                                               int key0, int lane) {
   const float* q = static_cast<const float*>(p.q.data) + b * p.q.stride[0] + h * p.q.stride[1];
   const float* k = static_cast<const float*>(p.k.data) + b * p.k.stride[0] + h / p.G * p.k.stride[1];
 #pragma unroll
   for (int i = 0; i < Tile::BK / 2; ++i) {
     const int row = query + i / 2 % 2 * 8, key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (row >= p.Nq || key >= p.Nk) continue;
+    if (row >= p.Nq || key >= p.Nk || (Tile::modified && bias_hides(p, b, h, row, key))) continue;
     float sum = 0.f;
     bool fits = true;
 #pragma unroll 1
@@ -236,7 +247,7 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
   constexpr int BK = Tile::BK, columns = Tile::columns, halves = columns / 64;
   const Problem& p = params.p;
   const int lane = thread % 32, row_in_tile = 64 * warpgroup + thread / 32 * 16 + lane / 4;
-  const float scale = p.scale_log2;
+  const float scale = Tile::modified ? 1.f : p.scale_log2;
 
   Ring<2> slot;
   Ring<1> q_ring;
@@ -275,9 +286,18 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
         if (n == work.first()) release(Tile::q_empty + warpgroup);
 
         if (q_marked || (k_marked && any_marked(1, k_tiles, kv_head, n, n + 1)))
-          exact_scores<Tile>(sums, p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
-        if (!work.full(n)) mask_scores<BK>(sums, rows(), n * BK, lane);
+          exact_products<Tile>(sums, p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
+        if constexpr (Tile::modified) {
+          BiasTile<BK> bias;
+          if (p.bias.data) bias.load(p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
+          ScoreTile<BK>{p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane, work.offset()}.apply(
+              sums, bias, work.full(n), rows);
+        } else if (!work.full(n)) {
+          mask_scores<BK>(sums, rows(), n * BK, lane);
+        }
         softmax.template step<BK, true>(sums, scale, alpha, NotWider{});
+        if constexpr (Tile::modified)
+          if (p.dropout_seed) drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
         uint32_t probabilities[split_parts][BK / 4];
 #pragma unroll
         for (int i = 0; i < BK / 4; ++i) {
@@ -345,8 +365,12 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
     }
     if (work.passes() && any_marked(2, k_tiles, kv_head, work.first(), work.last())) {
       const RowPair pair = rows();
-      return_nonfinite<Tile, 2>(p, work, row, 0, p.Dv, lane,
-                                [&](int r, int key) { return key >= pair.begin[r] && key < pair.end[r]; });
+      return_nonfinite<Tile, 2>(p, work, row, 0, p.Dv, lane, [&](int r, int key) {
+        const int query = work.row0() + row_in_tile + 8 * r;
+        return key >= pair.begin[r] && key < pair.end[r] &&
+               (!Tile::modified ||
+                ((!p.mask.data || mask_shows(p, b, h, query, key)) && !bias_hides(p, b, h, query, key)));
+      });
     }
     release(Tile::work_empty + slot.stage());
   }

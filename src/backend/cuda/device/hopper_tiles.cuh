@@ -71,6 +71,10 @@ constexpr TileChoice split_tiles[] = {
     {64, 3, 64, 3, false},
     {128, 2, 64, 1, false},
 };
+constexpr TileChoice split_modified_tiles[] = {
+    {64, 2, 64, 3, false},
+    {128, 2, 64, 1, false},
+};
 // Queries stay, keys and values pass.
 constexpr TileChoice dq_tiles[] = {
     {64, 2, 128, 3, false}, {96, 2, 80, 3, false},  {128, 2, 80, 3, false},

@@ -15,7 +15,7 @@ namespace {
 
 constexpr DeviceTraits kH100{90, 132, 232448};
 constexpr DeviceTraits kA100{80, 108, 166912};
-constexpr CallTraits kTiled{.alibi = true, .mapped = false};  // arrays that tensor copies cannot read
+constexpr CallTraits kTiled{.mapped = false};  // arrays that tensor copies cannot read
 constexpr DeviceTraits kL4{89, 58, 101376};
 
 AttentionProblem shape(int32_t B, int32_t Hq, int32_t Hkv, int32_t Nq, int32_t Nk, int32_t D, DType dtype) {
@@ -66,7 +66,8 @@ TEST(CudaTiles, TheSmallestThatHoldsBothHeadDims) {
 
 TEST(CudaPlanForward, CoversEveryRowAndKey) {
   for_each_shape([](const AttentionProblem& p) {
-    const ForwardPlan plan = plan_forward(p, kTiled, kH100);
+    // Of a device without Hopper's kernels, as of arrays that those cannot read.
+    const ForwardPlan plan = plan_forward(p, kTiled, p.dtype == DType::f32 ? kA100 : kH100);
     SCOPED_TRACE(::testing::Message() << name_of(plan.attention) << " B " << p.B << " Hq " << p.Hq << " Nq " << p.Nq
                                       << " Nk " << p.Nk);
     const int64_t rows = int64_t{p.Hq / p.Hkv} * p.Nq;
@@ -202,13 +203,22 @@ TEST(CudaPlanHopper, SplitsPlainFloat32) {
     EXPECT_EQ(plan.split.grid[0], 2u * 8 * 16 + 2u * 2 * 4 * 11);
     EXPECT_EQ(plan.attention.schedule.tiles, 2 * 8 * ceil_div(1000, plan.row_tile));
     EXPECT_LE(plan.attention.shared_bytes, uint32_t(kH100.shared_bytes));
+    // Gradients come from scores that the tiled kernels sum, and need the lse of those.
+    const Launch lse = plan_backward(p, {}, {}, kH100).lse;
+    EXPECT_EQ(lse.kernel, Kernel::forward_tiled);
+    EXPECT_EQ(lse.grid[0], plan_forward(p, {}, kA100).attention.grid[0]);
+    EXPECT_EQ(plan_backward(p, {}, {}, kA100).lse.threads, 0u);
   }
   AttentionProblem p = shape(2, 8, 8, 1000, 1000, 64, DType::f32);
   EXPECT_EQ(name(p, {.lengths = true}), "hopper_forward_64_f32");
-  EXPECT_EQ(name(p, {.mask = true}), "forward_tiled_f32_64");
-  p.scale = -1.f;
+  EXPECT_EQ(name(p, {.mask = true}), "hopper_forward_modified_64_f32");
+  p.softcap = 2.f;
   EXPECT_EQ(name(p, {}), "forward_tiled_f32_64");
   EXPECT_EQ(plan_forward(p, {}, kH100).split.threads, 0u);
+  p.softcap = 0.f;
+  p.scale = -1.f;
+  EXPECT_EQ(name(p, {}), "forward_tiled_f32_64");
+  EXPECT_EQ(name(p, {.bias = true}), "hopper_forward_modified_64_f32");
   EXPECT_EQ(name(shape(2, 8, 8, 1000, 1000, 129, DType::f32), {}), "forward_tiled_f32_256");
   EXPECT_EQ(name(shape(2, 8, 8, 1, 1000, 64, DType::f32), {}), "forward_few_rows_f32_64");
 }
