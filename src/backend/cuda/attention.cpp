@@ -349,6 +349,19 @@ class CudaAttention final : public GpuAttention {
     const BackwardPlan plan = plan_backward(p, traits, axes, traits_);
     f.Nq_padded = plan.Nq_padded;
 
+    if (plan.lse.threads > 0) {
+      // Attention without values.
+      const auto lse = scratch({p.B, p.Hq, p.Nq}, mx::float32, stream, call.encoder);
+      ForwardParams scores{};
+      scores.p = f.p;
+      scores.p.Dv = 0;
+      scores.p.dropout_seed = nullptr;
+      scores.splits = 1;
+      scores.lse = pointer<float>(lse);
+      scores.lse_base2 = true;
+      call.launch(plan.lse, scores);
+      f.lse = pointer<float>(call.use(lse));
+    }
     const auto delta = scratch({p.B * p.Hq, plan.Nq_padded}, mx::float32, stream, call.encoder);
     const auto lse2 = scratch({p.B * p.Hq, plan.Nq_padded}, mx::float32, stream, call.encoder);
     f.delta = pointer<float>(delta);
@@ -361,20 +374,6 @@ class CudaAttention final : public GpuAttention {
       turns = scratch({p.B * p.Hq, plan.Nq_padded / hopper::fused_tile}, mx::int32, stream, call.encoder);
       f.dq_sums = pointer<float>(*sums);
       f.dq_turns = pointer<int32_t>(*turns);
-    }
-    std::optional<mx::array> lse;
-    if (plan.lse.threads > 0) {
-      // Attention without values.
-      lse = scratch({p.B, p.Hq, p.Nq}, mx::float32, stream, call.encoder);
-      ForwardParams scores{};
-      scores.p = f.p;
-      scores.p.Dv = 0;
-      scores.p.dropout_seed = nullptr;
-      scores.splits = 1;
-      scores.lse = pointer<float>(*lse);
-      scores.lse_base2 = true;
-      call.launch(plan.lse, scores);
-      f.lse = pointer<float>(call.use(*lse));
     }
     call.launch(plan.rows, f);
 
