@@ -151,6 +151,19 @@ void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_
       }
 }
 
+int64_t listed_query_block(const AttentionProblem& p, int32_t b, int32_t head, int64_t k0, int32_t keys,
+                           int64_t block) {
+  const BlockListRef& l = p.blocks;
+  const int64_t first = k0 / l.block_k, last = std::min<int64_t>(l.key_blocks, (k0 + keys - 1) / l.block_k + 1);
+  const int64_t* offsets = l.transposed_offsets + (b * l.stride_b + head * l.stride_h) * (int64_t{l.key_blocks} + 1);
+  int64_t next = l.query_blocks;
+  for (int64_t c = first; c < last; ++c) {
+    const int32_t *end = l.query_ids + offsets[c + 1], *at = std::lower_bound(l.query_ids + offsets[c], end, block);
+    if (at != end) next = std::min<int64_t>(next, *at);
+  }
+  return next;
+}
+
 bool covers_grid(const AttentionProblem& p) {
   if (p.neighbourhood.axes == 0) return false;
   int64_t tokens = 1;

@@ -34,6 +34,10 @@ int64_t tile_count(const RowTiling& t, const Neighbourhood& n, int32_t queries);
 int32_t fill_rows(const RowTiling& t, const AttentionProblem& p, int32_t b, int32_t kv_head, int64_t tile,
                   int32_t* query, int32_t* head);
 
+// The first query block from `block` on whose list of head `head` has one of the keys [k0, k0 + keys), or the number of
+// query blocks.
+int64_t listed_query_block(const AttentionProblem& p, int32_t b, int32_t head, int64_t k0, int32_t keys, int64_t block);
+
 // The box of at most `most_rows` rows whose queries need the least work for each, where rows are computed in groups of
 // `group_rows`, which leave out what their windows do not have, with vectors of `lanes` rows.
 void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_t group_rows, int32_t lanes,

@@ -9,59 +9,6 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kBackwardKeys = 256;  // keys per block: for each of them all rows are brought in and packed once
-constexpr ptrdiff_t kKeyPanel = PanelStride(kBackwardKeys);
-constexpr int kRowPad = 16;  // floats between rows: rows a power of two apart would share a few cache sets
-
-struct BackwardScratch {
-  RowTile tile;
-  TileBlock block;
-  alignas(64) float lse[kBackwardRowTile];  // base-2; +inf for rows that see nothing, so that P = 0
-  alignas(64) float delta[kBackwardRowTile];
-  float *qt, *dot;  // [group][D][width] base-2 units, [group][Dv][width]
-  float *q, *d_o;   // [row][padded D + kRowPad], [row][padded Dv + kRowPad]
-  float *s, *dp,
-      *dr;  // [kBackwardKeys][kBackwardRowTile]: P, dS, derivative of softcap
-  float* bias;
-  int32_t* mask;
-  float *k, *v;                // [kBackwardKeys][padded], keys and values that are not read in place
-  float *listed_k, *listed_v;  // the same, those of a list of entries
-  float* k_panels;             // panels of kBackwardKeys rows, D columns
-  float *dk, *dv;              // [kBackwardKeys][padded]
-  size_t bytes;
-
-  BackwardScratch(const AttentionProblem& p, char* base) {
-    size_t at = 0;
-    const auto take = [&](size_t count) {
-      float* out = reinterpret_cast<float*>(base + at);
-      at += (count * sizeof(float) + 63) / 64 * 64;
-      return out;
-    };
-    const size_t d = RoundUp(p.D, kLanes), d_v = RoundUp(p.Dv, kLanes);
-    const size_t block = static_cast<size_t>(kBackwardKeys) * kBackwardRowTile;
-    const ScoreSteps steps(p);
-    qt = take(d * kBackwardRowTile);
-    dot = take(d_v * kBackwardRowTile);
-    q = take((d + kRowPad) * kBackwardRowTile);
-    d_o = take((d_v + kRowPad) * kBackwardRowTile);
-    s = take(block);
-    dp = take(block);
-    dr = take(steps.softcap ? block : 0);
-    bias = take(steps.bias ? static_cast<size_t>(kBackwardKeys) * kGroupRows : 0);
-    const bool masked = steps.mask || steps.cuts;
-    mask = reinterpret_cast<int32_t*>(take(masked ? static_cast<size_t>(kBackwardKeys) * kGroupRows : 0));
-    const bool wide = p.dtype != DType::f32 || GathersRows(p);
-    k = take(wide || RotatesKeys(p) ? kBackwardKeys * d : 0);
-    v = take(wide ? kBackwardKeys * d_v : 0);
-    listed_k = take(steps.cuts ? kBackwardKeys * d : 0);
-    listed_v = take(steps.cuts ? kBackwardKeys * d_v : 0);
-    k_panels = take(PanelFloats(kBackwardKeys, p.D));
-    dk = take(kBackwardKeys * d);
-    dv = take(kBackwardKeys * d_v);
-    bytes = at;
-  }
-};
-
 class Backward {
  public:
   Backward(const BackwardJob& job, void* scratch)
@@ -315,34 +262,12 @@ class Backward {
   // Calls f for the row tiles, ascending, of the query blocks that the transposed lists have for these keys.
   template <class F>
   void ForListedTiles(int64_t k0, int keys, const F& f) {
-    const BlockListRef& l = p_.blocks;
     const RowTiling& t = job_.plan.tiling;
     const int64_t tiles = tiles_ / t.parts, pieces = (t.unit + t.tile - 1) / t.tile;
-    const int64_t first = k0 / l.block_k, last = Min<int64_t>(l.key_blocks, (k0 + keys - 1) / l.block_k + 1);
     for (int part = 0; part < t.parts; ++part) {
-      const int64_t head = kv_head_ * (p_.Hq / p_.Hkv) + part * t.heads;
-      const int64_t* offsets =
-          l.transposed_offsets + (b_ * l.stride_b + head * l.stride_h) * (int64_t{l.key_blocks} + 1);
-      // Merges the columns' ascending lists: the least query block after the one before.
-      for (int64_t block = -1;;) {
-        int64_t next = INT64_MAX;
-        for (int64_t c = first; c < last; ++c) {
-          int64_t lo = offsets[c], hi = offsets[c + 1];
-          const int64_t end = hi;
-          while (lo < hi) {
-            const int64_t middle = lo + (hi - lo) / 2;
-            if (l.query_ids[middle] > block) {
-              hi = middle;
-            } else {
-              lo = middle + 1;
-            }
-          }
-          if (lo < end) next = Min<int64_t>(next, l.query_ids[lo]);
-        }
-        block = next;
-        if (block >= l.query_blocks || block * pieces >= tiles) break;
+      const int head = kv_head_ * (p_.Hq / p_.Hkv) + part * t.heads;
+      for (int64_t block = 0; (block = listed_query_block(p_, b_, head, k0, keys, block)) * pieces < tiles; ++block)
         for (int64_t tile = block * pieces; tile < Min(tiles, (block + 1) * pieces); ++tile) f(part * tiles + tile);
-      }
     }
   }
 
@@ -364,11 +289,12 @@ class Backward {
     }
     for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0);
     const int32_t* key_of = x_.block.list.key;
+    const auto key_in_block = [this](int c) { return BlockKey(c); };
     if (job_.dslope_rows) AccumulateSlopes(seen);
     if (job_.ds_rows) AccumulateRowSums(seen);
     if (job_.out->dv.data) {
       if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, key_of, seen.lo, seen.hi, x_.s, kBackwardRowTile);
-      AccumulateKeys(x_.s, x_.d_o, d_o_stride_, p_.Dv, seen, hides, x_.dv);
+      AddKeyGradients(x_.s, {x_.d_o, d_o_stride_, width_, p_.Dv}, seen, hides, key_in_block, x_.dv);
     }
     if (steps_.softcap)
       for (int k = seen.lo; k < seen.hi; ++k)
@@ -379,7 +305,7 @@ class Backward {
           hn::Store(hn::IfThenElse(hn::Eq(ds, hn::Zero(df)), ds, hn::Mul(ds, hn::Load(df, x_.dr + at))), df,
                     x_.dp + at);
         }
-    if (job_.out->dk.data) AccumulateKeys(x_.dp, x_.q, q_stride_, p_.D, seen, hides, x_.dk);
+    if (job_.out->dk.data) AddKeyGradients(x_.dp, {x_.q, q_stride_, width_, p_.D}, seen, hides, key_in_block, x_.dk);
     if (job_.out->dq.data) AccumulateQueries(tile, hides, first);
   }
 
@@ -532,40 +458,6 @@ class Backward {
     }
   }
 
-  // out[k][d] += sum_r A[k][r] * rows[r][d]
-  void AccumulateKeys(const float* A, const float* rows, int stride, int width, const BlockKeys& keys, bool skip_zero,
-                      float* out) {
-    const int padded = RoundUp(width, kLanes);
-    if (HWY_UNLIKELY(skip_zero)) {  // non-finite rows must not reach keys that do not see them; the sums are the tile's
-      for (int k = keys.lo; k < keys.hi; ++k)
-        for (int d = 0; d < width; ++d) {
-          float sum = 0.f;
-          for (int r = 0; r < width_; ++r) {
-            const float weight = A[k * kBackwardRowTile + r];
-            if (weight != 0.f) sum = __builtin_fmaf(weight, rows[r * stride + d], sum);
-          }
-          out[BlockKey(k) * padded + d] += sum;
-        }
-      return;
-    }
-    const int vectors = padded / kLanes;
-    ForRowTiles<kChannelVectors>(0, vectors, [&]<int NR>(int c0) HWY_ATTR {
-      AccumulateKeyColumns<NR>(A, rows + c0 * kLanes, stride, keys, out + c0 * kLanes, padded);
-    });
-  }
-
-  template <int NR>
-  HWY_NOINLINE void AccumulateKeyColumns(const float* A, const float* rows, int stride, const BlockKeys& keys,
-                                         float* out, int padded) {
-    ForRowTiles<kChannelRows>(keys.lo, keys.hi, [&]<int MR>(int k) HWY_ATTR {
-      MultiplyTile<MR, NR>(A + k * kBackwardRowTile, StepsAdjacent{kBackwardRowTile}, rows, stride, width_,
-                           [&](int r, int c, VF acc) HWY_ATTR {
-                             float* at = out + BlockKey(k + r) * padded + c * kLanes;
-                             hn::Store(hn::Add(hn::Load(df, at), acc), df, at);
-                           });
-    });
-  }
-
   // dQ^T[d][r] += sum_k K[k][d] dS[k][r]
   void AccumulateQueries(int64_t tile, bool skip_zero, bool first) {
     float* out = PartialTile(partition_, tile);
@@ -578,52 +470,17 @@ class Backward {
         for (int i = 0; i < vectors * p_.D; ++i) hn::Store(hn::Zero(df), df, to + i * kLanes);
       if (hidden) continue;
       if (HWY_UNLIKELY(skip_zero)) {
-        AccumulateVisibleQueries(g0, vectors * kLanes, seen, to);
+        AddVisibleQueryGradients(x_.dp + g0, vectors * kLanes, seen, k_, k_stride_, p_.D, to);
         continue;
       }
       if (vectors == 1) {
-        AccumulateQueryGroup<1>(g0, seen, first, to);
+        AddQueryGradients<1>(x_.dp + g0, seen, x_.k_panels, p_.D, first, to);
       } else if (vectors == 2) {
-        AccumulateQueryGroup<2>(g0, seen, first, to);
+        AddQueryGradients<2>(x_.dp + g0, seen, x_.k_panels, p_.D, first, to);
       } else {
-        AccumulateQueryGroup<kTileVectors>(g0, seen, first, to);
+        AddQueryGradients<kTileVectors>(x_.dp + g0, seen, x_.k_panels, p_.D, first, to);
       }
     }
-  }
-
-  // For blocks with non-finite keys, which must not reach rows that do not see them; the sums are the tile's.
-  void AccumulateVisibleQueries(int g0, int width, const BlockKeys& keys, float* out) {
-    for (int d = 0; d < p_.D; ++d)
-      for (int r = 0; r < width; ++r) {
-        float sum = 0.f;
-        for (int k = keys.lo; k < keys.hi; ++k) {
-          const float weight = x_.dp[k * kBackwardRowTile + g0 + r];
-          if (weight != 0.f) sum = __builtin_fmaf(k_[k * k_stride_ + d], weight, sum);
-        }
-        out[static_cast<ptrdiff_t>(d) * width + r] += sum;
-      }
-  }
-
-  template <int NR>
-  HWY_NOINLINE void AccumulateQueryGroup(int g0, const BlockKeys& keys, bool first, float* out) {
-    constexpr int kWidth = NR * kLanes;
-    ForRowTiles<kTileRows>(0, p_.D, [&]<int MR>(int d) HWY_ATTR {
-      const float* k = x_.k_panels + d / kTileRows * kKeyPanel + keys.lo * kTileRows + d % kTileRows;
-      MultiplyTile<MR, NR>(k, RowsAdjacent{kTileRows}, x_.dp + keys.lo * kBackwardRowTile + g0, kBackwardRowTile,
-                           keys.hi - keys.lo, [&](int r, int c, VF acc) HWY_ATTR {
-                             float* at = out + (d + r) * kWidth + c * kLanes;
-                             hn::Store(first ? acc : hn::Add(hn::Load(df, at), acc), df, at);
-                           });
-    });
-  }
-
-  // x * factor, in the type of `row`.
-  template <class T>
-  static HWY_INLINE void StoreRow(const float* x, int width, float factor, T* row) {
-    const VF f = hn::Set(df, factor);
-    int d = 0;
-    for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Mul(hn::Load(df, x + d), f), row + d);
-    for (; d < width; ++d) StoreScalar(x[d] * factor, row + d);
   }
 
   void WriteKeys(int64_t k0, int keys) {
@@ -663,55 +520,6 @@ class Backward {
   ptrdiff_t block_k_stride_ = 0, block_v_stride_ = 0, k_stride_ = 0, v_stride_ = 0;
   bool packed_block_ = false;  // the panels are the block's
 };
-
-// The gradient of one page of one KV head, the sum over the sequences that have it, in their order.
-void PageGradientTask(const BackwardJob& job, int64_t task) {
-  const AttentionProblem& p = *job.problem;
-  const int32_t page = static_cast<int32_t>(task / p.Hkv), head = static_cast<int32_t>(task % p.Hkv);
-  const int64_t size = p.pages.page_size;
-  const auto sum = [&](const MutableTensorRef& to, const float* rows, int width) {
-    if (!to.data) return;
-    alignas(64) float total[640];
-    for (int64_t token = 0; token < size; ++token) {
-      for (int d = 0; d < width; ++d) total[d] = 0.f;
-      for (int64_t u = job.page_starts[page]; u < job.page_starts[page + 1]; ++u) {
-        const PageUse& use = job.page_uses[u];
-        const int64_t keys = key_count(p, use.b), j = use.slot * size + token;
-        if (j >= keys) continue;
-        const float* from = rows + (job.key_offsets[use.b] * p.Hkv + head * keys + j) * width;
-        for (int d = 0; d < width; ++d) total[d] += from[d];
-      }
-      WithType(p.dtype, [&]<class T>(T*) HWY_ATTR {
-        T* row = static_cast<T*>(to.data) + page * to.stride[0] + head * to.stride[1] + token * to.stride[2];
-        int d = 0;
-        for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Load(df, total + d), row + d);
-        for (; d < width; ++d) StoreScalar(total[d], row + d);
-      });
-    }
-  };
-  sum(job.out->dk, job.dk_rows, p.D);
-  sum(job.out->dv, job.dv_rows, p.Dv);
-}
-
-// delta = sum_d dO O - dlse for rows [begin, end) of lse.
-template <class T>
-void DeltaRows(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
-  const AttentionProblem& p = *job.problem;
-  const int64_t length = p.query_starts ? p.packed_queries : p.Nq;  // rows of a head
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / length / p.Hq, h = i / length % p.Hq, n = i % length;
-    const auto row = [&](const TensorRef& x) {
-      return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
-    };
-    const T *o = row(job.in->o), *d_o = row(job.in->d_o);
-    VF sum = hn::Zero(df);
-    int d = 0;
-    for (; d + kLanes <= p.Dv; d += kLanes) sum = hn::MulAdd(LoadFloat(o + d), LoadFloat(d_o + d), sum);
-    float total = hn::GetLane(hn::SumOfLanes(df, sum));
-    for (; d < p.Dv; ++d) total = __builtin_fmaf(to_float(o[d]), to_float(d_o[d]), total);
-    delta[i] = total - (job.in->dlse ? job.in->dlse[i] : 0.f);
-  }
-}
 
 }  // namespace
 }  // namespace mfa::cpu::MFA_ISA

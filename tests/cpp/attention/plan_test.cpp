@@ -288,5 +288,31 @@ TEST(ForwardKernelNames, AreDistinct) {
   EXPECT_EQ(std::string(name_of(ForwardKernel::decode)), "decode");
 }
 
+TEST(Tiling, FindsTheListedQueryBlocksOfKeys) {
+  // Two lists of 3 key blocks of 4 keys: query blocks {1, 3}, {}, {0, 3} and {}, {2}, {}.
+  const int64_t offsets[] = {0, 2, 2, 4, 4, 4, 5, 5};
+  const int32_t queries[] = {1, 3, 0, 3, 2};
+  AttentionProblem p;
+  p.blocks.block_q = p.blocks.block_k = 4;
+  p.blocks.query_blocks = 4;
+  p.blocks.key_blocks = 3;
+  p.blocks.stride_h = 1;
+  p.blocks.transposed_offsets = offsets;
+  p.blocks.query_ids = queries;
+  const auto found = [&](int32_t head, int64_t k0, int32_t keys) {
+    std::vector<int64_t> blocks;
+    for (int64_t block = 0; (block = listed_query_block(p, 0, head, k0, keys, block)) < p.blocks.query_blocks; ++block)
+      blocks.push_back(block);
+    return blocks;
+  };
+  using Blocks = std::vector<int64_t>;
+  EXPECT_EQ(found(0, 0, 12), (Blocks{0, 1, 3})) << "lists are merged, each block once";
+  EXPECT_EQ(found(0, 0, 4), (Blocks{1, 3}));
+  EXPECT_EQ(found(0, 4, 4), Blocks{});
+  EXPECT_EQ(found(0, 7, 2), (Blocks{0, 3})) << "a key of two blocks each";
+  EXPECT_EQ(found(0, 8, 100), (Blocks{0, 3})) << "keys past the last block";
+  EXPECT_EQ(found(1, 3, 2), Blocks{2});
+}
+
 }  // namespace
 }  // namespace mfa

@@ -1,0 +1,66 @@
+// gradient_rows-inl.h: what comes before and after the backward's tiles, row by row: delta, and gradients as they are
+// written.
+
+namespace mfa::cpu::MFA_ISA {
+namespace {
+
+// x * factor, in the type of `row`.
+template <class T>
+HWY_INLINE void StoreRow(const float* x, int width, float factor, T* row) {
+  const VF f = hn::Set(df, factor);
+  int d = 0;
+  for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Mul(hn::Load(df, x + d), f), row + d);
+  for (; d < width; ++d) StoreScalar(x[d] * factor, row + d);
+}
+
+// The gradient of one page of one KV head, the sum over the sequences that have it, in their order.
+void PageGradientTask(const BackwardJob& job, int64_t task) {
+  const AttentionProblem& p = *job.problem;
+  const int32_t page = static_cast<int32_t>(task / p.Hkv), head = static_cast<int32_t>(task % p.Hkv);
+  const int64_t size = p.pages.page_size;
+  const auto sum = [&](const MutableTensorRef& to, const float* rows, int width) {
+    if (!to.data) return;
+    alignas(64) float total[640];
+    for (int64_t token = 0; token < size; ++token) {
+      for (int d = 0; d < width; ++d) total[d] = 0.f;
+      for (int64_t u = job.page_starts[page]; u < job.page_starts[page + 1]; ++u) {
+        const PageUse& use = job.page_uses[u];
+        const int64_t keys = key_count(p, use.b), j = use.slot * size + token;
+        if (j >= keys) continue;
+        const float* from = rows + (job.key_offsets[use.b] * p.Hkv + head * keys + j) * width;
+        for (int d = 0; d < width; ++d) total[d] += from[d];
+      }
+      WithType(p.dtype, [&]<class T>(T*) HWY_ATTR {
+        T* row = static_cast<T*>(to.data) + page * to.stride[0] + head * to.stride[1] + token * to.stride[2];
+        int d = 0;
+        for (; d + kLanes <= width; d += kLanes) StoreFloat(hn::Load(df, total + d), row + d);
+        for (; d < width; ++d) StoreScalar(total[d], row + d);
+      });
+    }
+  };
+  sum(job.out->dk, job.dk_rows, p.D);
+  sum(job.out->dv, job.dv_rows, p.Dv);
+}
+
+// delta = sum_d dO O - dlse for rows [begin, end) of lse.
+template <class T>
+void DeltaRows(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
+  const AttentionProblem& p = *job.problem;
+  const int64_t length = p.query_starts ? p.packed_queries : p.Nq;  // rows of a head
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / length / p.Hq, h = i / length % p.Hq, n = i % length;
+    const auto row = [&](const TensorRef& x) {
+      return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2];
+    };
+    const T *o = row(job.in->o), *d_o = row(job.in->d_o);
+    VF sum = hn::Zero(df);
+    int d = 0;
+    for (; d + kLanes <= p.Dv; d += kLanes) sum = hn::MulAdd(LoadFloat(o + d), LoadFloat(d_o + d), sum);
+    float total = hn::GetLane(hn::SumOfLanes(df, sum));
+    for (; d < p.Dv; ++d) total = __builtin_fmaf(to_float(o[d]), to_float(d_o[d]), total);
+    delta[i] = total - (job.in->dlse ? job.in->dlse[i] : 0.f);
+  }
+}
+
+}  // namespace
+}  // namespace mfa::cpu::MFA_ISA
