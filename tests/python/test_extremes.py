@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from problems import DTYPES, check, make_problem, mfa, needs_kernels, random_arrays, to_numpy
+from problems import DTYPES, check, make_problem, mfa, needs_kernels, random_arrays, to_mlx, to_numpy
 
 
 @needs_kernels
@@ -36,6 +36,19 @@ def test_a_channel_that_is_a_hundred_times_the_others(dtype):
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     exact = weights / weights.sum(-1, keepdims=True) @ to_numpy(v)
     assert np.abs(out - exact).max() < {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("exponent", [-90, -36, 36, 90])
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_queries_meet_small_keys_and_values(exponent, masked):
+    p = make_problem(6, Hq=2, Nq=70, Nk=130, D=40)
+    q, k, v = (to_mlx(x, "float32") for x in (p.q, p.k, p.v))
+    mask = {"mask": mx.array(np.random.default_rng(7).random((1, 1, 70, 130)) < 0.8)} if masked else {}
+    power = 2.0**exponent
+    expected = mfa.flash_attention(q, k, v, **mask)
+    out = mfa.flash_attention(q * power, k / power, v / power, **mask) * power
+    assert mx.allclose(out, expected, rtol=0, atol=4e-6)
 
 
 @needs_kernels

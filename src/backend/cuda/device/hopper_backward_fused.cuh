@@ -286,22 +286,11 @@ __device__ __forceinline__ void backward_fused(const BackwardParams& params, con
     prefetch_map(maps.pass_first);
     prefetch_map(maps.pass_second);
     constexpr int readers = Tile::consumer_warps;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.barrier(Tile::work_full + i), 1);
-      barrier_init(shared.barrier(Tile::work_empty + i), readers + Tile::adders);
-      barrier_init(shared.barrier(Tile::dq_full + i), readers);
-      barrier_init(shared.barrier(Tile::dq_empty + i), 1);
-    }
-    barrier_init(shared.barrier(Tile::stay_full), 1);
-    barrier_init(shared.barrier(Tile::stay_empty), readers);
-#pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(shared.barrier(Tile::first_full + i), 1);
-      barrier_init(shared.barrier(Tile::second_full + i), 1);
-      barrier_init(shared.barrier(Tile::first_empty + i), readers);
-      barrier_init(shared.barrier(Tile::second_empty + i), readers);
-    }
+    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, readers + Tile::adders);
+    init_ring(shared, Tile::dq_full, Tile::dq_empty, 2, readers, 1);
+    init_ring(shared, Tile::stay_full, Tile::stay_empty, 1, 1, readers);
+    init_ring(shared, Tile::first_full, Tile::first_empty, Tile::stages, 1, readers);
+    init_ring(shared, Tile::second_full, Tile::second_empty, Tile::stages, 1, readers);
     fence_barrier_init();
   }
   __syncthreads();

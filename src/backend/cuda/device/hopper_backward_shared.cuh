@@ -207,25 +207,11 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
     prefetch_map(maps.pass_first);
     prefetch_map(maps.pass_second);
     constexpr int readers = Tile::consumer_warps;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.barrier(Tile::work_full + i), 1);
-      barrier_init(shared.barrier(Tile::work_empty + i), readers);
-      barrier_init(shared.barrier(Tile::p_full + i), 4);
-      barrier_init(shared.barrier(Tile::p_empty + i), 4);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::consumers; ++i) {
-      barrier_init(shared.barrier(Tile::stay_full + i), 1);
-      barrier_init(shared.barrier(Tile::stay_empty + i), Tile::consumer_warps / Tile::consumers);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(shared.barrier(Tile::first_full + i), 1);
-      barrier_init(shared.barrier(Tile::second_full + i), 1);
-      barrier_init(shared.barrier(Tile::first_empty + i), readers);
-      barrier_init(shared.barrier(Tile::second_empty + i), readers);
-    }
+    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, readers);
+    init_ring(shared, Tile::p_full, Tile::p_empty, 2, 4, 4);
+    init_ring(shared, Tile::stay_full, Tile::stay_empty, Tile::consumers, 1, readers / Tile::consumers);
+    init_ring(shared, Tile::first_full, Tile::first_empty, Tile::stages, 1, readers);
+    init_ring(shared, Tile::second_full, Tile::second_empty, Tile::stages, 1, readers);
     fence_barrier_init();
   }
   __syncthreads();

@@ -389,23 +389,10 @@ __device__ __forceinline__ void forward_split(const ForwardParams& params, const
     prefetch_map(k);
     prefetch_map(v);
     constexpr int consumer_warps = Tile::consumers * 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.barrier(Tile::work_full + i), 1);
-      barrier_init(shared.barrier(Tile::work_empty + i), consumer_warps);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::consumers; ++i) {
-      barrier_init(shared.barrier(Tile::q_full + i), 1);
-      barrier_init(shared.barrier(Tile::q_empty + i), 4);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(shared.barrier(Tile::k_full + i), 1);
-      barrier_init(shared.barrier(Tile::k_empty + i), consumer_warps);
-      barrier_init(shared.barrier(Tile::v_full + i), 1);
-      barrier_init(shared.barrier(Tile::v_empty + i), consumer_warps);
-    }
+    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, consumer_warps);
+    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, 4);
+    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, consumer_warps);
+    init_ring(shared, Tile::v_full, Tile::v_empty, Tile::stages, 1, consumer_warps);
     fence_barrier_init();
   }
   __syncthreads();

@@ -199,24 +199,12 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
     prefetch_map(k);
     prefetch_map(v);
     constexpr int consumer_warps = Tile::warpgroups * 4, readers = consumer_warps + 3;
+    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, readers);
+    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, consumer_warps / Tile::consumers);
+    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, consumer_warps);
+    init_ring(shared, Tile::v_full, Tile::v_empty, Tile::stages, 1, readers);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared.barrier(Tile::work_full + i), 1);
-      barrier_init(shared.barrier(Tile::work_empty + i), readers);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::consumers; ++i) {
-      barrier_init(shared.barrier(Tile::q_full + i), 1);
-      barrier_init(shared.barrier(Tile::q_empty + i), consumer_warps / Tile::consumers);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(shared.barrier(Tile::k_full + i), 1);
-      barrier_init(shared.barrier(Tile::k_empty + i), consumer_warps);
-      barrier_init(shared.barrier(Tile::v_full + i), 1);
-      barrier_init(shared.barrier(Tile::v_empty + i), readers);
-      barrier_init(shared.barrier(Tile::v_clean + i), 3);
-    }
+    for (int i = 0; i < Tile::stages; ++i) barrier_init(shared.barrier(Tile::v_clean + i), 3);
     fence_barrier_init();
   }
   __syncthreads();

@@ -27,6 +27,16 @@ class Ring {
   uint32_t parity_ = 0;
 };
 
+// Makes the barriers of a ring of `stages`: `fills` arrivals say that a stage is full, `reads` that it is empty again.
+template <class Shared>
+__device__ __forceinline__ void init_ring(const Shared& shared, int full, int empty, int stages, int fills, int reads) {
+#pragma unroll
+  for (int i = 0; i < stages; ++i) {
+    barrier_init(shared.barrier(full + i), fills);
+    barrier_init(shared.barrier(empty + i), reads);
+  }
+}
+
 // Counters from which blocks draw tiles; see HopperSchedule.
 __device__ uint32_t drawn_tiles[HopperSchedule::slots];
 
