@@ -7,6 +7,8 @@
 //
 // Lanes at and past column N repeat what is there or hold zero; nothing outside the matrix is read.
 //
+// Element is that of panels packed ahead; kPacks: whether there are such.
+//
 // A step is a term, or a pair. kUnit neighbouring steps belong to one chain (linear/problem.h).
 
 // A lambda that is called from unrolled code must not become a function of its own: its captures would leave registers.
@@ -95,6 +97,8 @@ class Prefetch {
 template <class T, bool kPairs>
 class ColumnWeights {
  public:
+  using Element = std::conditional_t<kPairs, uint32_t, T>;
+  static constexpr bool kPacks = true;
   static constexpr bool kByRows = false;
   static constexpr bool kDirect = true;
   static constexpr bool kHalves = std::is_same_v<T, bfloat16>;  // two terms in 32 bits
@@ -237,6 +241,8 @@ class ColumnWeights {
 template <class T, bool kPairs>
 class RowWeights {
  public:
+  using Element = std::conditional_t<kPairs, uint32_t, T>;
+  static constexpr bool kPacks = true;
   static constexpr bool kByRows = true;
   static constexpr bool kDirect = true;
   static constexpr int kUnit = std::is_same_v<T, bfloat16> && !kPairs ? 2 : 1;
