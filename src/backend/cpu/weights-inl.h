@@ -147,15 +147,15 @@ class ColumnWeights {
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
-  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch&, const F& f) const {
     n0 += g0 * kLanes;
     if (n0 + G * kLanes <= N_) {
       const T* base = data_ + n0 * stride_;
       return Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return base + (g * kLanes + lane) * stride_; }, g0, k0,
-                     k1, ahead, f);
+                     k1, f);
     }
     Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return data_ + Min(n0 + g * kLanes + lane, N_ - 1) * stride_; },
-            g0, k0, k1, ahead, f);
+            g0, k0, k1, f);
   }
 
  private:
@@ -177,14 +177,17 @@ class ColumnWeights {
   }
 
   template <int G, class Row, class F>
-  HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
+  HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, const F& f) const {
     // A whole cache line of each row at a time: rows a power of two apart compete for a few sets and do not stay.
     constexpr int kLine = Max(kChunk, static_cast<int>(kCacheLine / sizeof(T)));
     int k = k0;
     for (; k + kLine <= k1; k += kLine) {
       MFA_UNROLL
       for (int g = 0; g < G; ++g) {
-        ahead.Lines<kLanes * kLine * sizeof(T) / kCacheLine>();
+        // The same terms of the next vector of columns: rows are too many and too short for the processor's own
+        // prefetchers. Past the last column nothing is read.
+        MFA_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(row(g, lane) + kLanes * stride_ + k, 0, 2);
         MFA_NO_UNROLL
         for (int i = 0; i < kLine; i += kChunk) {
           VF v[kLanes];
