@@ -50,7 +50,7 @@ void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, Ma
     for (int64_t width = std::min(panels, most_panels); width >= 1; --width) {
       const int64_t tasks = row_blocks * ceil_div(panels, width);
       // Time of the busiest thread: products of a row and a panel, plus what each panel and each row cost once a task.
-      const double task = static_cast<double>(rows * width + (packed ? 0 : 4) * width + rows / 3 + 16);
+      const double task = static_cast<double>(rows * width + (packed ? 0 : 12) * width + rows / 3 + 16);
       const double time = task * static_cast<double>(ceil_div(tasks, threads));
       if (time >= best) continue;
       best = time;

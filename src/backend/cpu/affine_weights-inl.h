@@ -91,6 +91,8 @@ class AffineColumnWeights {
 
   const void* Begin(int n) const { return static_cast<const uint32_t*>(p_->w.data) + n * p_->w.stride; }
 
+  HWY_INLINE Upcoming Next(int, int, int) const { return {p_->w.data, 1, 1, 0}; }  // Load() asks for its own
+
   // Brings the scales and biases of `vectors` vectors of columns and k in [k0, k1), an inner block, into lanes.
   HWY_NOINLINE void Prepare(int n0, int vectors, int k0, int k1) {
     const AffineRef& a = p_->w.affine;
@@ -249,6 +251,7 @@ class AffineRowWeights {
 
   explicit AffineRowWeights(const MatmulProblem& p) : p_(&p) {}
 
+  HWY_INLINE Upcoming Next(int, int, int) const { return {p_->w.data, 1, 1, 0}; }
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>

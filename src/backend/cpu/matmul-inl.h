@@ -101,12 +101,11 @@ HWY_NOINLINE void PackChains(const MatmulProblem& p, int64_t r, int k0, int n, i
 }
 
 // sums[r][c] += the products of `rows` packed rows and a chain of a panel. What is added first is added to zero, not
-// stored, so that no sum is -0. The memory at `soon` is asked for meanwhile, as much as a chain of the panel.
+// stored, so that no sum is -0. What is upcoming is asked for meanwhile, by each chain its share.
 template <int NR, class X, class B>
 HWY_NOINLINE void MultiplyChain(const X* x, ptrdiff_t x_stride, int rows, const B* panel, int steps, bool first,
-                                float* sums, ptrdiff_t sums_stride, const void* soon) {
-  constexpr int kStepBytes = kPanelColumns * static_cast<int>(sizeof(B));
-  Ahead ahead{static_cast<const char*>(soon), (kTileRows * kStepBytes + rows - 1) / rows};
+                                float* sums, ptrdiff_t sums_stride, const Upcoming& upcoming, int chain) {
+  const ptrdiff_t row_bytes = upcoming.bytes() / (kChains * rows);
   ForRowTiles<kTileRows>(0, rows, [&]<int MR>(int r) {
     float* to = sums + r * sums_stride;
     MultiplyTile<MR, NR>(
@@ -115,7 +114,7 @@ HWY_NOINLINE void MultiplyChain(const X* x, ptrdiff_t x_stride, int rows, const 
           float* at = to + i * sums_stride + c * kLanes;
           hn::StoreU(hn::Add(first ? hn::Zero(df) : hn::LoadU(df, at), acc), df, at);
         },
-        ahead);
+        Ahead{upcoming.At((chain * rows + r) * row_bytes), MR * row_bytes / steps + 1});
   });
 }
 
@@ -309,7 +308,10 @@ class Product {
           if (begin == n0) PackRows(r0 + r, count, k0, k1, x);
           for (int n = begin; n < end; n += kPanelColumns) {
             const auto multiply = [&](const auto* panel, Stored* widened) {
-              MultiplyPanel(x, count, panel, widened, k0, k1, Min(kPanelColumns, n1 - n), to + n - n0);
+              const ptrdiff_t bytes = PanelSize(k1 - k0) * static_cast<ptrdiff_t>(sizeof(*panel));
+              const Upcoming next = keeps_panels() || widened ? Upcoming{panel + PanelSize(k1 - k0), bytes, bytes, 1}
+                                                              : weights_.Next(n + kPanelColumns, k0, k1);
+              MultiplyPanel(x, count, panel, widened, k0, k1, Min(kPanelColumns, n1 - n), to + n - n0, next);
             };
             if constexpr (Weights::kPacks) {
               if (p_.w.packed) {
@@ -334,15 +336,15 @@ class Product {
   }
 
   // sums += packed rows times the terms [k0, k1) of a panel of which `columns` exist. A chain of the panel stays in the
-  // first cache while all rows pass, and what lies behind it in memory is brought into the second.
+  // first cache while all rows pass, and what is upcoming is brought into the second.
   template <class B>
   HWY_INLINE void MultiplyPanel(const X* x, int rows, const B* panel, Stored* widened, int k0, int k1, int columns,
-                                float* sums) {
+                                float* sums, const Upcoming& upcoming) {
     const int length = ChainLength(k1 - k0);
     for (int chain = 0; chain < kChains; ++chain, panel += length * kPanelColumns) {
       const auto multiply = [&]<int NR>(const auto* from) {
         MultiplyChain<NR>(x + chain * length * Step::kStep, kStride, rows, from, length, k0 == 0 && chain == 0, sums,
-                          sums_stride(), panel + length * kPanelColumns);
+                          sums_stride(), upcoming, chain);
       };
       const auto any_width = [&](const auto* from) {
         if (columns > 2 * kLanes) {

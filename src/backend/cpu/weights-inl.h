@@ -7,6 +7,7 @@
 //
 // Lanes at and past column N repeat what is there or hold zero; nothing outside the matrix is read.
 //
+// Next(n, k0, k1): where the terms of the panel from column n on lie, as far as it pays to ask for them before Load().
 // Element is that of panels packed ahead; kPacks: whether there are such.
 //
 // A step is a term, or a pair. kUnit neighbouring steps belong to one chain (linear/problem.h).
@@ -73,6 +74,16 @@ HWY_INLINE void StoreStep(VF w, float* p) { hn::Store(w, df, p); }
 HWY_INLINE void StoreStep(VU w, uint32_t* p) { hn::Store(w, du, p); }
 
 constexpr ptrdiff_t kCacheLine = 64;
+
+// What is read next: pieces of `piece` bytes, `pitch` bytes apart.
+struct Upcoming {
+  const void* first;
+  ptrdiff_t piece, pitch, pieces;
+  HWY_INLINE ptrdiff_t bytes() const { return piece * pieces; }
+  HWY_INLINE const char* At(ptrdiff_t i) const {
+    return static_cast<const char*>(first) + i / piece * pitch + i % piece;
+  }
+};
 
 // Weights that will be read soon, asked for in the order of memory, as many lines at a time as are read: memory is
 // fastest so, and the processor's own prefetchers do not follow many rows at once. They go to the second cache, as the
@@ -144,6 +155,10 @@ class ColumnWeights {
 
   // Where the first of the columns from n on begins.
   const void* Begin(int n) const { return data_ + n * stride_; }
+  HWY_INLINE Upcoming Next(int n, int k0, int k1) const {
+    constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
+    return {data_ + Min(n, N_ - 1) * stride_ + k0, (k1 - k0) * kSize, stride_ * kSize, kTileVectors * kLanes};
+  }
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
@@ -253,6 +268,7 @@ class RowWeights {
   explicit RowWeights(const MatmulProblem& p)
       : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N), K_(p.K) {}
 
+  HWY_INLINE Upcoming Next(int, int, int) const { return {data_, 1, 1, 0}; }
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
