@@ -76,8 +76,13 @@ HWY_NOINLINE void PackWords(const MatmulProblem& p, int64_t r, int k0, int n, E*
 // As tiles read it: the steps of a chain in neighbouring places, the chains `length` steps apart.
 template <int kUnit, class E>
 HWY_NOINLINE void PackChains(const MatmulProblem& p, int64_t r, int k0, int n, int length, E* out) {
-  HWY_ALIGN E steps[kInnerBlock];
-  LoadSteps<kUnit>(p, r, k0, n, steps);
+  HWY_ALIGN E widened[kInnerBlock];
+  const E* steps = widened;
+  if (std::is_same_v<E, float> && p.dtype == DType::f32 && n == kChains * length) {
+    steps = static_cast<const E*>(p.x.data) + p.x.at(r) + k0;
+  } else {
+    LoadSteps<kUnit>(p, r, k0, n, widened);
+  }
   int i = 0;  // of a chain
   for (; kUnit == 1 && i + 4 * kSides <= length; i += 4 * kSides) {
     VC v[4];
