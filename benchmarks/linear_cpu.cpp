@@ -19,6 +19,7 @@
 
 #include "backend/cpu/attention.h"
 #include "backend/cpu/matmul.h"
+#include "backend/cpu/scratch.h"
 #include "common/check.h"
 #include "common/thread_pool.h"
 #include "linear/reference.h"
@@ -39,6 +40,7 @@ struct Row {
   int32_t bits;        // 0: dense weights
   double must, aim;    // per cent
   bool from_memory;    // weights come from memory: the ceiling is the lower of its rate and the peak
+  bool packed;         // weights are constant and were packed ahead
   bool quick = false;  // also in a quick run
   std::string work() const {
     const std::string weights = bits ? concat(bits, " bits, ", name_of(dtype)) : name_of(dtype);
@@ -54,22 +56,31 @@ std::vector<Row> all_rows() {
   };
   for (const Goal& g : {Goal{DType::f32, 85, 93}, Goal{DType::bf16, 78, 88}, Goal{DType::f16, 72, 85}}) {
     const bool all = g.dtype != DType::f16;
-    rows.push_back({"dense", 64, 1024, 1024, g.dtype, 0, g.must, g.aim, false, all});
-    rows.push_back({"dense", 512, 1024, 1024, g.dtype, 0, g.must, g.aim, false, true});
-    if (all) rows.push_back({"dense", 512, 512, 4096, g.dtype, 0, g.must, g.aim, false});
-    if (all) rows.push_back({"dense", 512, 4096, 4096, g.dtype, 0, g.must, g.aim, false});
-    rows.push_back({"dense", 4096, 1024, 1024, g.dtype, 0, g.must, g.aim, false});
+    const auto add = [&](const char* group, int64_t M, int32_t N, int32_t K, bool packed, bool quick, double part = 1) {
+      rows.push_back({group, M, N, K, g.dtype, 0, part * g.must, part * g.aim, false, packed, quick});
+    };
+    add("dense", 64, 1024, 1024, true, all);
+    add("dense", 512, 1024, 1024, true, true);
+    if (all) add("dense", 512, 512, 4096, true, false);
+    if (all) add("dense", 512, 4096, 4096, true, false);
+    add("dense", 4096, 1024, 1024, true, false);
+    add("once", 64, 1024, 1024, false, false);
+    add("once", 512, 1024, 1024, false, false);
+    add("once", 4096, 1024, 1024, false, false);
     if (!all) continue;
-    rows.push_back({"odd", 100, 1001, 777, g.dtype, 0, 0.9 * g.must, 0.9 * g.aim, false});
-    rows.push_back({"odd", 64, 49152, 576, g.dtype, 0, 0.9 * g.must, 0.9 * g.aim, false});
+    add("odd", 100, 1001, 777, true, false, 0.9);
+    add("odd", 64, 49152, 576, true, false, 0.9);
   }
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const int64_t M : {1, 2, 4, 8, 16, 32})
-      rows.push_back({"few rows", M, 4096, 4096, dtype, 0, M <= 2 ? 80.0 : 70.0, M <= 2 ? 95.0 : 88.0, true, M == 1});
-  rows.push_back({"few rows", 1, 49152, 576, DType::bf16, 0, 72, 85, true});
+      rows.push_back(
+          {"few rows", M, 4096, 4096, dtype, 0, M <= 2 ? 80.0 : 70.0, M <= 2 ? 95.0 : 88.0, true, M > 4, M == 1});
+  for (const int64_t M : {8, 16, 32})
+    rows.push_back({"once", M, 4096, 4096, DType::bf16, 0, 70, 88, true, false, false});
+  rows.push_back({"few rows", 1, 49152, 576, DType::bf16, 0, 72, 85, true, false, false});
   for (const int32_t bits : {4, 8}) {
-    rows.push_back({"quantised", 1, 4096, 4096, DType::bf16, bits, 70, 90, true, true});
-    rows.push_back({"quantised", 512, 1024, 1024, DType::bf16, bits, 60, 80, false, bits == 4});
+    rows.push_back({"quantised", 1, 4096, 4096, DType::bf16, bits, 70, 90, true, false, true});
+    rows.push_back({"quantised", 512, 1024, 1024, DType::bf16, bits, 60, 80, false, false, bits == 4});
   }
   return rows;
 }
@@ -111,6 +122,12 @@ class MatmulCase {
     const size_t copies = row.from_memory ? std::max<size_t>(2, kColdBytes / bytes) : 1;
     w_.assign(copies, first);
     scales_.assign(copies, first_scales);
+    if (!row.packed) return;
+    p.w.data = first.data();
+    for (size_t i = 0; i < copies; ++i) {
+      packed_.emplace_back(cpu::packed_weight_bytes(p), true);
+      cpu::pack_weights(p, packed_.back().data());
+    }
   }
 
   int calls_per_round() const { return static_cast<int>(w_.size()); }
@@ -150,6 +167,7 @@ class MatmulCase {
 
   void use(size_t copy) {
     problem_.w.data = w_[copy].data();
+    if (row_.packed) problem_.w.packed = packed_[copy].data();
     if (row_.bits == 0) return;
     problem_.w.affine.scales = scales_[copy].data();
     problem_.w.affine.biases = scales_[copy].data() + scales_[copy].size() / 2;
@@ -159,6 +177,7 @@ class MatmulCase {
   MatmulProblem problem_;
   std::vector<uint8_t> x_, out_;
   std::vector<std::vector<uint8_t>> w_, scales_;
+  std::vector<cpu::AlignedBuffer> packed_;  // of each copy
   size_t next_ = 0;
 };
 
@@ -253,6 +272,7 @@ void write(JsonWriter& json, const Row& row, const Result& r) {
   json.field("N", row.N);
   json.field("K", row.K);
   json.field("bits", row.bits);
+  json.field("packed", row.packed);
   json.field("isa", r.isa);
   json.field("ceiling", r.ceiling);
   json.field("unit", "%");

@@ -10,6 +10,7 @@
 // Each throws std::invalid_argument, before anything is allocated, if shapes or dtypes are not as said here.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -63,6 +64,21 @@ MFA_API bool routes_gather(const mlx::core::array& x, const mlx::core::array& w,
                            const std::optional<mlx::core::array>& lhs_indices,
                            const std::optional<mlx::core::array>& rhs_indices, bool transpose, int group_size, int bits,
                            mlx::core::StreamOrDevice s = {});
+
+// Dense weights of matmul() and addmm() that are multiplied from again, by more than four rows and with unchanged
+// contents, are packed once in the order in which the kernels read them, and the copy is kept: results have the same
+// bits, sooner. Copies are dropped when the array is gone (noticed by later products and by packed_weights()), and the
+// least recently used ones to stay within the limit. Default: MFA_PACKED_WEIGHTS_MB megabytes, else 512; 0 keeps none.
+// While a copy is kept MLX does not write into the array's memory; a program that does so itself, behind MLX's back,
+// must set the limit to 0 and back.
+struct PackedWeights {
+  size_t arrays = 0;  // copies kept
+  size_t bytes = 0;   // their size
+  size_t limit_bytes = 0;
+};
+MFA_API PackedWeights packed_weights();
+// Returns the limit that was in force.
+MFA_API size_t set_packed_weights_limit(size_t bytes);
 
 // Products by kind that this library's kernels were given since the process started: graphs built, not evaluations.
 struct LinearCounters {

@@ -87,6 +87,19 @@ void bind_linear(nb::module_& m) {
       "The products, or None if MLX should compute them or report what is wrong.");
 
   m.def(
+      "packed_weights",
+      [] {
+        const PackedWeights now = packed_weights();
+        nb::dict result;
+        result["arrays"] = now.arrays;
+        result["bytes"] = now.bytes;
+        result["limit_bytes"] = now.limit_bytes;
+        return result;
+      },
+      "Packed copies of constant weights.\n\nReturns:\n    dict: ``arrays``, ``bytes``, ``limit_bytes`` (int).\n");
+  m.def("set_packed_weights_limit", &set_packed_weights_limit, "bytes"_a, nb::call_guard<nb::gil_scoped_release>(),
+        "As :func:`mlx_mfa.set_packed_weights_limit`.");
+  m.def(
       "try_rms_norm",
       [](const mx::array& x, const OptionalArray& weight, float eps, mx::StreamOrDevice stream) -> OptionalArray {
         if (!fuses_rms_norm(x, weight, stream)) return std::nullopt;

@@ -31,7 +31,7 @@ from .block_selection import (
 from .device import diagnostics, get_device_info, get_supported_configs, is_mfa_available, warmup_kernels
 from .hooks import disable, enable, enable_by_default, hooks_status
 from .kv_cache import append_to_cache, flash_attention_kvcache, flash_attention_kvcache_rope_append
-from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul
+from .linear import addmm, gather_mm, gather_qmm, matmul, quantized_matmul, set_packed_weights_limit
 from .masks import (
     BlockMask,
     make_causal_block_mask,
@@ -146,6 +146,7 @@ __all__ = [
     "matmul",
     "merge_attention_states",
     "quantized_matmul",
+    "set_packed_weights_limit",
     "sparse_attention_dispatch",
     "sparse_attention_nax",
     "temporal_distance_bias_to_mask",

@@ -13,7 +13,7 @@ from ._version import __version__
 from .attention import flash_attention
 from .hooks import DISABLED_BY, hooks_status
 
-_ENVIRONMENT = ("MFA_CPU_ISA", "MFA_NUM_THREADS", DISABLED_BY)
+_ENVIRONMENT = ("MFA_CPU_ISA", "MFA_NUM_THREADS", "MFA_PACKED_WEIGHTS_MB", DISABLED_BY)
 _KERNELS_PER_ISA = 3  # tiled forward, decode forward, backward
 
 
@@ -115,6 +115,7 @@ def diagnostics() -> dict[str, Any]:
         (dict of ``available``, ``reason``, ``isa``, ``isas``, ``native_bf16``, ``threads``), ``gpu`` (dict of
         ``available`` and ``reason``), ``calls`` (dict of route to the number of attention calls built so far in the
         process), ``linear_calls`` (dict of kind to the number of matrix products built for this package's kernels),
+        ``packed_weights`` (dict of ``arrays``, ``bytes`` and ``limit_bytes``, the packed copies of constant weights),
         ``auto_hooks`` (as :func:`mlx_mfa.hooks_status`) and ``active_env_vars`` (dict).
     """
     return {
@@ -125,6 +126,7 @@ def diagnostics() -> dict[str, Any]:
         "gpu": _ext.gpu_info(),
         "calls": _ext.counters(),
         "linear_calls": _ext.linear_counters(),
+        "packed_weights": _ext.packed_weights(),
         "auto_hooks": hooks_status(),
         "active_env_vars": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }

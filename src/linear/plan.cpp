@@ -6,11 +6,12 @@
 namespace mfa {
 namespace {
 
-// Rows of a tiled task: kInnerBlock of each, widened, take 200 KB, which leaves the second cache room for the sums.
-// With as many rows, bringing a panel of weights into the first cache costs 2 % of the products made with it.
-constexpr int64_t kMaxRows = 192;
-// Columns of a tiled task, for the same reason: its sums stay in the second cache.
-constexpr int64_t kMaxColumns = 336;
+// The largest tiled task. With as many rows, bringing panels of weights in costs 2 % of the products made with them;
+// sums and panels of as many columns take a megabyte each.
+constexpr int64_t kMaxRows = 768, kMaxColumns = 336;
+// The same where weights are packed already: as many rows as are packed at a time, for as many columns as share them
+// without their sums filling the second cache.
+constexpr int64_t kMaxRowsPacked = 104, kMaxColumnsPacked = 1056;
 // Weights of a direct task: less than this is read in the time it takes to hand out a task.
 constexpr int64_t kMinDirectBytes = 32 << 10;
 
@@ -19,7 +20,7 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.
 bool goes_direct(const MatmulProblem& p) {
-  if (p.M > (p.w.transposed ? kDirectRowsTransposed : kDirectRows)) return false;
+  if (p.M > (p.w.transposed && !p.w.packed ? kDirectRowsTransposed : kDirectRows)) return false;
   return !p.w.quantised() || (p.w.transposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8));
 }
 
@@ -38,15 +39,18 @@ void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, M
 }
 
 void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {
-  const int64_t panels = ceil_div(p.N, cpu.panel), most_panels = std::max<int64_t>(1, kMaxColumns / cpu.panel);
+  const bool packed = p.w.packed;
+  const int64_t most_rows = packed ? kMaxRowsPacked : kMaxRows;
+  const int64_t panels = ceil_div(p.N, cpu.panel);
+  const int64_t most_panels = std::max<int64_t>(1, (packed ? kMaxColumnsPacked : kMaxColumns) / cpu.panel);
   double best = std::numeric_limits<double>::infinity();
-  for (int64_t splits = 1; splits <= (threads == 1 ? 1 : 4); ++splits) {
-    const int64_t rows = std::min(p.M, round_up(ceil_div(p.M, ceil_div(p.M, kMaxRows) * splits), 8));
+  for (int64_t splits = 1; splits <= (threads == 1 ? 1 : packed ? 4 : 8); ++splits) {
+    const int64_t rows = std::min(p.M, round_up(ceil_div(p.M, ceil_div(p.M, most_rows) * splits), 8));
     const int64_t row_blocks = ceil_div(p.M, rows);
     for (int64_t width = std::min(panels, most_panels); width >= 1; --width) {
       const int64_t tasks = row_blocks * ceil_div(panels, width);
       // Time of the busiest thread: products of a row and a panel, plus what each panel and each row cost once a task.
-      const double task = static_cast<double>(rows * width + 4 * width + rows / 3 + 16);
+      const double task = static_cast<double>(rows * width + (packed ? 0 : 12) * width + rows / 3 + 16);
       const double time = task * static_cast<double>(ceil_div(tasks, threads));
       if (time >= best) continue;
       best = time;

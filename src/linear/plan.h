@@ -9,8 +9,10 @@ namespace mfa {
 
 // What an instruction set offers to the planner.
 struct MatmulTraits {
-  int32_t lanes = 0;  // float32 lanes of a vector
-  int32_t panel = 0;  // columns of a packed panel
+  int32_t lanes = 0;   // float32 lanes of a vector
+  int32_t panel = 0;   // columns of a packed panel
+  bool pairs = false;  // pairs of bfloat16 are multiplied
+  bool operator==(const MatmulTraits&) const = default;
 };
 
 // Most rows of a direct product.

@@ -19,7 +19,7 @@ namespace mfa {
 
 // Terms of a sum whose chains are added before the next terms begin. Part of the numerical definition; a multiple of
 // every group size of quantised weights.
-inline constexpr int32_t kInnerBlock = 256;
+inline constexpr int32_t kInnerBlock = 512;
 inline constexpr int32_t kChains = 4;
 
 // Rows of which element r lies at data + (offsets ? offsets[r] : r * stride), in elements; each row is dense.
@@ -47,6 +47,8 @@ struct WeightRef {
   bool transposed = false;     // stored as [N, K]
   int64_t stride = 0;          // between stored rows, in elements or words
   AffineRef affine;            // bits = 0: dense elements
+  // The same elements as cpu::pack_weights() writes them for the instruction set that will run, or null.
+  const void* packed = nullptr;
   bool quantised() const { return affine.bits != 0; }
 };
 

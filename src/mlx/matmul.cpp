@@ -8,6 +8,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
 #include "mlx/ops.h"
+#include "mlx/packed_weights.h"
 #include "mlx/request.h"
 #include "mlx/transforms.h"
 
@@ -87,7 +88,11 @@ void dispatch(const mx::array& x, const std::vector<mx::array>& weights, const W
       p.x.stride = *x_stride;
       p.c.row_stride = *c_stride;
       p.M = out.shape(-1) == 0 ? 0 : static_cast<int64_t>(out.size()) / out.shape(-1);
-      return mx::cpu::get_command_encoder(stream).dispatch([p] { cpu::matmul({&p, 1}); });
+      return mx::cpu::get_command_encoder(stream).dispatch([p, buffer = weights[0].data_shared_ptr()]() mutable {
+        const auto panels = packed_weights_for(p, buffer);
+        if (panels) p.w.packed = panels->data();
+        cpu::matmul({&p, 1});
+      });
     }
   }
   products.x = matrix_offsets(x, batch);

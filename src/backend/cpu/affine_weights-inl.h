@@ -18,6 +18,8 @@ class AffineColumnWeights {
   static constexpr int kCodes = kWhole ? 32 / kBits : 32;  // that are unpacked together, all of one group
 
  public:
+  using Element = typename Terms<kPairs>::Stored;
+  static constexpr bool kPacks = false;
   static constexpr bool kByRows = false;
   static constexpr bool kDirect = kBits == 4 || kBits == 8;
   static constexpr bool kSpread = false;
@@ -89,11 +91,13 @@ class AffineColumnWeights {
 
   const void* Begin(int n) const { return static_cast<const uint32_t*>(p_->w.data) + n * p_->w.stride; }
 
+  HWY_INLINE Upcoming Next(int, int, int) const { return {p_->w.data, 1, 1, 0}; }  // Load() asks for its own
+
   // Brings the scales and biases of `vectors` vectors of columns and k in [k0, k1), an inner block, into lanes.
   HWY_NOINLINE void Prepare(int n0, int vectors, int k0, int k1) {
     const AffineRef& a = p_->w.affine;
     const int first = k0 >> shift_, count = ((k1 - 1) >> shift_) + 1 - first;
-    start_ = whole_vectors() ? Min(first, groups_ - kLanes) : first;
+    start_ = first;
     WithType(p_->dtype, [&]<class T>(T*) {
       for (int g = 0; g < vectors; ++g) {
         Gather(static_cast<const T*>(a.scales), a.scale_stride, n0 + g * kLanes, first, count, scales_[g]);
@@ -209,27 +213,24 @@ class AffineColumnWeights {
     (f(std::integral_constant<int, i>()), ...);
   }
 
-  // Whether a vector's width of groups is loaded at once, ending with the row if need be.
-  bool whole_vectors() const { return kLanes >= kMaxGroups && groups_ >= kLanes; }
-
-  // to[j][lane] = in[row n0 + lane][start_ + j], which covers groups [first, first + count).
+  // to[j][lane] = in[row n0 + lane][first + j], j < count; slots up to the next whole vector may be filled too.
   template <class T>
   HWY_INLINE void Gather(const T* in, int64_t stride, int n0, int first, int count, float* to) {
-    if (whole_vectors() && n0 + kLanes <= p_->N) {
+    int j = 0;
+    for (; j < count && n0 + kLanes <= p_->N && first + j + kLanes <= groups_; j += kLanes) {
       VF v[kLanes];
       MFA_UNROLL
-      for (int lane = 0; lane < kLanes; ++lane) v[lane] = LoadFloat(in + (n0 + lane) * stride + start_);
+      for (int lane = 0; lane < kLanes; ++lane) v[lane] = LoadFloat(in + (n0 + lane) * stride + first + j);
       Transpose(v);
       MFA_UNROLL
-      for (int i = 0; i < kLanes; ++i) hn::Store(v[i], df, to + i * kLanes);
-      return;
+      for (int i = 0; i < kLanes; ++i) hn::Store(v[i], df, to + (j + i) * kLanes);
     }
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = first; i < first + count; ++i)
-        to[(i - start_) * kLanes + lane] = to_float(in[Min(n0 + lane, p_->N - 1) * stride + i]);
+    for (; j < count; ++j)
+      for (int lane = 0; lane < kLanes; ++lane)
+        to[j * kLanes + lane] = to_float(in[Min(n0 + lane, p_->N - 1) * stride + first + j]);
   }
 
-  static constexpr int kGroupSlots = kMaxGroups > kLanes ? kMaxGroups : kLanes;
+  static constexpr int kGroupSlots = RoundUp(kMaxGroups, kLanes);
   const MatmulProblem* p_;
   ptrdiff_t words_;  // of a stored row
   int groups_, shift_;
@@ -242,12 +243,15 @@ class AffineColumnWeights {
 template <bool kPairs>
 class AffineRowWeights {
  public:
+  using Element = typename Terms<kPairs>::Stored;
+  static constexpr bool kPacks = false;
   static constexpr bool kByRows = true;
   static constexpr bool kDirect = false;
   static constexpr int kUnit = 1;
 
   explicit AffineRowWeights(const MatmulProblem& p) : p_(&p) {}
 
+  HWY_INLINE Upcoming Next(int, int, int) const { return {p_->w.data, 1, 1, 0}; }
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>

@@ -67,6 +67,8 @@ struct MatmulTable {
   MatmulTraits traits;
   size_t (*scratch_bytes)(const MatmulJob&);
   void (*task)(const MatmulJob&, int64_t task, void* scratch);
+  size_t (*packed_bytes)(const MatmulProblem&);                    // of the weights packed ahead; 0: they never are
+  void (*pack)(const MatmulProblem&, int64_t task, void* packed);  // a task is traits.panel columns
 };
 
 // The entry points of one instruction set. `scratch` is 64-byte aligned and has the size that *_scratch_bytes says.

@@ -6,7 +6,10 @@ namespace mfa::cpu::MFA_ISA {
 namespace {
 
 constexpr int kPanelColumns = kTileVectors * kLanes;
-// Packed rows of x for as many inner blocks as fit; the rest of the second cache holds sums and passing weights.
+// Rows for which it pays to widen a chain of bfloat16 first: two instructions on the ports that multiply take longer
+// than a load.
+constexpr int kWidenedRows = 48;
+// Packed rows of x; the rest of the second cache holds sums and passing weights.
 constexpr size_t kPackedBytes = size_t{224} << 10;
 
 // Rows of x, widened, as the tiles broadcast them. The stride keeps rows a power of two apart out of the same cache
@@ -73,8 +76,13 @@ HWY_NOINLINE void PackWords(const MatmulProblem& p, int64_t r, int k0, int n, E*
 // As tiles read it: the steps of a chain in neighbouring places, the chains `length` steps apart.
 template <int kUnit, class E>
 HWY_NOINLINE void PackChains(const MatmulProblem& p, int64_t r, int k0, int n, int length, E* out) {
-  HWY_ALIGN E steps[kInnerBlock];
-  LoadSteps<kUnit>(p, r, k0, n, steps);
+  HWY_ALIGN E widened[kInnerBlock];
+  const E* steps = widened;
+  if (std::is_same_v<E, float> && p.dtype == DType::f32 && n == kChains * length) {
+    steps = static_cast<const E*>(p.x.data) + p.x.at(r) + k0;
+  } else {
+    LoadSteps<kUnit>(p, r, k0, n, widened);
+  }
   int i = 0;  // of a chain
   for (; kUnit == 1 && i + 4 * kSides <= length; i += 4 * kSides) {
     VC v[4];
@@ -97,23 +105,21 @@ HWY_NOINLINE void PackChains(const MatmulProblem& p, int64_t r, int k0, int n, i
   }
 }
 
-// sums[r][c] += the products of `rows` packed rows and a panel, chain by chain: `steps` steps of each. The first block
-// is added to zero, not stored, so that no sum is -0.
-template <bool kPairs, int NR, class Steps>
-HWY_NOINLINE void MultiplyPanel(const typename Terms<kPairs>::X* x, ptrdiff_t x_stride, int rows,
-                                const typename Terms<kPairs>::Stored* panel, Steps steps, bool first, float* sums,
-                                ptrdiff_t sums_stride) {
+// sums[r][c] += the products of `rows` packed rows and a chain of a panel. What is added first is added to zero, not
+// stored, so that no sum is -0. What is upcoming is asked for meanwhile, by each chain its share.
+template <int NR, class X, class B>
+HWY_NOINLINE void MultiplyChain(const X* x, ptrdiff_t x_stride, int rows, const B* panel, int steps, bool first,
+                                float* sums, ptrdiff_t sums_stride, const Upcoming& upcoming, int chain) {
+  const ptrdiff_t row_bytes = upcoming.bytes() / (kChains * rows);
   ForRowTiles<kTileRows>(0, rows, [&]<int MR>(int r) {
     float* to = sums + r * sums_stride;
-    for (int chain = 0; chain < kChains; ++chain) {
-      const bool begin = first && chain == 0;
-      MultiplyTile<MR, NR>(x + r * x_stride + chain * steps * Terms<kPairs>::kStep, StepsAdjacent{x_stride},
-                           panel + chain * steps * kPanelColumns, kPanelColumns, steps,
-                           [&](int i, int c, VF acc) MFA_INLINE_LAMBDA {
-                             float* at = to + i * sums_stride + c * kLanes;
-                             hn::StoreU(hn::Add(begin ? hn::Zero(df) : hn::LoadU(df, at), acc), df, at);
-                           });
-    }
+    MultiplyTile<MR, NR>(
+        x + r * x_stride, StepsAdjacent{x_stride}, panel, kPanelColumns, steps,
+        [&](int i, int c, VF acc) MFA_INLINE_LAMBDA {
+          float* at = to + i * sums_stride + c * kLanes;
+          hn::StoreU(hn::Add(first ? hn::Zero(df) : hn::LoadU(df, at), acc), df, at);
+        },
+        Ahead{upcoming.At((chain * rows + r) * row_bytes), MR * row_bytes / steps + 1});
   });
 }
 
@@ -168,7 +174,7 @@ class Product {
       const size_t sums = size_t{2} * static_cast<size_t>(columns_padded()) * sizeof(float);
       return static_cast<size_t>(plan_.row_block) * (row + sums);
     }
-    return packed_x_bytes() + panel_bytes() + static_cast<size_t>(plan_.row_block * sums_stride()) * sizeof(float);
+    return packed_x_bytes() + panel_bytes() + static_cast<size_t>(sums_rows() * sums_stride()) * sizeof(float);
   }
 
   void Run(int64_t task, void* scratch) {
@@ -262,77 +268,158 @@ class Product {
   }
 
   // ---- tiled --------------------------------------------------------------------------------------------------------
-  int blocks_packed() const {
-    const size_t block = static_cast<size_t>(plan_.row_block * PackedStride<kPairs>(kInnerBlock)) * sizeof(X);
-    const int all = (p_.K + kInnerBlock - 1) / kInnerBlock;
-    return Min(all, Max(1, static_cast<int>(kPackedBytes / block)));
+  static constexpr ptrdiff_t kStride = PackedStride<kPairs>(kInnerBlock);
+
+  // Rows of x that are packed at a time.
+  int rows_at_once() const {
+    const ptrdiff_t row = PackedStride<kPairs>(Min(p_.K, kInnerBlock)) * static_cast<ptrdiff_t>(sizeof(X));
+    return Min(plan_.row_block, Max(kTileRows, static_cast<int>(kPackedBytes / row) / kTileRows * kTileRows));
   }
-  size_t packed_x_bytes() const {
-    const size_t bytes =
-        static_cast<size_t>(blocks_packed() * plan_.row_block * PackedStride<kPairs>(kInnerBlock)) * sizeof(X);
-    return (bytes + 63) / 64 * 64;
+  // Panels of all columns of the task are kept for the rows that follow, if any do.
+  bool keeps_panels() const { return !p_.w.packed && plan_.row_block > rows_at_once(); }
+  // Elements of a panel's terms [k0, k1).
+  static constexpr ptrdiff_t PanelSize(int terms) { return ptrdiff_t{ChainLength(terms)} * kChains * kPanelColumns; }
+
+  size_t packed_x_bytes() const { return (static_cast<size_t>(rows_at_once() * kStride) * sizeof(X) + 63) / 64 * 64; }
+  size_t panel_bytes() const {
+    const ptrdiff_t panels = keeps_panels() ? plan_.column_block / kPanelColumns : 1;
+    return static_cast<size_t>(panels * PanelSize(kInnerBlock)) * sizeof(Stored);
   }
-  static constexpr size_t panel_bytes() { return size_t{kInnerBlock / Step::kStep} * kPanelColumns * sizeof(Stored); }
   ptrdiff_t sums_stride() const { return plan_.column_block + 16; }
+  // Rows whose sums are kept: where a block is all terms, they are written before the next rows are packed.
+  int sums_rows() const { return p_.K <= kInnerBlock ? rows_at_once() : plan_.row_block; }
 
   void Tiled(int64_t r0, int rows, int n0, int n1, char* scratch) {
-    constexpr ptrdiff_t kStride = PackedStride<kPairs>(kInnerBlock);
-    const int blocks = blocks_packed();
-    // With all terms packed at once, panels are read in the order of memory.
-    const bool next_panel_follows = blocks * kInnerBlock >= p_.K;
+    const int at_once = rows_at_once();
     X* x = reinterpret_cast<X*>(scratch);
-    Stored* panel = reinterpret_cast<Stored*>(scratch + packed_x_bytes());
+    Stored* panels = reinterpret_cast<Stored*>(scratch + packed_x_bytes());
     float* sums = reinterpret_cast<float*>(scratch + packed_x_bytes() + panel_bytes());
-    if (p_.K == 0) std::memset(sums, 0, static_cast<size_t>(rows * sums_stride()) * sizeof(float));
-    for (int outer = 0; outer < p_.K; outer += blocks * kInnerBlock) {
-      const int end = Min(outer + blocks * kInnerBlock, p_.K);
-      for (int k0 = outer; k0 < end; k0 += kInnerBlock) {
-        X* to = x + (k0 - outer) / kInnerBlock * rows * kStride;
-        const int terms = Min(kInnerBlock, end - k0);
-        for (int r = 0; r < rows; ++r) {
-          if (r + 2 < rows) FetchRow(p_, r0 + r + 2, k0, terms);
-          PackChains<kUnit>(p_, r0 + r, k0, terms, ChainLength(terms), reinterpret_cast<Stored*>(to + r * kStride));
+    if (p_.K == 0) {
+      std::memset(sums, 0, static_cast<size_t>(sums_stride()) * sizeof(float));
+      for (int r = 0; r < rows; ++r) WriteRow(p_, sums, r0 + r, n0, n1 - n0);
+    }
+    const int columns = keeps_panels() || p_.w.packed ? n1 - n0 : kPanelColumns;
+    for (int k0 = 0; k0 < p_.K; k0 += kInnerBlock) {
+      const int k1 = Min(k0 + kInnerBlock, p_.K);
+      for (int begin = n0; begin < n1; begin += columns) {
+        const int end = Min(begin + columns, n1);
+        if (!p_.w.packed) {
+          for (int n = begin; n < end; n += kPanelColumns)
+            PackPanel(n, k0, k1, panels + (n - begin) / kPanelColumns * PanelSize(k1 - k0));
         }
-      }
-      for (int n = n0; n < n1; n += kPanelColumns) {
-        const int vectors = Min(kTileVectors, (n1 - n + kLanes - 1) / kLanes);
-        Prefetch ahead = NextPanel(next_panel_follows, n + kPanelColumns);
-        for (int k0 = outer; k0 < end; k0 += kInnerBlock) {
-          const int k1 = Min(k0 + kInnerBlock, end);
-          const X* block = x + (k0 - outer) / kInnerBlock * rows * kStride;
-          PackPanel(n, k0, k1, ahead, panel);
-          const auto multiply = [&]<int NR>(std::integral_constant<int, NR>) {
-            const auto run = [&](auto steps) {
-              MultiplyPanel<kPairs, NR>(block, kStride, rows, panel, steps, k0 == 0, sums + (n - n0), sums_stride());
+        for (int r = 0; r < rows; r += at_once) {
+          const int count = Min(at_once, rows - r);
+          float* to = sums + (sums_rows() < plan_.row_block ? 0 : r) * sums_stride();
+          if (begin == n0) PackRows(r0 + r, count, k0, k1, x);
+          for (int n = begin; n < end; n += kPanelColumns) {
+            const auto multiply = [&](const auto* panel, Stored* widened) {
+              const ptrdiff_t bytes = PanelSize(k1 - k0) * static_cast<ptrdiff_t>(sizeof(*panel));
+              const Upcoming next = keeps_panels() || widened ? Upcoming{panel + PanelSize(k1 - k0), bytes, bytes, 1}
+                                                              : weights_.Next(n + kPanelColumns, k0, k1);
+              MultiplyPanel(x, count, panel, widened, k0, k1, Min(kPanelColumns, n1 - n), to + n - n0, next);
             };
-            if (k1 - k0 == kInnerBlock) {
-              run(std::integral_constant<int, ChainLength(kInnerBlock)>());
-            } else {
-              run(ChainLength(k1 - k0));
+            if constexpr (Weights::kPacks) {
+              if (p_.w.packed) {
+                multiply(PackedPanel(static_cast<const Element*>(p_.w.packed), n, k0, k1), panels);
+                continue;
+              }
             }
-          };
-          if (vectors == 3) {
-            multiply(std::integral_constant<int, 3>());
-          } else if (vectors == 2) {
-            multiply(std::integral_constant<int, 2>());
-          } else {
-            multiply(std::integral_constant<int, 1>());
+            multiply(panels + (n - begin) / kPanelColumns * PanelSize(k1 - k0), nullptr);
           }
+          if (k1 == p_.K && end == n1)
+            for (int i = 0; i < count; ++i) WriteRow(p_, to + i * sums_stride(), r0 + r + i, n0, n1 - n0);
         }
       }
     }
-    for (int r = 0; r < rows; ++r) WriteRow(p_, sums + r * sums_stride(), r0 + r, n0, n1 - n0);
   }
 
-  HWY_INLINE Prefetch NextPanel(bool follows, int n) const {
+  HWY_INLINE void PackRows(int64_t r0, int rows, int k0, int k1, X* x) {
+    for (int r = 0; r < rows; ++r) {
+      if (r + 2 < rows) FetchRow(p_, r0 + r + 2, k0, k1 - k0);
+      PackChains<kUnit>(p_, r0 + r, k0, k1 - k0, ChainLength(k1 - k0), reinterpret_cast<Stored*>(x + r * kStride));
+    }
+  }
+
+  // sums += packed rows times the terms [k0, k1) of a panel of which `columns` exist. A chain of the panel stays in the
+  // first cache while all rows pass, and what is upcoming is brought into the second.
+  template <class B>
+  HWY_INLINE void MultiplyPanel(const X* x, int rows, const B* panel, Stored* widened, int k0, int k1, int columns,
+                                float* sums, const Upcoming& upcoming) {
+    const int length = ChainLength(k1 - k0);
+    for (int chain = 0; chain < kChains; ++chain, panel += length * kPanelColumns) {
+      const auto multiply = [&]<int NR>(const auto* from) {
+        MultiplyChain<NR>(x + chain * length * Step::kStep, kStride, rows, from, length, k0 == 0 && chain == 0, sums,
+                          sums_stride(), upcoming, chain);
+      };
+      const auto any_width = [&](const auto* from) {
+        if (columns > 2 * kLanes) {
+          multiply.template operator()<3>(from);
+        } else if (columns > kLanes) {
+          multiply.template operator()<2>(from);
+        } else {
+          multiply.template operator()<1>(from);
+        }
+      };
+      if constexpr (std::is_same_v<B, bfloat16>) {
+        if (rows >= kWidenedRows) {
+          for (int i = 0; i < length * kPanelColumns; i += kLanes) hn::Store(LoadFloat(panel + i), df, widened + i);
+          any_width(widened);
+          continue;
+        }
+      }
+      any_width(panel);
+    }
+  }
+
+  // ---- weights packed ahead -----------------------------------------------------------------------------------------
+  // Panels as tasks of many rows bring them in, block after block of terms, in the dtype of the weights.
+  using Element = typename Weights::Element;
+
+  template <class E>
+  HWY_INLINE E* PackedPanel(E* packed, int n, int k0, int k1) const {
+    const ptrdiff_t panels = (p_.N + kPanelColumns - 1) / kPanelColumns;
+    return packed + k0 / kInnerBlock * panels * PanelSize(kInnerBlock) + n / kPanelColumns * PanelSize(k1 - k0);
+  }
+
+ public:
+  size_t packed_bytes() const {
+    if constexpr (Weights::kPacks) {
+      const ptrdiff_t panels = (p_.N + kPanelColumns - 1) / kPanelColumns;
+      const int blocks = p_.K / kInnerBlock;
+      const ptrdiff_t elements = blocks * PanelSize(kInnerBlock) + PanelSize(p_.K - blocks * kInnerBlock);
+      return static_cast<size_t>(panels * elements) * sizeof(Element);
+    }
+    return 0;
+  }
+
+  // Packs the panel of columns from n on.
+  void PackAhead(int n, void* packed) {
+    if constexpr (Weights::kPacks) {
+      for (int k0 = 0; k0 < p_.K; k0 += kInnerBlock) {
+        const int k1 = Min(k0 + kInnerBlock, p_.K);
+        Element* to = PackedPanel(static_cast<Element*>(packed), n, k0, k1);
+        if constexpr (std::is_same_v<Element, Stored>) {
+          PackPanel(n, k0, k1, to);
+        } else {
+          HWY_ALIGN Stored panel[PanelSize(kInnerBlock)];
+          PackPanel(n, k0, k1, panel);
+          for (ptrdiff_t i = 0; i < PanelSize(k1 - k0); i += kLanes) StoreFloat(hn::Load(df, panel + i), to + i);
+        }
+      }
+    }
+  }
+
+ private:
+  // Where a block is all terms, panels follow each other in memory.
+  HWY_INLINE Prefetch Following(int n) const {
     if constexpr (!Weights::kByRows) {
-      if (follows) return Prefetch(weights_.Begin(n));
+      if (p_.K <= kInnerBlock) return Prefetch(weights_.Begin(n));
     }
     return Prefetch();
   }
 
   // panel[step][column] = the terms of [k0, k1), chain after chain.
-  HWY_NOINLINE void PackPanel(int n, int k0, int k1, Prefetch& ahead, Stored* panel) {
+  HWY_NOINLINE void PackPanel(int n, int k0, int k1, Stored* panel) {
     const int steps = StepsOf(k1 - k0), length = ChainLength(k1 - k0);
     if (length != chain_length_) {
       chain_length_ = length;
@@ -343,6 +430,7 @@ class Product {
       for (int chain = 0; chain < kChains; ++chain)  // the last words may be missing
         std::memset(panel + ((chain + 1) * length - kUnit) * kPanelColumns, 0, sizeof(Stored) * kUnit * kPanelColumns);
     }
+    Prefetch ahead = Following(n + kPanelColumns);
     weights_.Prepare(n, kTileVectors, k0, k1);
     for (int vector = 0; vector < kTileVectors; ++vector)
       weights_.template Load<1>(n, vector, k0, k1, ahead, [&](int g, int k, typename Step::Vector w) MFA_INLINE_LAMBDA {
@@ -406,6 +494,15 @@ size_t MatmulScratchBytes(const MatmulJob& job) {
 }
 void MatmulTask(const MatmulJob& job, int64_t task, void* scratch) {
   WithProduct(job, [&](auto& product) { product.Run(task, scratch); });
+}
+
+size_t PackedWeightBytes(const MatmulProblem& p) {
+  size_t bytes = 0;
+  WithProduct({&p, {}}, [&](auto& product) { bytes = product.packed_bytes(); });
+  return bytes;
+}
+void PackWeightsTask(const MatmulProblem& p, int64_t task, void* packed) {
+  WithProduct({&p, {}}, [&](auto& product) { product.PackAhead(static_cast<int>(task) * kPanelColumns, packed); });
 }
 
 }  // namespace

@@ -24,6 +24,14 @@ void run_alone(const MatmulTable& kernels, const MatmulJob& job) {
 
 MatmulTraits matmul_traits() { return require_kernels().matmul().traits; }
 
+size_t packed_weight_bytes(const MatmulProblem& p) { return require_kernels().matmul().packed_bytes(p); }
+
+void pack_weights(const MatmulProblem& p, void* packed) {
+  const MatmulTable& kernels = require_kernels().matmul();
+  const int64_t panels = (int64_t{p.N} + kernels.traits.panel - 1) / kernels.traits.panel;
+  parallel_for(panels, [&](int64_t task, int) { kernels.pack(p, task, packed); });
+}
+
 void matmul(std::span<const MatmulProblem> problems) {
   const MatmulTable& kernels = require_kernels().matmul();
   double seconds = 0;

@@ -21,9 +21,11 @@ namespace MFA_ISA {
 namespace {
 
 constexpr MatmulTable kMatmulTable = {
-    .traits = {.lanes = kLanes, .panel = kPanelColumns},
+    .traits = {.lanes = kLanes, .panel = kPanelColumns, .pairs = kNativeBf16},
     .scratch_bytes = MatmulScratchBytes,
     .task = MatmulTask,
+    .packed_bytes = PackedWeightBytes,
+    .pack = PackWeightsTask,
 };
 
 }  // namespace

@@ -11,6 +11,8 @@ namespace {
 
 HWY_INLINE VF BroadcastStep(const float* a) { return hn::Set(df, *a); }
 HWY_INLINE VF LoadStep(const float* b) { return hn::Load(df, b); }
+HWY_INLINE VF LoadStep(const bfloat16* b) { return LoadFloat(b); }
+HWY_INLINE VF LoadStep(const float16* b) { return LoadFloat(b); }
 HWY_INLINE VF Accumulate(VF a, VF b, VF acc) { return hn::MulAdd(a, b, acc); }
 HWY_INLINE VU BroadcastStep(const bfloat16* a) { return hn::Set(du, PairAt(a)); }
 HWY_INLINE VU LoadStep(const uint32_t* b) { return hn::Load(du, b); }
@@ -56,10 +58,23 @@ struct RowsInPanels {
   }
 };
 
+// Memory that is needed soon, asked for a little with every step: `step` bytes.
+struct Ahead {
+  const char* at;
+  ptrdiff_t step;
+  HWY_INLINE void Next() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+};
+struct NothingAhead {
+  HWY_INLINE void Next() {}
+};
+
 // Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps.
-template <int MR, int NR, class A, class B, class Layout, class Store>
+template <int MR, int NR, class A, class B, class Layout, class Store, class Soon = NothingAhead>
 HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HWY_RESTRICT b, ptrdiff_t b_step, int n,
-                             const Store& store) {
+                             const Store& store, Soon&& soon = {}) {
   VF acc[MR][NR];
   MFA_UNROLL
   for (int r = 0; r < MR; ++r) {
@@ -68,6 +83,7 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
   }
   MFA_UNROLL_4  // for the branch predictor more than for the adder
       for (int i = 0; i < n; ++i) {
+    soon.Next();
     decltype(LoadStep(b)) bv[NR];
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) bv[c] = LoadStep(b + c * kLanes);

@@ -7,6 +7,9 @@
 //
 // Lanes at and past column N repeat what is there or hold zero; nothing outside the matrix is read.
 //
+// Next(n, k0, k1): where the terms of the panel from column n on lie, as far as it pays to ask for them before Load().
+// Element is that of panels packed ahead; kPacks: whether there are such.
+//
 // A step is a term, or a pair. kUnit neighbouring steps belong to one chain (linear/problem.h).
 
 // A lambda that is called from unrolled code must not become a function of its own: its captures would leave registers.
@@ -72,6 +75,16 @@ HWY_INLINE void StoreStep(VU w, uint32_t* p) { hn::Store(w, du, p); }
 
 constexpr ptrdiff_t kCacheLine = 64;
 
+// What is read next: pieces of `piece` bytes, `pitch` bytes apart.
+struct Upcoming {
+  const void* first;
+  ptrdiff_t piece, pitch, pieces;
+  HWY_INLINE ptrdiff_t bytes() const { return piece * pieces; }
+  HWY_INLINE const char* At(ptrdiff_t i) const {
+    return static_cast<const char*>(first) + i / piece * pitch + i % piece;
+  }
+};
+
 // Weights that will be read soon, asked for in the order of memory, as many lines at a time as are read: memory is
 // fastest so, and the processor's own prefetchers do not follow many rows at once. They go to the second cache, as the
 // first is full of what is needed now.
@@ -95,6 +108,8 @@ class Prefetch {
 template <class T, bool kPairs>
 class ColumnWeights {
  public:
+  using Element = std::conditional_t<kPairs, uint32_t, T>;
+  static constexpr bool kPacks = true;
   static constexpr bool kByRows = false;
   static constexpr bool kDirect = true;
   static constexpr bool kHalves = std::is_same_v<T, bfloat16>;  // two terms in 32 bits
@@ -140,18 +155,22 @@ class ColumnWeights {
 
   // Where the first of the columns from n on begins.
   const void* Begin(int n) const { return data_ + n * stride_; }
+  HWY_INLINE Upcoming Next(int n, int k0, int k1) const {
+    constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
+    return {data_ + Min(n, N_ - 1) * stride_ + k0, (k1 - k0) * kSize, stride_ * kSize, kTileVectors * kLanes};
+  }
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>
-  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
+  HWY_INLINE void Load(int n0, int g0, int k0, int k1, Prefetch&, const F& f) const {
     n0 += g0 * kLanes;
     if (n0 + G * kLanes <= N_) {
       const T* base = data_ + n0 * stride_;
       return Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return base + (g * kLanes + lane) * stride_; }, g0, k0,
-                     k1, ahead, f);
+                     k1, f);
     }
     Walk<G>([&](int g, int lane) MFA_INLINE_LAMBDA { return data_ + Min(n0 + g * kLanes + lane, N_ - 1) * stride_; },
-            g0, k0, k1, ahead, f);
+            g0, k0, k1, f);
   }
 
  private:
@@ -173,14 +192,17 @@ class ColumnWeights {
   }
 
   template <int G, class Row, class F>
-  HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, Prefetch& ahead, const F& f) const {
+  HWY_INLINE void Walk(const Row& row, int g0, int k0, int k1, const F& f) const {
     // A whole cache line of each row at a time: rows a power of two apart compete for a few sets and do not stay.
     constexpr int kLine = Max(kChunk, static_cast<int>(kCacheLine / sizeof(T)));
     int k = k0;
     for (; k + kLine <= k1; k += kLine) {
       MFA_UNROLL
       for (int g = 0; g < G; ++g) {
-        ahead.Lines<kLanes * kLine * sizeof(T) / kCacheLine>();
+        // The same terms of the next vector of columns: rows are too many and too short for the processor's own
+        // prefetchers. Past the last column nothing is read.
+        MFA_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) __builtin_prefetch(row(g, lane) + kLanes * stride_ + k, 0, 2);
         MFA_NO_UNROLL
         for (int i = 0; i < kLine; i += kChunk) {
           VF v[kLanes];
@@ -237,6 +259,8 @@ class ColumnWeights {
 template <class T, bool kPairs>
 class RowWeights {
  public:
+  using Element = std::conditional_t<kPairs, uint32_t, T>;
+  static constexpr bool kPacks = true;
   static constexpr bool kByRows = true;
   static constexpr bool kDirect = true;
   static constexpr int kUnit = std::is_same_v<T, bfloat16> && !kPairs ? 2 : 1;
@@ -244,6 +268,7 @@ class RowWeights {
   explicit RowWeights(const MatmulProblem& p)
       : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N), K_(p.K) {}
 
+  HWY_INLINE Upcoming Next(int, int, int) const { return {data_, 1, 1, 0}; }
   HWY_INLINE void Prepare(int, int, int, int) {}
 
   template <int G, class F>

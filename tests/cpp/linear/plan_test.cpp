@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <utility>
 #include <vector>
 
 namespace mfa {
@@ -29,6 +31,14 @@ TEST(MatmulPlan, FewRowsGoDirect) {
     for (p.M = 1; p.M <= most; ++p.M) EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::direct);
     EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::tiled);
   }
+}
+
+TEST(MatmulPlan, WeightsPackedAheadAreReadByTilesFromFiveRowsOn) {
+  const int packed = 0;
+  MatmulProblem p = problem(1, 576, 576);
+  p.w.packed = &packed;
+  for (p.M = 1; p.M <= kDirectRows; ++p.M) EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::direct);
+  EXPECT_EQ(plan_matmul(p, kNarrow, 2).kernel, MatmulKernel::tiled);
 }
 
 TEST(MatmulPlan, QuantisedRowsGoDirectWhereTheKernelHasTheirWidth) {
@@ -58,9 +68,10 @@ TEST(MatmulPlan, TasksCoverTheResultOnce) {
     for (const int64_t M : {1, 3, 4, 5, 8, 9, 31, 64, 191, 192, 193, 512, 4096})
       for (const int32_t N : {1, 23, 24, 25, 512, 576, 1536, 49152})
         for (const int32_t K : {1, 576, 4096})
-          for (const int threads : {1, 2, 3, 16, 64}) {
-            const MatmulProblem p = problem(M, N, K);
-            const MatmulPlan plan = plan_matmul(p, cpu, threads);
+          for (const int threads : {1, 2, 3, 16, -16, 64}) {  // negative: weights packed ahead
+            MatmulProblem p = problem(M, N, K);
+            if (threads < 0) p.w.packed = &kNarrow;
+            const MatmulPlan plan = plan_matmul(p, cpu, std::abs(threads));
             SCOPED_TRACE(::testing::Message() << M << " x " << N << " x " << K << ", " << threads << " threads");
             ASSERT_GT(plan.row_block, 0);
             ASSERT_GT(plan.column_block, 0);
@@ -80,8 +91,10 @@ TEST(MatmulPlan, TasksCoverTheResultOnce) {
 TEST(MatmulPlan, LargeProductsKeepAllThreadsBusy) {
   for (const int threads : {2, 3, 8, 16})
     for (const int64_t M : {64, 512, 4096})
-      for (const int32_t N : {576, 1536, 4096}) {
-        const MatmulPlan plan = plan_matmul(problem(M, N, 1024), kNarrow, threads);
+      for (const auto& [N, packed] : {std::pair(576, false), {1536, false}, {4096, false}, {576, true}, {4096, true}}) {
+        MatmulProblem p = problem(M, N, 1024);
+        if (packed) p.w.packed = &kNarrow;
+        const MatmulPlan plan = plan_matmul(p, kNarrow, threads);
         const int64_t rounds = (plan.tasks + threads - 1) / threads;
         // The busiest thread has at most 40 % more than its share; that much only where there is little to share.
         EXPECT_LE(static_cast<double>(rounds * plan.row_block * plan.column_block),

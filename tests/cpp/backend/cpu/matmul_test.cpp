@@ -7,13 +7,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <iostream>
 #include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "backend/cpu/scratch.h"
 #include "common/thread_pool.h"
+#include "linear/plan.h"
 #include "support/kernels.h"
 #include "support/matmul_case.h"
 
@@ -73,9 +76,9 @@ std::vector<MatmulSpec> kinds_of_weights() {
 
 TEST(CpuMatmul, ARowHasTheSameBitsInAnyBatchOfRows) {
   for (MatmulSpec spec : kinds_of_weights()) {
-    spec.M = 64;
-    spec.N = spec.bits && !spec.transposed ? 192 : 201;
-    spec.K = spec.bits && spec.transposed ? 576 : 583;
+    spec.M = 110;  // more than are packed at a time
+    spec.N = spec.bits && !spec.transposed ? 64 : 73;
+    spec.K = spec.bits && spec.transposed ? 576 : 583;  // more than an inner block
     spec.has_c = true;
     MatmulCase c(spec, 5);
     testing::for_each_isa([&](const std::string& isa) {
@@ -83,7 +86,7 @@ TEST(CpuMatmul, ARowHasTheSameBitsInAnyBatchOfRows) {
       c.clear_result();
       c.run();
       const std::vector<uint8_t> together = c.result_bytes();
-      for (int64_t rows = 1; rows < spec.M; rows += rows < 10 ? 1 : 9) {
+      for (int64_t rows = 1; rows < spec.M; rows += rows < 10 ? 1 : 37) {
         c.clear_result();
         for (int64_t r = 0; r < spec.M; r += rows) {
           const MatmulProblem part = c.rows(r, std::min(rows, spec.M - r));
@@ -95,11 +98,62 @@ TEST(CpuMatmul, ARowHasTheSameBitsInAnyBatchOfRows) {
   }
 }
 
+// The weights themselves are poisoned, so results come from the packed ones.
+TEST(CpuMatmul, WeightsPackedAheadGiveTheSameBits) {
+  for (MatmulSpec spec : kinds_of_weights()) {
+    if (spec.bits) continue;
+    for (const int32_t K : {1, 3, 70, 512, 583, 1097}) {
+      spec.M = 130;
+      spec.N = 201;
+      spec.K = K;
+      spec.has_c = true;
+      spec.w_gap = 3;
+      MatmulCase c(spec, 11);
+      testing::for_each_isa([&](const std::string& isa) {
+        SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+        c.clear_result();
+        c.run();
+        const std::vector<uint8_t> expected = c.result_bytes();
+        const MatmulProblem whole = c.problem();
+        const cpu::AlignedBuffer packed(cpu::packed_weight_bytes(whole));
+        std::memset(packed.data(), 0xff, packed.bytes());  // NaN where nothing is written
+        cpu::pack_weights(whole, packed.data());
+        const std::vector<uint8_t> poison(
+            static_cast<size_t>((spec.transposed ? spec.N : K) * whole.w.stride) * size_of(spec.dtype), 0xff);
+        for (const int threads : {1, 3}) {
+          set_thread_count(threads);
+          for (const int64_t rows : {5, 7, 8, 26, 47, 48, 130}) {
+            c.clear_result();
+            for (int64_t r = 0; r < spec.M; r += rows) {
+              MatmulProblem part = c.rows(r, std::min(rows, spec.M - r));
+              part.w.packed = packed.data();
+              if (part.M > kDirectRows) part.w.data = poison.data();
+              cpu::matmul({&part, 1});
+            }
+            ASSERT_EQ(c.result_bytes(), expected) << rows << " rows at a time, " << threads << " threads";
+          }
+        }
+        set_thread_count(0);
+      });
+    }
+  }
+}
+
+TEST(CpuMatmul, QuantisedWeightsAreNeverPackedAhead) {
+  for (const MatmulSpec& spec : kinds_of_weights()) {
+    if (spec.bits == 0) continue;
+    MatmulSpec small = spec;
+    small.N = small.K = 64;
+    const MatmulCase c(small, 12);
+    testing::for_each_isa([&](const std::string&) { EXPECT_EQ(cpu::packed_weight_bytes(c.problem()), 0u); });
+  }
+}
+
 TEST(CpuMatmul, BitsDoNotDependOnTheNumberOfThreads) {
   for (MatmulSpec spec : kinds_of_weights()) {
-    for (const int64_t rows : {1, 3, 130}) {
+    for (const int64_t rows : {1, 3, 450}) {  // one thread packs x in several goes
       spec.M = rows;
-      spec.N = 1024;
+      spec.N = 512;
       spec.K = 512;
       MatmulCase c(spec, 6);
       testing::for_each_isa([&](const std::string& isa) {
