@@ -19,6 +19,7 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.
 bool goes_direct(const MatmulProblem& p) {
+  if (sums_integers(p)) return p.M <= kDirectRowsInteger;
   if (p.M > (p.w.transposed ? kDirectRowsTransposed : kDirectRows)) return false;
   return !p.w.quantised() || (p.w.transposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8));
 }

@@ -16,6 +16,7 @@ struct MatmulTraits {
 // Most rows of a direct product.
 inline constexpr int32_t kDirectRows = 4;
 inline constexpr int32_t kDirectRowsTransposed = 8;
+inline constexpr int32_t kDirectRowsInteger = 4;
 
 enum class MatmulKernel : uint8_t {
   empty,   // no output

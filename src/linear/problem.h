@@ -70,4 +70,9 @@ struct MatmulProblem {
   int64_t out_at(int64_t r) const { return out_offsets ? out_offsets[r] : r * N; }
 };
 
+// Whether the sums of groups are sums of integers.
+inline bool sums_integers(const MatmulProblem& p) {
+  return p.w.transposed && p.dtype != DType::f32 && (p.w.affine.bits == 4 || p.w.affine.bits == 8);
+}
+
 }  // namespace mfa

@@ -125,6 +125,31 @@ class AffineColumnWeights {
     }
   }
 
+  // out[i][lane] = word at + i of column n0 + lane.
+  HWY_INLINE void TransposeWords(int n0, ptrdiff_t at, uint32_t* out) const {
+    MFA_UNROLL
+    for (int load = 0; load < kLoads; ++load) {
+      const ptrdiff_t from = at + load * kLanes;
+      VF v[kLanes];
+      if (HWY_LIKELY(from + kLanes <= words_ && n0 + kLanes <= p_->N)) {
+        const uint32_t* base = static_cast<const uint32_t*>(p_->w.data) + n0 * p_->w.stride + from;
+        MFA_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) {
+          v[lane] = hn::BitCast(df, hn::LoadU(du, base + lane * p_->w.stride));
+        }
+      } else {
+        HWY_ALIGN uint32_t rows[kLanes][kLanes] = {};
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (ptrdiff_t i = from; i < Min(from + kLanes, words_); ++i) rows[lane][i - from] = Row(n0 + lane)[i];
+        MFA_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) v[lane] = hn::BitCast(df, hn::Load(du, rows[lane]));
+      }
+      Transpose(v);
+      MFA_UNROLL
+      for (int i = 0; i < kLanes; ++i) hn::Store(hn::BitCast(du, v[i]), du, out + (load * kLanes + i) * kLanes);
+    }
+  }
+
  private:
   // Brings the scales and biases of the next groups into the slots.
   HWY_NOINLINE void Refill(Columns& columns) const {
@@ -155,31 +180,6 @@ class AffineColumnWeights {
 
   const uint32_t* Row(int n) const {
     return static_cast<const uint32_t*>(p_->w.data) + Min(n, p_->N - 1) * p_->w.stride;
-  }
-
-  // out[i][lane] = word at + i of column n0 + lane.
-  HWY_INLINE void TransposeWords(int n0, ptrdiff_t at, uint32_t* out) const {
-    MFA_UNROLL
-    for (int load = 0; load < kLoads; ++load) {
-      const ptrdiff_t from = at + load * kLanes;
-      VF v[kLanes];
-      if (HWY_LIKELY(from + kLanes <= words_ && n0 + kLanes <= p_->N)) {
-        const uint32_t* base = static_cast<const uint32_t*>(p_->w.data) + n0 * p_->w.stride + from;
-        MFA_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) {
-          v[lane] = hn::BitCast(df, hn::LoadU(du, base + lane * p_->w.stride));
-        }
-      } else {
-        HWY_ALIGN uint32_t rows[kLanes][kLanes] = {};
-        for (int lane = 0; lane < kLanes; ++lane)
-          for (ptrdiff_t i = from; i < Min(from + kLanes, words_); ++i) rows[lane][i - from] = Row(n0 + lane)[i];
-        MFA_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) v[lane] = hn::BitCast(df, hn::Load(du, rows[lane]));
-      }
-      Transpose(v);
-      MFA_UNROLL
-      for (int i = 0; i < kLanes; ++i) hn::Store(hn::BitCast(du, v[i]), du, out + (load * kLanes + i) * kLanes);
-    }
   }
 
   template <class F>

@@ -11,6 +11,10 @@
 #include "backend/cpu/weights-inl.h"
 #include "backend/cpu/affine_weights-inl.h"
 #include "backend/cpu/few_rows-inl.h"
+#include "backend/cpu/write_row-inl.h"
+#include "backend/cpu/integer_rows-inl.h"
+#include "backend/cpu/integer_few_rows-inl.h"
+#include "backend/cpu/integer_tiles-inl.h"
 #include "backend/cpu/matmul-inl.h"
 // clang-format on
 
