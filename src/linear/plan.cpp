@@ -39,7 +39,8 @@ void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, M
 }
 
 void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {
-  const int64_t panels = ceil_div(p.N, cpu.panel), most_panels = std::max<int64_t>(1, kMaxColumns / cpu.panel);
+  const int64_t panel = sums_integers(p) ? cpu.integer_panel : cpu.panel;
+  const int64_t panels = ceil_div(p.N, panel), most_panels = std::max<int64_t>(1, kMaxColumns / panel);
   double best = std::numeric_limits<double>::infinity();
   for (int64_t splits = 1; splits <= (threads == 1 ? 1 : 4); ++splits) {
     const int64_t rows = std::min(p.M, round_up(ceil_div(p.M, ceil_div(p.M, kMaxRows) * splits), 8));
@@ -53,7 +54,7 @@ void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, Ma
       best = time;
       plan.row_block = static_cast<int32_t>(rows);
       plan.row_blocks = row_blocks;
-      plan.column_block = static_cast<int32_t>(width * cpu.panel);
+      plan.column_block = static_cast<int32_t>(width * panel);
       plan.column_blocks = ceil_div(panels, width);
     }
   }

@@ -9,8 +9,9 @@ namespace mfa {
 
 // What an instruction set offers to the planner.
 struct MatmulTraits {
-  int32_t lanes = 0;  // float32 lanes of a vector
-  int32_t panel = 0;  // columns of a packed panel
+  int32_t lanes = 0;          // float32 lanes of a vector
+  int32_t panel = 0;          // columns of a packed panel
+  int32_t integer_panel = 0;  // the same where groups are sums of integers
 };
 
 // Most rows of a direct product.

@@ -111,23 +111,23 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
   }
 }
 
-// The same for all groups of a column of `bytes` bytes, or steps in which any group is `wanted`. Up to kLanes dots past
-// the last are overwritten.
+// The same for all groups of a column of `bytes` bytes, or steps with a group g of wanted[g * wanted_stride]. Up to
+// kLanes dots past the last are overwritten.
 template <int kBits, int kGroup, int R>
 HWY_INLINE void DotColumn(const uint8_t* codes, int bytes, const int16_t* x, ptrdiff_t x_stride, const uint8_t* wanted,
-                          int32_t* dots, ptrdiff_t dots_stride) {
+                          int wanted_stride, int32_t* dots, ptrdiff_t dots_stride) {
   using C = CodeVectors<kBits, kGroup>;
   const uint8_t* end = codes + bytes;
   const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from) MFA_INLINE_LAMBDA {
     MFA_UNROLL
     for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine) __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
     bool any = !wanted;
-    for (int g = 0; wanted && g < U * C::kGroups; ++g) any |= wanted[g];
+    for (int g = 0; wanted && g < U * C::kGroups; ++g) any |= wanted[g * wanted_stride];
     if (any) DotUnits<kBits, kGroup, U, R>(from, x, x_stride, dots, dots_stride);
     codes += U * C::kUnitBytes;
     x += U * C::kUnitCodes;
     dots += U * C::kGroups;
-    if (wanted) wanted += U * C::kGroups;
+    if (wanted) wanted += U * C::kGroups * wanted_stride;
   };
   while (end - codes >= 4 * C::kUnitBytes) step(std::integral_constant<int, 4>(), codes);
   while (end - codes >= C::kUnitBytes) step(std::integral_constant<int, 1>(), codes);
@@ -208,7 +208,7 @@ class IntegerFewRows {
   }
 
  private:
-  size_t x_bytes() const { return (IntegerRows::Bytes(rows_, p_.K, groups_) + 63) / 64 * 64; }
+  size_t x_bytes() const { return IntegerRows::Bytes(rows_, p_.K, groups_); }
   ptrdiff_t sums_stride() const { return RoundUp(plan_.column_block, kLanes) + kLanes; }
 
   // Of whole vectors of codes.
@@ -236,7 +236,7 @@ class IntegerFewRows {
         }
         const auto* codes = static_cast<const uint32_t*>(p_.w.data) + column * p_.w.stride;
         const auto* at = reinterpret_cast<const uint8_t*>(codes);
-        DotColumn<kBits, kGroup, R>(at, bytes, x_.first, x_.stride, nullptr, Dots(dots_, 0, c),
+        DotColumn<kBits, kGroup, R>(at, bytes, x_.first, x_.stride, nullptr, 0, Dots(dots_, 0, c),
                                     kColumnLanes * dots_stride_);
         for (int r = 0; r < R; ++r)
           if (HWY_UNLIKELY(has_rest_[r])) DotRest(at, r, c);
@@ -246,7 +246,7 @@ class IntegerFewRows {
   }
 
   HWY_NOINLINE void DotRest(const uint8_t* codes, int r, int c) const {
-    DotColumn<kBits, kGroup, 1>(codes, p_.K * kBits / 8, x_.rest + r * x_.stride, 0, x_.has_rest + r * groups_,
+    DotColumn<kBits, kGroup, 1>(codes, p_.K * kBits / 8, x_.rest + r * x_.stride, 0, x_.has_rest + r, rows_,
                                 Dots(rest_dots_, r, c), 0);
   }
 
@@ -269,7 +269,7 @@ class IntegerFewRows {
         for (int c = 0; c < kColumnLanes; ++c) from[c] = Dots(dots_, r, c);
         LoadGroups(from, start, count, dot);
         for (int i = g0 - start; i < count; ++i) {
-          const int at = r * groups_ + start + i;
+          const int at = (start + i) * rows_ + r;
           const VCol s = hn::Load(dcol, scale[i]), b = hn::Load(dcol, bias[i]);
           total[r] = AddGroup(dcol, total[r], hn::Set(dcol, x_.scale[at]), s, hn::BitCast(dcoli, hn::Load(dcol, dot[i])),
                               b, hn::Set(dcol, x_.sum[at]));

@@ -7,7 +7,6 @@ namespace {
 using D16 = hn::ScalableTag<int16_t>;
 using V16 = hn::Vec<D16>;
 constexpr D16 d16;
-constexpr int kLargestGroup = 128;
 constexpr float kRestScale = 0x1p-15f;  // of a rest, times that of its group
 
 // Calls f with a null pointer of the element type, which has 16 bits.
@@ -27,28 +26,32 @@ HWY_INLINE void AddPairs(PairSums& sums, V16 x, V16 y) {
   sums.a = VI{_mm512_dpwssd_epi32(sums.a.raw, x.raw, y.raw)};
 #else
   sums.a = hn::ReorderWidenMulAccumulate(di, x, y, sums.a, sums.b);
+#if HWY_ARCH_X86
+  // Else compilers reorder sums of integers so that they do not fit the registers.
+  asm("" : "+v"(sums.a.raw));
+#endif
 #endif
 }
 HWY_INLINE VI Total(const PairSums& sums) { return hn::RearrangeToOddPlusEven(sums.a, sums.b); }
 
 // ---- rows of x ------------------------------------------------------------------------------------------------------
 // Part of some rows of x. `first` and `rest` have the order in which the codes of a 32-bit word come as pairs: codes j
-// and j + h of a word, j < h, h half of its codes. `rest` is written in groups that have one.
+// and j + h of a word, j < h, h half of its codes. `rest` is written in rows that have one.
 struct IntegerRows {
-  int16_t *first = nullptr, *rest = nullptr;          // [rows, stride]
-  float *scale = nullptr, *sum = nullptr;             // [rows, groups]
-  float* rest_sum = nullptr;                          // likewise
-  uint8_t* has_rest = nullptr;                        // likewise
+  int16_t *first = nullptr, *rest = nullptr;                           // [rows, stride]
+  float *scale = nullptr, *sum = nullptr, *rest_sum = nullptr;         // [groups, rows]
+  uint8_t* has_rest = nullptr;                                         // likewise
   ptrdiff_t stride = 0;
-  int groups = 0;
+  int rows = 0;
 
   // The stride keeps rows a power of two apart out of the same cache set.
   static ptrdiff_t Stride(int terms) { return RoundUp(terms, 16 * kLanes) + 32; }
   static size_t Bytes(int rows, int terms, int groups) {
-    return static_cast<size_t>(rows) * (static_cast<size_t>(Stride(terms)) * 4 + static_cast<size_t>(groups) * 13) + 64;
+    const size_t bytes = static_cast<size_t>(rows) * (static_cast<size_t>(Stride(terms)) * 4 + size_t{13} * groups);
+    return (bytes + 63) / 64 * 64;
   }
   IntegerRows() = default;
-  IntegerRows(int rows, int terms, int groups, char* scratch) : stride(Stride(terms)), groups(groups) {
+  IntegerRows(int rows, int terms, int groups, char* scratch) : stride(Stride(terms)), rows(rows) {
     first = reinterpret_cast<int16_t*>(scratch);
     rest = first + rows * stride;
     scale = reinterpret_cast<float*>(rest + rows * stride);
@@ -73,16 +76,28 @@ HWY_INLINE GroupScale ScaleOf(float largest) {
   return {PowerOf2(-up), {PowerOf2(half), PowerOf2(up - half)}};
 }
 
-// Writes n integers in the order of IntegerRows.
-template <int kBits>
-HWY_INLINE void StoreAsPairs(const int16_t* in, int n, int16_t* out) {
+// y rounded to whole numbers, half to even, as float32 that holds it in its low bits; |y| < 2^22.
+constexpr float kIntegers = 12582912.f;  // 1.5 * 2^23
+HWY_INLINE VF RoundToIntegers(VF y) { return hn::Add(y, hn::Set(df, kIntegers)); }
+HWY_INLINE VI IntegersOf(VF rounded) {
+  return hn::Sub(hn::BitCast(di, rounded), hn::BitCast(di, hn::Set(df, kIntegers)));
+}
+
+// Writes n integers y(i) in the order of IntegerRows; returns their sum.
+template <int kBits, class F>
+HWY_INLINE float StoreIntegers(int n, int16_t* out, const F& y) {
   static_assert(kBits == 4 || kBits == 8);
   HWY_ALIGN static constexpr uint8_t kOrder[2][16] = {{0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15},
                                                       {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15}};
-  const hn::Repartition<uint8_t, D16> d8;
-  const auto order = hn::LoadDup128(d8, kOrder[kBits / 8]);
-  for (int i = 0; i < n; i += 2 * kLanes)
-    hn::StoreU(hn::TableLookupBytes(hn::Load(d16, in + i), hn::BitCast(d16, order)), d16, out + i);
+  const auto order = hn::BitCast(d16, hn::LoadDup128(hn::Repartition<uint8_t, D16>(), kOrder[kBits / 8]));
+  VI sum = hn::Zero(di);
+  for (int i = 0; i < n; i += 2 * kLanes) {
+    const VI low = IntegersOf(RoundToIntegers(y(i))), high = IntegersOf(RoundToIntegers(y(i + kLanes)));
+    sum = hn::Add(sum, hn::Add(low, high));
+    const V16 both = hn::Combine(d16, hn::DemoteTo(hn::Half<D16>(), high), hn::DemoteTo(hn::Half<D16>(), low));
+    hn::StoreU(hn::TableLookupBytes(both, order), d16, out + i);
+  }
+  return static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)));
 }
 
 // Group g of row r from the n elements at `in`.
@@ -91,14 +106,16 @@ HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) 
   constexpr bool kHalf = std::is_same_v<T, float16>;
   constexpr float kExact = kHalf ? 0x1p10f : 0x1p7f;  // from here on y has no digits after the point
   const hn::RebindToUnsigned<D16> du16;
-  const hn::Rebind<int16_t, DF> dh;
-  const int at = r * x.groups + g;
+  const int at = g * x.rows + r;
   int16_t* first = x.first + r * x.stride + g * n;
-  HWY_ALIGN int16_t integers[kLargestGroup];
 
   auto most = hn::Zero(du16);
-  for (int i = 0; i < n; i += 2 * kLanes)
-    most = hn::Max(most, hn::And(hn::LoadU(du16, reinterpret_cast<const uint16_t*>(in) + i), hn::Set(du16, 0x7fff)));
+  V16 zeros = hn::Zero(d16);
+  for (int i = 0; i < n; i += 2 * kLanes) {
+    const auto bits = hn::And(hn::LoadU(du16, reinterpret_cast<const uint16_t*>(in) + i), hn::Set(du16, 0x7fff));
+    most = hn::Max(most, bits);
+    zeros = hn::Sub(zeros, hn::VecFromMask(d16, hn::Eq(hn::BitCast(d16, bits), hn::Zero(d16))));
+  }
   const uint16_t bits = hn::GetLane(hn::MaxOfLanes(du16, most));
   x.sum[at] = x.rest_sum[at] = x.scale[at] = 0.f;
   x.has_rest[at] = 0;
@@ -111,32 +128,21 @@ HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) 
   const GroupScale s = ScaleOf(to_float(T{bits}));
   x.scale[at] = s.scale;
   const VF up0 = hn::Set(df, s.inverse[0]), up1 = hn::Set(df, s.inverse[1]);
-  const auto load = [&](int i) { return hn::Mul(hn::Mul(LoadFloat(in + i), up0), up1); };
-  VI sum = hn::Zero(di), small = hn::Zero(di);
-  for (int i = 0; i < n; i += kLanes) {
-    const VF y = load(i);
-    const VI q = hn::NearestInt(y);
-    hn::Store(hn::DemoteTo(dh, q), dh, integers + i);
-    sum = hn::Add(sum, q);
-    // Twice the elements that may lose digits, less the zeros: more than n if those are the half of all others.
-    const VI inexact = hn::VecFromMask(di, hn::RebindMask(di, hn::Lt(hn::Abs(y), hn::Set(df, kExact))));
-    const VI zero = hn::VecFromMask(di, hn::RebindMask(di, hn::Eq(y, hn::Zero(df))));
-    small = hn::Add(small, hn::Sub(zero, hn::Add(inexact, inexact)));
-  }
-  StoreAsPairs<kBits>(integers, n, first);
-  x.sum[at] = static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)));
-  if (HWY_LIKELY(hn::GetLane(hn::SumOfLanes(di, small)) <= n)) return;
-
-  sum = hn::Zero(di);
-  for (int i = 0; i < n; i += kLanes) {
-    const VF y = load(i);
-    const VI q = hn::NearestInt(hn::Mul(hn::Sub(y, hn::ConvertTo(df, hn::NearestInt(y))), hn::Set(df, 1 / kRestScale)));
-    hn::Store(hn::DemoteTo(dh, q), dh, integers + i);
-    sum = hn::Add(sum, q);
-  }
+  VI small = hn::Zero(di);  // elements that may lose digits, and zeros
+  x.sum[at] = StoreIntegers<kBits>(n, first, [&](int i) MFA_INLINE_LAMBDA {
+    const VF y = hn::Mul(hn::Mul(LoadFloat(in + i), up0), up1);
+    small = hn::Sub(small, hn::VecFromMask(di, hn::RebindMask(di, hn::Lt(hn::Abs(y), hn::Set(df, kExact)))));
+    return y;
+  });
+  // More than half of those that are not zero?
+  const int count = hn::GetLane(hn::SumOfLanes(di, small)), none = hn::GetLane(hn::SumOfLanes(d16, zeros));
+  if (HWY_LIKELY(2 * (count - none) <= n - none)) return;
   x.has_rest[at] = 1;
-  StoreAsPairs<kBits>(integers, n, x.rest + r * x.stride + g * n);
-  x.rest_sum[at] = static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)));
+  int16_t* rest = x.rest + r * x.stride + g * n;
+  x.rest_sum[at] = StoreIntegers<kBits>(n, rest, [&](int i) MFA_INLINE_LAMBDA {
+    const VF y = hn::Mul(hn::Mul(LoadFloat(in + i), up0), up1);
+    return hn::Mul(hn::Sub(y, hn::Sub(RoundToIntegers(y), hn::Set(df, kIntegers))), hn::Set(df, 1 / kRestScale));
+  });
 }
 
 // `groups` groups of n terms each, from term k0 on, of row `row` of the problem as row r of `x`. Whether any has a
@@ -148,10 +154,10 @@ HWY_NOINLINE bool QuantiseRow(const MatmulProblem& p, int64_t row, int k0, int g
     const T* in = static_cast<const T*>(p.x.data) + p.x.at(row) + k0;
     for (int g = 0; g < groups; ++g) QuantiseGroup<kBits>(in + g * n, n, x, r, g);
   });
-  for (int g = 0; g < groups; ++g) any |= x.has_rest[r * x.groups + g];
+  for (int g = 0; g < groups; ++g) any |= x.has_rest[g * x.rows + r];
   if (HWY_LIKELY(!any)) return false;
   for (int g = 0; g < groups; ++g)
-    if (!x.has_rest[r * x.groups + g])
+    if (!x.has_rest[g * x.rows + r])
       std::memset(x.rest + r * x.stride + g * n, 0, static_cast<size_t>(n) * sizeof(*x.rest));
   return true;
 }

@@ -4,22 +4,23 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kPanelColumns = kTileVectors * kLanes;
-// Terms of a panel, whole groups: 12 KB of the first cache (AVX2).
+// A tile of sums. Where a product needs a register of its own, 3 vectors would leave too few; two halves of a sum
+// (PairSums) need twice as many.
+constexpr int kIntegerRows = kLanes == 16 ? 8 : 4, kIntegerVectors = kLanes == 16 ? 3 : 2;
+constexpr int kIntegerPanel = kIntegerVectors * kLanes;
+// Terms of a panel, whole groups: 8 KB of the first cache with AVX2.
 constexpr int kCodeBlock = 256;
-// Rows of a tile. PairSums are two vectors where pairs are not multiplied at once.
-constexpr int kIntegerTileRows = HWY_ARCH_X86 ? kTileRows : kTileRows / 2;
 
 // dots[r][c] = the sums of `steps` pairs of MR rows and NR vectors of columns.
 template <int MR, int NR>
 HWY_INLINE void DotTile(const int16_t* HWY_RESTRICT x, ptrdiff_t x_stride, const uint32_t* HWY_RESTRICT panel, int steps,
                         VI (&dots)[MR][NR]) {
   PairSums acc[MR][NR];
-  MFA_UNROLL_4
+  MFA_NO_UNROLL
   for (int i = 0; i < steps; ++i) {
     V16 codes[NR];
     MFA_UNROLL
-    for (int c = 0; c < NR; ++c) codes[c] = hn::BitCast(d16, hn::Load(du, panel + i * kPanelColumns + c * kLanes));
+    for (int c = 0; c < NR; ++c) codes[c] = hn::BitCast(d16, hn::Load(du, panel + i * kIntegerPanel + c * kLanes));
     MFA_UNROLL
     for (int r = 0; r < MR; ++r) {
       uint32_t pair;
@@ -62,18 +63,20 @@ class IntegerTiles {
     for (int k0 = 0; k0 < p_.K; k0 += most) {
       const int terms = Min(most, p_.K - k0);
       x_ = IntegerRows(rows, most, most / group_, scratch);
-      for (int r = 0; r < rows; ++r) QuantiseRow<kBits>(p_, r0 + r, k0, terms / group_, group_, x_, r);
-      for (int n = n0; n < n1; n += kPanelColumns) {
-        const int vectors = Min(kTileVectors, (n1 - n + kLanes - 1) / kLanes);
-        const auto multiply = [&]<int NR>(std::integral_constant<int, NR>) {
-          MultiplyColumns<NR>(rows, n, k0, terms, most == terms, sums_ + (n - n0));
-        };
-        if (vectors == 3) {
-          multiply(std::integral_constant<int, 3>());
+      for (int r = 0; r < rows; ++r) {
+        if (r + 2 < rows) FetchRow(p_, r0 + r + 2, k0, terms);
+        QuantiseRow<kBits>(p_, r0 + r, k0, terms / group_, group_, x_, r);
+      }
+      for (int n = n0; n < n1; n += kIntegerPanel) {
+        // With all terms at once, panels are read in the order of memory.
+        Prefetch next(most >= p_.K ? weights_.Begin(n + kIntegerPanel) : nullptr);
+        const int vectors = Min(kIntegerVectors, (n1 - n + kLanes - 1) / kLanes);
+        if (vectors == kIntegerVectors) {
+          MultiplyColumns<kIntegerVectors>(rows, n, k0, terms, next, sums_ + (n - n0));
         } else if (vectors == 2) {
-          multiply(std::integral_constant<int, 2>());
+          MultiplyColumns<2>(rows, n, k0, terms, next, sums_ + (n - n0));
         } else {
-          multiply(std::integral_constant<int, 1>());
+          MultiplyColumns<1>(rows, n, k0, terms, next, sums_ + (n - n0));
         }
       }
     }
@@ -84,7 +87,7 @@ class IntegerTiles {
   }
 
  private:
-  static constexpr size_t kPanelBytes = size_t{kCodeBlock / 2} * kPanelColumns * sizeof(uint32_t);
+  static constexpr size_t kPanelBytes = size_t{kCodeBlock / 2} * kIntegerPanel * sizeof(uint32_t);
   static constexpr int kWordCodes = 32 / kBits;
 
   // Blocks of terms that are packed at once: those that leave the second cache room for sums and passing weights.
@@ -94,54 +97,67 @@ class IntegerTiles {
   }
   size_t x_bytes() const {
     const int terms = blocks() * kCodeBlock;
-    return (IntegerRows::Bytes(plan_.row_block, terms, terms / group_) + 63) / 64 * 64;
+    return IntegerRows::Bytes(plan_.row_block, terms, terms / group_);
   }
-  size_t ScaleBytes(int terms) const { return static_cast<size_t>(terms / group_ * kPanelColumns) * sizeof(float); }
+  size_t ScaleBytes(int terms) const { return static_cast<size_t>(terms / group_ * kIntegerPanel) * sizeof(float); }
   ptrdiff_t sums_stride() const { return plan_.column_block + 16; }
 
   template <int NR>
-  HWY_NOINLINE void MultiplyColumns(int rows, int n, int k0, int terms, bool ahead, float* sums) {
+  HWY_NOINLINE void MultiplyColumns(int rows, int n, int k0, int terms, Prefetch& next, float* sums) {
     LoadScales(n, k0 / group_, terms / group_);
-    Prefetch next(ahead ? weights_.Begin(n + kPanelColumns) : nullptr);
     for (int k = 0; k < terms; k += kCodeBlock) {
-      const int count = Min(kCodeBlock, terms - k);
+      const int count = Min(kCodeBlock, terms - k), g0 = k / group_, groups = count / group_;
       PackPanel<NR>(n, k0 + k, count, next);
-      ForRowTiles<kIntegerTileRows>(0, rows, [&]<int MR>(int r) {
-        for (int g = 0; g < count / group_; ++g)
-          MultiplyGroup<MR, NR>(r, k / group_ + g, panel_ + g * (group_ / 2) * kPanelColumns, sums + r * sums_stride());
+      ForRowTiles<kIntegerRows>(0, rows, [&]<int MR>(int r) {
+        MultiplyRows<MR, NR>(r, g0, groups, sums + r * sums_stride());
       });
     }
   }
 
-  // Adds group g to the sums of MR rows.
+  // Adds the panel's groups, from g0 on, to the sums of MR rows.
   template <int MR, int NR>
-  HWY_INLINE void MultiplyGroup(int r0, int g, const uint32_t* panel, float* sums) const {
-    const float *scales = scales_ + g * kPanelColumns, *biases = biases_ + g * kPanelColumns;
-    VI dots[MR][NR];
-    const auto add = [&](int r, float x_scale, float x_sum) MFA_INLINE_LAMBDA {
+  HWY_INLINE void MultiplyRows(int r0, int g0, int groups, float* sums) const {
+    const ptrdiff_t sums_stride = this->sums_stride(), x_stride = x_.stride;
+    HWY_ALIGN float totals[MR][NR * kLanes];
+    MFA_UNROLL
+    for (int r = 0; r < MR; ++r) {
       MFA_UNROLL
-      for (int c = 0; c < NR; ++c) {
-        float* to = sums + r * sums_stride() + c * kLanes;
-        hn::StoreU(AddGroup(df, hn::LoadU(df, to), hn::Set(df, x_scale), hn::Load(df, scales + c * kLanes), dots[r][c],
-                            hn::Load(df, biases + c * kLanes), hn::Set(df, x_sum)),
-                   df, to);
-      }
-    };
-    const ptrdiff_t at = r0 * x_.stride + static_cast<ptrdiff_t>(g) * group_;
-    DotTile<MR, NR>(x_.first + at, x_.stride, panel, group_ / 2, dots);
-    uint8_t has_rest = 0;
-    MFA_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      const int i = (r0 + r) * x_.groups + g;
-      add(r, x_.scale[i], x_.sum[i]);
-      has_rest |= x_.has_rest[i];
+      for (int c = 0; c < NR * kLanes; c += kLanes)
+        hn::Store(hn::LoadU(df, sums + r * sums_stride + c), df, totals[r] + c);
     }
-    if (HWY_LIKELY(!has_rest)) return;
-    DotTile<MR, NR>(x_.rest + at, x_.stride, panel, group_ / 2, dots);
+    ptrdiff_t from = r0 * x_stride + static_cast<ptrdiff_t>(g0) * group_;
+    const uint32_t* panel = panel_;
+    for (int g = g0; g < g0 + groups; ++g, from += group_, panel += group_ / 2 * kIntegerPanel) {
+      const float *scales = scales_ + g * kIntegerPanel, *biases = biases_ + g * kIntegerPanel;
+      VI dots[MR][NR];
+      const auto add = [&](int r, float x_scale, float x_sum) MFA_INLINE_LAMBDA {
+        MFA_UNROLL
+        for (int c = 0; c < NR; ++c) {
+          const VF scale = hn::Load(df, scales + c * kLanes), bias = hn::Load(df, biases + c * kLanes);
+          float* to = totals[r] + c * kLanes;
+          hn::Store(AddGroup(df, hn::Load(df, to), hn::Set(df, x_scale), scale, dots[r][c], bias, hn::Set(df, x_sum)),
+                    df, to);
+        }
+      };
+      const int at = g * x_.rows + r0;
+      DotTile<MR, NR>(x_.first + from, x_stride, panel, group_ / 2, dots);
+      uint8_t has_rest = 0;
+      MFA_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        add(r, x_.scale[at + r], x_.sum[at + r]);
+        has_rest |= x_.has_rest[at + r];
+      }
+      if (HWY_LIKELY(!has_rest)) continue;
+      DotTile<MR, NR>(x_.rest + from, x_stride, panel, group_ / 2, dots);
+      MFA_UNROLL
+      for (int r = 0; r < MR; ++r)
+        if (x_.has_rest[at + r]) add(r, x_.scale[at + r] * kRestScale, x_.rest_sum[at + r]);
+    }
     MFA_UNROLL
     for (int r = 0; r < MR; ++r) {
-      const int i = (r0 + r) * x_.groups + g;
-      if (x_.has_rest[i]) add(r, x_.scale[i] * kRestScale, x_.rest_sum[i]);
+      MFA_UNROLL
+      for (int c = 0; c < NR * kLanes; c += kLanes)
+        hn::StoreU(hn::Load(df, totals[r] + c), df, sums + r * sums_stride + c);
     }
   }
 
@@ -157,10 +173,10 @@ class IntegerTiles {
         weights_.TransposeWords(n + v * kLanes, k0 / kWordCodes + w, words);
         for (int i = 0; i < Min(kLanes, terms / kWordCodes - w); ++i) {
           VU bits = hn::Load(du, words + i * kLanes);
-          uint32_t* to = panel_ + (w + i) * kPairs * kPanelColumns + v * kLanes;
+          uint32_t* to = panel_ + (w + i) * kPairs * kIntegerPanel + v * kLanes;
           MFA_UNROLL
           for (int j = 0; j < kPairs; ++j) {
-            hn::Store(hn::And(bits, mask), du, to + j * kPanelColumns);
+            hn::Store(hn::And(bits, mask), du, to + j * kIntegerPanel);
             if (j + 1 < kPairs) bits = hn::ShiftRight<kBits>(bits);
           }
         }
@@ -171,7 +187,7 @@ class IntegerTiles {
   HWY_NOINLINE void LoadScales(int n, int g0, int count) {
     const AffineRef& a = p_.w.affine;
     WithHalf(p_.dtype, [&]<class T>(T*) {
-      for (int c = 0; c < kPanelColumns; c += kColumnLanes) {
+      for (int c = 0; c < kIntegerPanel; c += kColumnLanes) {
         const T *scales[kColumnLanes], *biases[kColumnLanes];
         for (int i = 0; i < kColumnLanes; ++i) {
           const int column = Min(n + c + i, p_.N - 1);
@@ -183,14 +199,14 @@ class IntegerTiles {
       }
     });
   }
-  // to[g * kPanelColumns + lane] = in[lane][g].
+  // to[g * kIntegerPanel + lane] = in[lane][g].
   template <class T>
   static HWY_INLINE void Spread(const T* const (&in)[kColumnLanes], int count, float* to) {
     HWY_ALIGN float lanes[kColumnLanes][kColumnLanes];
     for (int g0 = 0; g0 < count; g0 += kColumnLanes) {
       const int groups = Min(kColumnLanes, count - g0);
       LoadGroups(in, g0, groups, lanes);
-      for (int g = 0; g < groups; ++g) hn::Store(hn::Load(dcol, lanes[g]), dcol, to + (g0 + g) * kPanelColumns);
+      for (int g = 0; g < groups; ++g) hn::Store(hn::Load(dcol, lanes[g]), dcol, to + (g0 + g) * kIntegerPanel);
     }
   }
 
@@ -200,7 +216,7 @@ class IntegerTiles {
   int group_;
   IntegerRows x_;
   uint32_t* panel_ = nullptr;
-  float *scales_ = nullptr, *biases_ = nullptr;  // [groups, kPanelColumns]
+  float *scales_ = nullptr, *biases_ = nullptr;  // [groups, kIntegerPanel]
   float* sums_ = nullptr;
 };
 

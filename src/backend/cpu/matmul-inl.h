@@ -5,6 +5,7 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
+constexpr int kPanelColumns = kTileVectors * kLanes;
 // Packed rows of x for as many inner blocks as fit; the rest of the second cache holds sums and passing weights.
 constexpr size_t kPackedBytes = size_t{224} << 10;
 
@@ -27,13 +28,6 @@ HWY_INLINE void LoadSteps(const MatmulProblem& p, int64_t r, int k0, int n, uint
   __builtin_memcpy(out, in, static_cast<size_t>(n) * sizeof(*in));
   auto* rest = reinterpret_cast<bfloat16*>(out);
   for (int i = n; i < RoundUp(n, 2 * kChains * kUnit); ++i) rest[i] = bfloat16{0};
-}
-
-// Asks for terms of a row of x: its pieces are too short for the processor's own prefetchers.
-HWY_INLINE void FetchRow(const MatmulProblem& p, int64_t r, int k0, int n) {
-  const auto size = static_cast<ptrdiff_t>(size_of(p.dtype));
-  const char* from = static_cast<const char*>(p.x.data) + (p.x.at(r) + k0) * size;
-  for (ptrdiff_t i = 0; i < n * size; i += kCacheLine) __builtin_prefetch(from + i, 0, 3);
 }
 
 // Row r of x as few rows read it: step j of the words of all chains in neighbouring places. E is a step.

@@ -11,7 +11,7 @@
 #include "backend/cpu/weights-inl.h"
 #include "backend/cpu/affine_weights-inl.h"
 #include "backend/cpu/few_rows-inl.h"
-#include "backend/cpu/write_row-inl.h"
+#include "backend/cpu/row_io-inl.h"
 #include "backend/cpu/integer_rows-inl.h"
 #include "backend/cpu/integer_few_rows-inl.h"
 #include "backend/cpu/integer_tiles-inl.h"
@@ -25,7 +25,7 @@ namespace MFA_ISA {
 namespace {
 
 constexpr MatmulTable kMatmulTable = {
-    .traits = {.lanes = kLanes, .panel = kPanelColumns},
+    .traits = {.lanes = kLanes, .panel = kPanelColumns, .integer_panel = kIntegerPanel},
     .scratch_bytes = MatmulScratchBytes,
     .task = MatmulTask,
 };

@@ -1,7 +1,14 @@
-// write_row-inl.h: how sums become a row of a product.
+// row_io-inl.h: what all products do with their rows: ask for x, write sums.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
+
+// Asks for terms of a row of x: its pieces are too short for the processor's own prefetchers.
+HWY_INLINE void FetchRow(const MatmulProblem& p, int64_t r, int k0, int n) {
+  const auto size = static_cast<ptrdiff_t>(size_of(p.dtype));
+  const char* from = static_cast<const char*>(p.x.data) + (p.x.at(r) + k0) * size;
+  for (ptrdiff_t i = 0; i < n * size; i += kCacheLine) __builtin_prefetch(from + i, 0, 3);
+}
 
 // The added terms of a vector of columns, the first `count` of which exist.
 template <class T>
