@@ -18,11 +18,11 @@ constexpr int kCodesAhead = 8192;
 template <int kBits, int kGroup>
 struct CodeVectors {
   static constexpr int kBytes = 4 * kLanes;
-  static constexpr int kCodes = 8 * kBytes / kBits;               // of a vector
-  static constexpr int kPerGroup = Max(1, kGroup / kCodes);       // vectors of a group
-  static constexpr int kGroups = Max(1, kCodes / kGroup);         // groups of a vector
-  static constexpr int kShifts = 16 / kBits;                      // codes of a 16-bit lane
-  static constexpr int kUnitBytes = kPerGroup * kBytes;           // of whole vectors that are whole groups
+  static constexpr int kCodes = 8 * kBytes / kBits;          // of a vector
+  static constexpr int kPerGroup = Max(1, kGroup / kCodes);  // vectors of a group
+  static constexpr int kGroups = Max(1, kCodes / kGroup);    // groups of a vector
+  static constexpr int kShifts = 16 / kBits;                 // codes of a 16-bit lane
+  static constexpr int kUnitBytes = kPerGroup * kBytes;      // of whole vectors that are whole groups
   static constexpr int kUnitCodes = Max(kGroup, kCodes);
 };
 
@@ -140,7 +140,8 @@ HWY_INLINE void DotColumn(const uint8_t* codes, int bytes, const int16_t* x, ptr
 
 // to[i][lane] = in[lane][start + i] for groups [start, start + count), count <= kColumnLanes.
 template <class T>
-HWY_INLINE void LoadGroups(const T* const (&in)[kColumnLanes], int start, int count, float (&to)[kColumnLanes][kColumnLanes]) {
+HWY_INLINE void LoadGroups(const T* const (&in)[kColumnLanes], int start, int count,
+                           float (&to)[kColumnLanes][kColumnLanes]) {
   if (HWY_LIKELY(count == kColumnLanes)) {
     VCol v[kColumnLanes];
     MFA_UNROLL
@@ -270,14 +271,14 @@ class IntegerFewRows {
         LoadGroups(from, start, count, dot);
         for (int i = g0 - start; i < count; ++i) {
           const int at = (start + i) * rows_ + r;
-          const VCol s = hn::Load(dcol, scale[i]), b = hn::Load(dcol, bias[i]);
-          total[r] = AddGroup(dcol, total[r], hn::Set(dcol, x_.scale[at]), s, hn::BitCast(dcoli, hn::Load(dcol, dot[i])),
-                              b, hn::Set(dcol, x_.sum[at]));
+          const VCol s = hn::Load(dcol, scale[i]), centre = CentreOf<kBits>(dcol, s, hn::Load(dcol, bias[i]));
+          total[r] = AddGroup<kBits>(dcol, total[r], x_.scale[at], s, hn::BitCast(dcoli, hn::Load(dcol, dot[i])),
+                                     centre, x_.sum[at]);
           if (HWY_LIKELY(!x_.has_rest[at])) continue;
           HWY_ALIGN int32_t rest[kColumnLanes];
           for (int c = 0; c < kColumnLanes; ++c) rest[c] = Dots(rest_dots_, r, c)[start + i];
-          total[r] = AddGroup(dcol, total[r], hn::Set(dcol, x_.scale[at] * kRestScale), s, hn::Load(dcoli, rest), b,
-                              hn::Set(dcol, x_.rest_sum[at]));
+          total[r] = AddGroup<kBits>(dcol, total[r], x_.scale[at] * kRestScale, s, hn::Load(dcoli, rest), centre,
+                                     x_.rest_sum[at]);
         }
       }
     }

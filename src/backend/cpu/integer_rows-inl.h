@@ -38,9 +38,10 @@ HWY_INLINE VI Total(const PairSums& sums) { return hn::RearrangeToOddPlusEven(su
 // Part of some rows of x. `first` and `rest` have the order in which the codes of a 32-bit word come as pairs: codes j
 // and j + h of a word, j < h, h half of its codes. `rest` is written in rows that have one.
 struct IntegerRows {
-  int16_t *first = nullptr, *rest = nullptr;                           // [rows, stride]
-  float *scale = nullptr, *sum = nullptr, *rest_sum = nullptr;         // [groups, rows]
-  uint8_t* has_rest = nullptr;                                         // likewise
+  int16_t *first = nullptr, *rest = nullptr;    // [rows, stride]
+  float* scale = nullptr;                       // [groups, rows]
+  int32_t *sum = nullptr, *rest_sum = nullptr;  // likewise, of first and rest
+  uint8_t* has_rest = nullptr;                  // likewise
   ptrdiff_t stride = 0;
   int rows = 0;
 
@@ -55,7 +56,7 @@ struct IntegerRows {
     first = reinterpret_cast<int16_t*>(scratch);
     rest = first + rows * stride;
     scale = reinterpret_cast<float*>(rest + rows * stride);
-    sum = scale + rows * groups;
+    sum = reinterpret_cast<int32_t*>(scale + rows * groups);
     rest_sum = sum + rows * groups;
     has_rest = reinterpret_cast<uint8_t*>(rest_sum + rows * groups);
   }
@@ -71,7 +72,8 @@ HWY_INLINE float PowerOf2(int e) {
 }
 HWY_INLINE GroupScale ScaleOf(float largest) {
   const bool tiny = largest < 0x1p-100f;
-  const int e = static_cast<int>(std::bit_cast<uint32_t>(tiny ? largest * 0x1p64f : largest) >> 23) - (tiny ? 191 : 127);
+  const int e =
+      static_cast<int>(std::bit_cast<uint32_t>(tiny ? largest * 0x1p64f : largest) >> 23) - (tiny ? 191 : 127);
   const int up = 14 - e, half = up / 2;
   return {PowerOf2(-up), {PowerOf2(half), PowerOf2(up - half)}};
 }
@@ -85,7 +87,7 @@ HWY_INLINE VI IntegersOf(VF rounded) {
 
 // Writes n integers y(i) in the order of IntegerRows; returns their sum.
 template <int kBits, class F>
-HWY_INLINE float StoreIntegers(int n, int16_t* out, const F& y) {
+HWY_INLINE int32_t StoreIntegers(int n, int16_t* out, const F& y) {
   static_assert(kBits == 4 || kBits == 8);
   HWY_ALIGN static constexpr uint8_t kOrder[2][16] = {{0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15},
                                                       {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15}};
@@ -97,7 +99,7 @@ HWY_INLINE float StoreIntegers(int n, int16_t* out, const F& y) {
     const V16 both = hn::Combine(d16, hn::DemoteTo(hn::Half<D16>(), high), hn::DemoteTo(hn::Half<D16>(), low));
     hn::StoreU(hn::TableLookupBytes(both, order), d16, out + i);
   }
-  return static_cast<float>(hn::GetLane(hn::SumOfLanes(di, sum)));
+  return hn::GetLane(hn::SumOfLanes(di, sum));
 }
 
 // Group g of row r from the n elements at `in`.
@@ -117,7 +119,8 @@ HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) 
     zeros = hn::Sub(zeros, hn::VecFromMask(d16, hn::Eq(hn::BitCast(d16, bits), hn::Zero(d16))));
   }
   const uint16_t bits = hn::GetLane(hn::MaxOfLanes(du16, most));
-  x.sum[at] = x.rest_sum[at] = x.scale[at] = 0.f;
+  x.scale[at] = 0.f;
+  x.sum[at] = x.rest_sum[at] = 0;
   x.has_rest[at] = 0;
   if (bits == 0 || bits >= (kHalf ? 0x7c00 : 0x7f80)) {
     // The sums of a row with a NaN or an infinity become NaN, and are computed again term by term.
@@ -134,9 +137,9 @@ HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) 
     small = hn::Sub(small, hn::VecFromMask(di, hn::RebindMask(di, hn::Lt(hn::Abs(y), hn::Set(df, kExact)))));
     return y;
   });
-  // More than half of those that are not zero?
+  // More than a quarter of those that are not zero?
   const int count = hn::GetLane(hn::SumOfLanes(di, small)), none = hn::GetLane(hn::SumOfLanes(d16, zeros));
-  if (HWY_LIKELY(2 * (count - none) <= n - none)) return;
+  if (HWY_LIKELY(4 * (count - none) <= n - none)) return;
   x.has_rest[at] = 1;
   int16_t* rest = x.rest + r * x.stride + g * n;
   x.rest_sum[at] = StoreIntegers<kBits>(n, rest, [&](int i) MFA_INLINE_LAMBDA {
@@ -163,10 +166,21 @@ HWY_NOINLINE bool QuantiseRow(const MatmulProblem& p, int64_t row, int k0, int g
 }
 
 // ---- sums of groups -------------------------------------------------------------------------------------------------
-// total + x_scale * (scale * dot + bias * sum), lane by lane: what a group adds to a sum.
-template <class D, class V = hn::Vec<D>, class VInt>
-HWY_INLINE V AddGroup(D d, V total, V x_scale, V scale, VInt dot, V bias, V sum) {
-  return hn::MulAdd(x_scale, hn::MulAdd(scale, hn::ConvertTo(d, dot), hn::Mul(bias, sum)), total);
+// Codes count from the middle of their range, which is near zero for most weights: scale * (code - middle) + centre.
+template <int kBits>
+constexpr int kMiddle = 1 << (kBits - 1);
+template <int kBits, class D, class V = hn::Vec<D>>
+HWY_INLINE V CentreOf(D d, V scale, V bias) {
+  return hn::MulAdd(hn::Set(d, static_cast<float>(kMiddle<kBits>)), scale, bias);
+}
+// What a group adds to a sum, lane by lane: total + x_scale * (scale * (dot - middle * sum) + centre * sum), where
+// `dot` is the sum of products with codes and `sum` that of a row of x.
+template <int kBits, class D, class V = hn::Vec<D>, class VInt>
+HWY_INLINE V AddGroup(D d, V total, float x_scale, V scale, VInt dot, V centre, int32_t sum) {
+  const hn::RebindToSigned<D> dint;
+  const V offset = hn::Mul(centre, hn::Set(d, static_cast<float>(sum)));
+  const V product = hn::MulAdd(scale, hn::ConvertTo(d, hn::Sub(dot, hn::Set(dint, kMiddle<kBits> * sum))), offset);
+  return hn::MulAdd(hn::Set(d, x_scale), product, total);
 }
 
 // Element (r, n) of the product, term by term in float32: for sums that are not finite.

@@ -13,8 +13,8 @@ constexpr int kCodeBlock = 256;
 
 // dots[r][c] = the sums of `steps` pairs of MR rows and NR vectors of columns.
 template <int MR, int NR>
-HWY_INLINE void DotTile(const int16_t* HWY_RESTRICT x, ptrdiff_t x_stride, const uint32_t* HWY_RESTRICT panel, int steps,
-                        VI (&dots)[MR][NR]) {
+HWY_INLINE void DotTile(const int16_t* HWY_RESTRICT x, ptrdiff_t x_stride, const uint32_t* HWY_RESTRICT panel,
+                        int steps, VI (&dots)[MR][NR]) {
   PairSums acc[MR][NR];
   MFA_NO_UNROLL
   for (int i = 0; i < steps; ++i) {
@@ -57,8 +57,8 @@ class IntegerTiles {
     const int most = blocks() * kCodeBlock;
     panel_ = reinterpret_cast<uint32_t*>(scratch + x_bytes());
     scales_ = reinterpret_cast<float*>(scratch + x_bytes() + kPanelBytes);
-    biases_ = scales_ + ScaleBytes(most) / sizeof(float);
-    sums_ = biases_ + ScaleBytes(most) / sizeof(float);
+    centres_ = scales_ + ScaleBytes(most) / sizeof(float);
+    sums_ = centres_ + ScaleBytes(most) / sizeof(float);
     std::memset(sums_, 0, static_cast<size_t>(rows * sums_stride()) * sizeof(float));
     for (int k0 = 0; k0 < p_.K; k0 += most) {
       const int terms = Min(most, p_.K - k0);
@@ -108,9 +108,8 @@ class IntegerTiles {
     for (int k = 0; k < terms; k += kCodeBlock) {
       const int count = Min(kCodeBlock, terms - k), g0 = k / group_, groups = count / group_;
       PackPanel<NR>(n, k0 + k, count, next);
-      ForRowTiles<kIntegerRows>(0, rows, [&]<int MR>(int r) {
-        MultiplyRows<MR, NR>(r, g0, groups, sums + r * sums_stride());
-      });
+      ForRowTiles<kIntegerRows>(0, rows,
+                                [&]<int MR>(int r) { MultiplyRows<MR, NR>(r, g0, groups, sums + r * sums_stride()); });
     }
   }
 
@@ -128,15 +127,14 @@ class IntegerTiles {
     ptrdiff_t from = r0 * x_stride + static_cast<ptrdiff_t>(g0) * group_;
     const uint32_t* panel = panel_;
     for (int g = g0; g < g0 + groups; ++g, from += group_, panel += group_ / 2 * kIntegerPanel) {
-      const float *scales = scales_ + g * kIntegerPanel, *biases = biases_ + g * kIntegerPanel;
+      const float *scales = scales_ + g * kIntegerPanel, *centres = centres_ + g * kIntegerPanel;
       VI dots[MR][NR];
-      const auto add = [&](int r, float x_scale, float x_sum) MFA_INLINE_LAMBDA {
+      const auto add = [&](int r, float x_scale, int32_t x_sum) MFA_INLINE_LAMBDA {
         MFA_UNROLL
         for (int c = 0; c < NR; ++c) {
-          const VF scale = hn::Load(df, scales + c * kLanes), bias = hn::Load(df, biases + c * kLanes);
+          const VF scale = hn::Load(df, scales + c * kLanes), centre = hn::Load(df, centres + c * kLanes);
           float* to = totals[r] + c * kLanes;
-          hn::Store(AddGroup(df, hn::Load(df, to), hn::Set(df, x_scale), scale, dots[r][c], bias, hn::Set(df, x_sum)),
-                    df, to);
+          hn::Store(AddGroup<kBits>(df, hn::Load(df, to), x_scale, scale, dots[r][c], centre, x_sum), df, to);
         }
       };
       const int at = g * x_.rows + r0;
@@ -183,7 +181,7 @@ class IntegerTiles {
       }
   }
 
-  // Scales and biases of the panel's columns with columns in lanes, for groups [g0, g0 + count).
+  // Scales and centres of the panel's columns with columns in lanes, for groups [g0, g0 + count).
   HWY_NOINLINE void LoadScales(int n, int g0, int count) {
     const AffineRef& a = p_.w.affine;
     WithHalf(p_.dtype, [&]<class T>(T*) {
@@ -195,7 +193,12 @@ class IntegerTiles {
           biases[i] = static_cast<const T*>(a.biases) + column * a.bias_stride + g0;
         }
         Spread(scales, count, scales_ + c);
-        Spread(biases, count, biases_ + c);
+        Spread(biases, count, centres_ + c);
+        for (int g = 0; g < count; ++g) {
+          float* centre = centres_ + g * kIntegerPanel + c;
+          const VCol scale = hn::Load(dcol, scales_ + g * kIntegerPanel + c);
+          hn::Store(CentreOf<kBits>(dcol, scale, hn::Load(dcol, centre)), dcol, centre);
+        }
       }
     });
   }
@@ -216,7 +219,7 @@ class IntegerTiles {
   int group_;
   IntegerRows x_;
   uint32_t* panel_ = nullptr;
-  float *scales_ = nullptr, *biases_ = nullptr;  // [groups, kIntegerPanel]
+  float *scales_ = nullptr, *centres_ = nullptr;  // [groups, kIntegerPanel]
   float* sums_ = nullptr;
 };
 
