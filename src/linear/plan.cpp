@@ -18,6 +18,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.
+// Integer tiles take over sooner: unpacking a panel costs what multiplying two rows costs.
 bool goes_direct(const MatmulProblem& p) {
   if (sums_integers(p)) return p.M <= kDirectRowsInteger;
   if (p.M > (p.w.transposed ? kDirectRowsTransposed : kDirectRows)) return false;

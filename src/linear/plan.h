@@ -14,7 +14,7 @@ struct MatmulTraits {
   int32_t integer_panel = 0;  // the same where groups are sums of integers
 };
 
-// Most rows of a direct product.
+// Most rows of a direct product: weights [in, out], [out, in], and [out, in] with sums of integers.
 inline constexpr int32_t kDirectRows = 4;
 inline constexpr int32_t kDirectRowsTransposed = 8;
 inline constexpr int32_t kDirectRowsInteger = 4;

@@ -19,7 +19,7 @@ class AffineColumnWeights {
 
  public:
   static constexpr bool kByRows = false;
-  static constexpr bool kDirect = kBits == 4 || kBits == 8;
+  static constexpr bool kDirect = !kPairs && (kBits == 4 || kBits == 8);
   static constexpr bool kSpread = false;
   static constexpr int kUnit = kWhole ? 32 / kBits / (kPairs ? 2 : 1) : 1;
   static constexpr int kChunk = kWords * 32 / kBits;
@@ -31,7 +31,7 @@ class AffineColumnWeights {
     shift_ = a.group_size == 32 ? 5 : a.group_size == 64 ? 6 : 7;
   }
 
-  // kSides columns as few rows read them: weights-inl.h.
+  // kSides columns as few rows of float32 read them: weights-inl.h.
   struct Columns {
     const uint32_t* side[kSides];
     int n[kSides];
@@ -51,7 +51,7 @@ class AffineColumnWeights {
     // A code of every column after the other: what is done to one is a long chain.
     const auto mask = hn::Set(dcu, (1u << kBits) - 1);
     hn::Vec<DCU> words[V];
-    VC scale[V], bias[V], even[V];
+    VC scale[V], bias[V];
     const int group = (k >> shift_) - columns[0].first;
     MFA_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -70,14 +70,7 @@ class AffineColumnWeights {
                     auto bits = words[v];
                     if constexpr (i > 0) bits = hn::ShiftRight<i * kBits>(bits);
                     if constexpr (i * kBits + kBits < 32) bits = hn::And(bits, mask);
-                    const VC w = hn::MulAdd(hn::ConvertTo(dc, hn::BitCast(dci, bits)), scale[v], bias[v]);
-                    if constexpr (!kPairs) {
-                      f(v, i, w);
-                    } else if constexpr (i % 2 == 0) {
-                      even[v] = w;
-                    } else {
-                      f(v, i / 2, PackPairs(even[v], w));
-                    }
+                    f(v, i, hn::MulAdd(hn::ConvertTo(dc, hn::BitCast(dci, bits)), scale[v], bias[v]));
                   }
                 });
   }

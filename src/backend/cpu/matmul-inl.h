@@ -353,14 +353,15 @@ HWY_INLINE void WithProduct(const MatmulJob& job, const F& f) {
         return run(pairs, static_cast<AffineColumnWeights<2, kPairs>*>(nullptr));
       case 3:
         return run(pairs, static_cast<AffineColumnWeights<3, kPairs>*>(nullptr));
-      case 4:
-        return run(pairs, static_cast<AffineColumnWeights<4, kPairs>*>(nullptr));
       case 5:
         return run(pairs, static_cast<AffineColumnWeights<5, kPairs>*>(nullptr));
       case 6:
         return run(pairs, static_cast<AffineColumnWeights<6, kPairs>*>(nullptr));
-      default:
-        return run(pairs, static_cast<AffineColumnWeights<8, kPairs>*>(nullptr));
+    }
+    // x is float32: those of 16 bits were sums of integers.
+    if constexpr (!kPairs) {
+      if (w.affine.bits == 4) return run(pairs, static_cast<AffineColumnWeights<4, false>*>(nullptr));
+      run(pairs, static_cast<AffineColumnWeights<8, false>*>(nullptr));
     }
   };
   if constexpr (kNativeBf16) {
