@@ -12,10 +12,10 @@
 //
 // Sums with weights of 4 or 8 bits, stored transposed, and x of 16 bits are made of integers, which have no order. A
 // group of a row of x, as the weights have groups, is s * q: s = 2^(e - 14), e being the exponent of its largest
-// element, and q rounds x / s to the nearest integer, ties to even. Where more than a quarter of the elements that are
-// not zero may lose digits so (bfloat16: |x / s| < 2^7, float16: 2^10), the rests x - s * q are 2^-15 * s * q', q'
-// rounded likewise, and otherwise zero. With codes c and m = 2^(bits - 1) a group adds to the sum, in the order of the
-// groups and first with s and q, then, if it has rests, with 2^-15 * s and q',
+// element, and q rounds x / s to the nearest integer, ties to even. Where more than half of the elements that are not
+// zero are small, |x / s| < 2^7 in bfloat16 and 2^9 in float16, the rests x - s * q are 2^-15 * s * q', q' rounded
+// likewise. With codes c and m = 2^(bits - 1) a group adds to the sum, in the order of the groups and first with s and
+// q, then, if it has rests, with 2^-15 * s and q',
 //   s * (scale * sum q * (c - m) + (bias + m * scale) * sum q),
 // the sums over q exact and the rest fused multiply-adds in float32. A sum that is not finite is computed again term by
 // term.

@@ -106,7 +106,7 @@ HWY_INLINE int32_t StoreIntegers(int n, int16_t* out, const F& y) {
 template <int kBits, class T>
 HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) {
   constexpr bool kHalf = std::is_same_v<T, float16>;
-  constexpr float kExact = kHalf ? 0x1p10f : 0x1p7f;  // from here on y has no digits after the point
+  constexpr float kSmall = kHalf ? 0x1p9f : 0x1p7f;
   const hn::RebindToUnsigned<D16> du16;
   const int at = g * x.rows + r;
   int16_t* first = x.first + r * x.stride + g * n;
@@ -131,15 +131,15 @@ HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) 
   const GroupScale s = ScaleOf(to_float(T{bits}));
   x.scale[at] = s.scale;
   const VF up0 = hn::Set(df, s.inverse[0]), up1 = hn::Set(df, s.inverse[1]);
-  VI small = hn::Zero(di);  // elements that may lose digits, and zeros
+  VI small = hn::Zero(di);  // elements below kSmall, zeros too
   x.sum[at] = StoreIntegers<kBits>(n, first, [&](int i) MFA_INLINE_LAMBDA {
     const VF y = hn::Mul(hn::Mul(LoadFloat(in + i), up0), up1);
-    small = hn::Sub(small, hn::VecFromMask(di, hn::RebindMask(di, hn::Lt(hn::Abs(y), hn::Set(df, kExact)))));
+    small = hn::Sub(small, hn::VecFromMask(di, hn::RebindMask(di, hn::Lt(hn::Abs(y), hn::Set(df, kSmall)))));
     return y;
   });
-  // More than a quarter of those that are not zero?
+  // More than half of those that are not zero?
   const int count = hn::GetLane(hn::SumOfLanes(di, small)), none = hn::GetLane(hn::SumOfLanes(d16, zeros));
-  if (HWY_LIKELY(4 * (count - none) <= n - none)) return;
+  if (HWY_LIKELY(2 * (count - none) <= n - none)) return;
   x.has_rest[at] = 1;
   int16_t* rest = x.rest + r * x.stride + g * n;
   x.rest_sum[at] = StoreIntegers<kBits>(n, rest, [&](int i) MFA_INLINE_LAMBDA {
