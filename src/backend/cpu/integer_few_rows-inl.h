@@ -111,23 +111,23 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
   }
 }
 
-// The same for all groups of a column of `bytes` bytes, or steps with a group g of wanted[g * wanted_stride]. Up to
-// kLanes dots past the last are overwritten.
+// The same for all groups of a column of `bytes` bytes, or steps with a group g of wanted[g]. Up to kLanes dots past
+// the last are overwritten.
 template <int kBits, int kGroup, int R>
 HWY_INLINE void DotColumn(const uint8_t* codes, int bytes, const int16_t* x, ptrdiff_t x_stride, const uint8_t* wanted,
-                          int wanted_stride, int32_t* dots, ptrdiff_t dots_stride) {
+                          int32_t* dots, ptrdiff_t dots_stride) {
   using C = CodeVectors<kBits, kGroup>;
   const uint8_t* end = codes + bytes;
   const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from) MFA_INLINE_LAMBDA {
     MFA_UNROLL
     for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine) __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
     bool any = !wanted;
-    for (int g = 0; wanted && g < U * C::kGroups; ++g) any |= wanted[g * wanted_stride];
+    for (int g = 0; wanted && g < U * C::kGroups; ++g) any |= wanted[g];
     if (any) DotUnits<kBits, kGroup, U, R>(from, x, x_stride, dots, dots_stride);
     codes += U * C::kUnitBytes;
     x += U * C::kUnitCodes;
     dots += U * C::kGroups;
-    if (wanted) wanted += U * C::kGroups * wanted_stride;
+    if (wanted) wanted += U * C::kGroups;
   };
   while (end - codes >= 4 * C::kUnitBytes) step(std::integral_constant<int, 4>(), codes);
   while (end - codes >= C::kUnitBytes) step(std::integral_constant<int, 1>(), codes);
@@ -145,26 +145,40 @@ HWY_INLINE void LoadGroups(const T* const (&in)[kColumnLanes], int start, int co
   if (HWY_LIKELY(count == kColumnLanes)) {
     VCol v[kColumnLanes];
     MFA_UNROLL
-    for (int c = 0; c < kColumnLanes; ++c) {
-      if constexpr (sizeof(T) == 4) {
-        v[c] = hn::BitCast(dcol, hn::LoadU(dcoli, in[c] + start));
-      } else {
-        v[c] = LoadFloat(dcol, in[c] + start);
-      }
-    }
+    for (int c = 0; c < kColumnLanes; ++c) v[c] = LoadFloat(dcol, in[c] + start);
     Transpose(dcol, v);
     MFA_UNROLL
     for (int i = 0; i < kColumnLanes; ++i) hn::Store(v[i], dcol, to[i]);
     return;
   }
   for (int c = 0; c < kColumnLanes; ++c)
-    for (int i = 0; i < count; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        to[i][c] = std::bit_cast<float>(in[c][start + i]);
-      } else {
-        to[i][c] = to_float(in[c][start + i]);
-      }
-    }
+    for (int i = 0; i < count; ++i) to[i][c] = to_float(in[c][start + i]);
+}
+
+// products[g] = GroupProduct() of group g of a column, lanes being groups.
+template <int kBits, class T>
+HWY_INLINE void ScaleDots(const T* scales, const T* biases, int groups, const int32_t* dots, const int32_t* sums,
+                          float* products) {
+  const auto scale_dots = [&](const T* s, const T* b, const int32_t* dot, const int32_t* sum, float* to) {
+    const VCol scale = LoadFloat(dcol, s), centre = CentreOf<kBits>(dcol, scale, LoadFloat(dcol, b));
+    hn::StoreU(GroupProduct<kBits>(dcol, scale, hn::LoadU(dcoli, dot), centre, hn::LoadU(dcoli, sum)), dcol, to);
+  };
+  int g = 0;
+  for (; g + kColumnLanes <= groups; g += kColumnLanes)
+    scale_dots(scales + g, biases + g, dots + g, sums + g, products + g);
+  if (g == groups) return;
+  if (groups >= kColumnLanes) {
+    g = groups - kColumnLanes;
+    return scale_dots(scales + g, biases + g, dots + g, sums + g, products + g);
+  }
+  T s[kColumnLanes] = {}, b[kColumnLanes] = {};
+  int32_t sum[kColumnLanes] = {};
+  for (int i = 0; i < groups; ++i) {
+    s[i] = scales[i];
+    b[i] = biases[i];
+    sum[i] = sums[i];
+  }
+  scale_dots(s, b, dots, sum, products);
 }
 
 template <int kBits, int kGroup>
@@ -180,16 +194,17 @@ class IntegerFewRows {
         dots_stride_(RoundUp(groups_, kLanes) + kLanes) {}
 
   size_t scratch_bytes() const {
-    const auto dots = static_cast<size_t>(rows_ * kColumnLanes * dots_stride_);
-    return x_bytes() + 2 * dots * sizeof(int32_t) + static_cast<size_t>(rows_ * sums_stride()) * sizeof(float);
+    const ptrdiff_t row = (1 + 2 * kColumnLanes) * dots_stride_ + sums_stride();
+    return x_bytes() + static_cast<size_t>(rows_ * row) * sizeof(float);
   }
 
   void Run(int64_t task, char* scratch) {
     const int n0 = static_cast<int>(task) * plan_.column_block, n1 = Min(n0 + plan_.column_block, p_.N);
-    x_ = IntegerRows(rows_, p_.K, groups_, scratch);
+    x_ = IntegerRows(rows_, p_.K, groups_, false, scratch);
     dots_ = reinterpret_cast<int32_t*>(scratch + x_bytes());
-    rest_dots_ = dots_ + rows_ * kColumnLanes * dots_stride_;
-    sums_ = reinterpret_cast<float*>(rest_dots_ + rows_ * kColumnLanes * dots_stride_);
+    products_ = reinterpret_cast<float*>(dots_ + rows_ * dots_stride_);
+    rest_products_ = products_ + rows_ * kColumnLanes * dots_stride_;
+    sums_ = rest_products_ + rows_ * kColumnLanes * dots_stride_;
     for (int r = 0; r < rows_; ++r) {
       has_rest_[r] = QuantiseRow<kBits>(p_, r, 0, groups_, kGroup, x_, r);
       Sort(x_.first + r * x_.stride);
@@ -219,71 +234,65 @@ class IntegerFewRows {
     SortForVectors<kBits>(row, padded);
   }
 
-  int32_t* Dots(int32_t* dots, int r, int c) const { return dots + (r * kColumnLanes + c) * dots_stride_; }
+  float* Products(float* products, int r, int c) const { return products + (r * kColumnLanes + c) * dots_stride_; }
 
   template <int R, class T>
   HWY_NOINLINE void Multiply(int n0, int n1) {
     const AffineRef& a = p_.w.affine;
     const int bytes = p_.K * kBits / 8;
     for (int n = n0; n < n1; n += kColumnLanes) {
-      const T *scales[kColumnLanes], *biases[kColumnLanes];
       for (int c = 0; c < kColumnLanes; ++c) {
         const int column = Min(n + c, n1 - 1);
-        scales[c] = static_cast<const T*>(a.scales) + column * a.scale_stride;
-        biases[c] = static_cast<const T*>(a.biases) + column * a.bias_stride;
+        const T* scales = static_cast<const T*>(a.scales) + column * a.scale_stride;
+        const T* biases = static_cast<const T*>(a.biases) + column * a.bias_stride;
         for (int g = 0; g < groups_; g += static_cast<int>(kCacheLine / sizeof(T))) {
-          __builtin_prefetch(scales[c] + kColumnLanes * a.scale_stride + g, 0, 3);
-          __builtin_prefetch(biases[c] + kColumnLanes * a.bias_stride + g, 0, 3);
+          __builtin_prefetch(scales + kColumnLanes * a.scale_stride + g, 0, 3);
+          __builtin_prefetch(biases + kColumnLanes * a.bias_stride + g, 0, 3);
         }
-        const auto* codes = static_cast<const uint32_t*>(p_.w.data) + column * p_.w.stride;
-        const auto* at = reinterpret_cast<const uint8_t*>(codes);
-        DotColumn<kBits, kGroup, R>(at, bytes, x_.first, x_.stride, nullptr, 0, Dots(dots_, 0, c),
-                                    kColumnLanes * dots_stride_);
+        const auto* codes =
+            reinterpret_cast<const uint8_t*>(static_cast<const uint32_t*>(p_.w.data) + column * p_.w.stride);
+        DotColumn<kBits, kGroup, R>(codes, bytes, x_.first, x_.stride, nullptr, dots_, dots_stride_);
+        MFA_UNROLL
         for (int r = 0; r < R; ++r)
-          if (HWY_UNLIKELY(has_rest_[r])) DotRest(at, r, c);
+          ScaleDots<kBits>(scales, biases, groups_, dots_ + r * dots_stride_, x_.sum + x_.At(0, r),
+                           Products(products_, r, c));
+        for (int r = 0; r < R; ++r)
+          if (HWY_UNLIKELY(has_rest_[r])) DotRest(codes, scales, biases, r, c);
       }
-      AddGroups<R>(scales, biases, n - n0);
+      AddGroups<R>(n - n0);
     }
   }
 
-  HWY_NOINLINE void DotRest(const uint8_t* codes, int r, int c) const {
-    DotColumn<kBits, kGroup, 1>(codes, p_.K * kBits / 8, x_.rest + r * x_.stride, 0, x_.has_rest + r, rows_,
-                                Dots(rest_dots_, r, c), 0);
+  template <class T>
+  HWY_NOINLINE void DotRest(const uint8_t* codes, const T* scales, const T* biases, int r, int c) {
+    DotColumn<kBits, kGroup, 1>(codes, p_.K * kBits / 8, x_.rest + r * x_.stride, 0, x_.has_rest + x_.At(0, r), dots_,
+                                0);
+    ScaleDots<kBits>(scales, biases, groups_, dots_, x_.rest_sum + x_.At(0, r), Products(rest_products_, r, c));
   }
 
-  // The sums of the columns whose dots are made.
-  template <int R, class T>
-  HWY_INLINE void AddGroups(const T* const (&scales)[kColumnLanes], const T* const (&biases)[kColumnLanes],
-                            int column) {
-    using Lanes = float[kColumnLanes];
-    VCol total[R];
+  // The sums of the columns whose products are made.
+  template <int R>
+  HWY_INLINE void AddGroups(int column) {
     MFA_UNROLL
-    for (int r = 0; r < R; ++r) total[r] = hn::Zero(dcol);
-    for (int g0 = 0; g0 < groups_; g0 += kColumnLanes) {
-      const int start = Max(0, Min(g0, groups_ - kColumnLanes)), count = Min(kColumnLanes, groups_ - start);
-      HWY_ALIGN Lanes scale[kColumnLanes], bias[kColumnLanes], dot[kColumnLanes];
-      LoadGroups(scales, start, count, scale);
-      LoadGroups(biases, start, count, bias);
-      MFA_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const int32_t* from[kColumnLanes];
-        for (int c = 0; c < kColumnLanes; ++c) from[c] = Dots(dots_, r, c);
-        LoadGroups(from, start, count, dot);
-        for (int i = g0 - start; i < count; ++i) {
-          const int at = (start + i) * rows_ + r;
-          const VCol s = hn::Load(dcol, scale[i]), centre = CentreOf<kBits>(dcol, s, hn::Load(dcol, bias[i]));
-          total[r] = AddGroup<kBits>(dcol, total[r], x_.scale[at], s, hn::BitCast(dcoli, hn::Load(dcol, dot[i])),
-                                     centre, x_.sum[at]);
+    for (int r = 0; r < R; ++r) {
+      const float* from[kColumnLanes];
+      for (int c = 0; c < kColumnLanes; ++c) from[c] = Products(products_, r, c);
+      VCol total = hn::Zero(dcol);
+      for (int g0 = 0; g0 < groups_; g0 += kColumnLanes) {
+        const int count = Min(kColumnLanes, groups_ - g0);
+        HWY_ALIGN float products[kColumnLanes][kColumnLanes];
+        LoadGroups(from, g0, kColumnLanes, products);  // whole vectors: the buffer is padded
+        for (int i = 0; i < count; ++i) {
+          const int at = x_.At(g0 + i, r);
+          total = hn::MulAdd(hn::Set(dcol, x_.scale[at]), hn::Load(dcol, products[i]), total);
           if (HWY_LIKELY(!x_.has_rest[at])) continue;
-          HWY_ALIGN int32_t rest[kColumnLanes];
-          for (int c = 0; c < kColumnLanes; ++c) rest[c] = Dots(rest_dots_, r, c)[start + i];
-          total[r] = AddGroup<kBits>(dcol, total[r], x_.scale[at] * kRestScale, s, hn::Load(dcoli, rest), centre,
-                                     x_.rest_sum[at]);
+          HWY_ALIGN float rest[kColumnLanes];
+          for (int c = 0; c < kColumnLanes; ++c) rest[c] = Products(rest_products_, r, c)[g0 + i];
+          total = hn::MulAdd(hn::Set(dcol, x_.scale[at] * kRestScale), hn::Load(dcol, rest), total);
         }
       }
+      hn::StoreU(total, dcol, sums_ + r * sums_stride() + column);
     }
-    MFA_UNROLL
-    for (int r = 0; r < R; ++r) hn::StoreU(total[r], dcol, sums_ + r * sums_stride() + column);
   }
 
   const MatmulProblem& p_;
@@ -292,8 +301,9 @@ class IntegerFewRows {
   ptrdiff_t dots_stride_;
   IntegerRows x_;
   bool has_rest_[kDirectRowsInteger] = {};
-  int32_t *dots_ = nullptr, *rest_dots_ = nullptr;  // [rows, kColumnLanes, groups]
-  float* sums_ = nullptr;
+  int32_t* dots_ = nullptr;                               // [rows, groups], of one column
+  float *products_ = nullptr, *rest_products_ = nullptr;  // [rows, kColumnLanes, groups]
+  float* sums_ = nullptr;                                 // [rows, columns]
 };
 
 }  // namespace

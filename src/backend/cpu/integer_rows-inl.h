@@ -39,20 +39,22 @@ HWY_INLINE VI Total(const PairSums& sums) { return hn::RearrangeToOddPlusEven(su
 // and j + h of a word, j < h, h half of its codes. `rest` is written in rows that have one.
 struct IntegerRows {
   int16_t *first = nullptr, *rest = nullptr;    // [rows, stride]
-  float* scale = nullptr;                       // [groups, rows]
+  float* scale = nullptr;                       // of group g of row r at At(g, r)
   int32_t *sum = nullptr, *rest_sum = nullptr;  // likewise, of first and rest
   uint8_t* has_rest = nullptr;                  // likewise
   ptrdiff_t stride = 0;
-  int rows = 0;
+  int group_step = 0, row_step = 0;
+  int At(int g, int r) const { return g * group_step + r * row_step; }
 
   // The stride keeps rows a power of two apart out of the same cache set.
   static ptrdiff_t Stride(int terms) { return RoundUp(terms, 16 * kLanes) + 32; }
   static size_t Bytes(int rows, int terms, int groups) {
     const size_t bytes = static_cast<size_t>(rows) * (static_cast<size_t>(Stride(terms)) * 4 + size_t{13} * groups);
-    return (bytes + 63) / 64 * 64;
+    return (bytes + 16 + 63) / 64 * 64;  // vectors of groups are looked at past the last
   }
   IntegerRows() = default;
-  IntegerRows(int rows, int terms, int groups, char* scratch) : stride(Stride(terms)), rows(rows) {
+  IntegerRows(int rows, int terms, int groups, bool rows_adjacent, char* scratch)
+      : stride(Stride(terms)), group_step(rows_adjacent ? rows : 1), row_step(rows_adjacent ? 1 : groups) {
     first = reinterpret_cast<int16_t*>(scratch);
     rest = first + rows * stride;
     scale = reinterpret_cast<float*>(rest + rows * stride);
@@ -108,7 +110,7 @@ HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) 
   constexpr bool kHalf = std::is_same_v<T, float16>;
   constexpr float kSmall = kHalf ? 0x1p9f : 0x1p7f;
   const hn::RebindToUnsigned<D16> du16;
-  const int at = g * x.rows + r;
+  const int at = x.At(g, r);
   int16_t* first = x.first + r * x.stride + g * n;
 
   auto most = hn::Zero(du16);
@@ -157,10 +159,10 @@ HWY_NOINLINE bool QuantiseRow(const MatmulProblem& p, int64_t row, int k0, int g
     const T* in = static_cast<const T*>(p.x.data) + p.x.at(row) + k0;
     for (int g = 0; g < groups; ++g) QuantiseGroup<kBits>(in + g * n, n, x, r, g);
   });
-  for (int g = 0; g < groups; ++g) any |= x.has_rest[g * x.rows + r];
+  for (int g = 0; g < groups; ++g) any |= x.has_rest[x.At(g, r)];
   if (HWY_LIKELY(!any)) return false;
   for (int g = 0; g < groups; ++g)
-    if (!x.has_rest[g * x.rows + r])
+    if (!x.has_rest[x.At(g, r)])
       std::memset(x.rest + r * x.stride + g * n, 0, static_cast<size_t>(n) * sizeof(*x.rest));
   return true;
 }
@@ -173,14 +175,12 @@ template <int kBits, class D, class V = hn::Vec<D>>
 HWY_INLINE V CentreOf(D d, V scale, V bias) {
   return hn::MulAdd(hn::Set(d, static_cast<float>(kMiddle<kBits>)), scale, bias);
 }
-// What a group adds to a sum, lane by lane: total + x_scale * (scale * (dot - middle * sum) + centre * sum), where
-// `dot` is the sum of products with codes and `sum` that of a row of x.
+// What a group adds to a sum, divided by the scale of x: scale * (dot - middle * sum) + centre * sum, where `dot` is
+// the sum of products with codes and `sum` that of a row of x.
 template <int kBits, class D, class V = hn::Vec<D>, class VInt>
-HWY_INLINE V AddGroup(D d, V total, float x_scale, V scale, VInt dot, V centre, int32_t sum) {
-  const hn::RebindToSigned<D> dint;
-  const V offset = hn::Mul(centre, hn::Set(d, static_cast<float>(sum)));
-  const V product = hn::MulAdd(scale, hn::ConvertTo(d, hn::Sub(dot, hn::Set(dint, kMiddle<kBits> * sum))), offset);
-  return hn::MulAdd(hn::Set(d, x_scale), product, total);
+HWY_INLINE V GroupProduct(D d, V scale, VInt dot, V centre, VInt sum) {
+  const V offset = hn::Mul(centre, hn::ConvertTo(d, sum));
+  return hn::MulAdd(scale, hn::ConvertTo(d, hn::Sub(dot, hn::ShiftLeft<kBits - 1>(sum))), offset);
 }
 
 // Element (r, n) of the product, term by term in float32: for sums that are not finite.

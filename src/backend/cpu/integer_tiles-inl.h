@@ -62,7 +62,7 @@ class IntegerTiles {
     std::memset(sums_, 0, static_cast<size_t>(rows * sums_stride()) * sizeof(float));
     for (int k0 = 0; k0 < p_.K; k0 += most) {
       const int terms = Min(most, p_.K - k0);
-      x_ = IntegerRows(rows, most, most / group_, scratch);
+      x_ = IntegerRows(rows, most, most / group_, true, scratch);
       for (int r = 0; r < rows; ++r) {
         if (r + 2 < rows) FetchRow(p_, r0 + r + 2, k0, terms);
         QuantiseRow<kBits>(p_, r0 + r, k0, terms / group_, group_, x_, r);
@@ -134,10 +134,11 @@ class IntegerTiles {
         for (int c = 0; c < NR; ++c) {
           const VF scale = hn::Load(df, scales + c * kLanes), centre = hn::Load(df, centres + c * kLanes);
           float* to = totals[r] + c * kLanes;
-          hn::Store(AddGroup<kBits>(df, hn::Load(df, to), x_scale, scale, dots[r][c], centre, x_sum), df, to);
+          const VF product = GroupProduct<kBits>(df, scale, dots[r][c], centre, hn::Set(di, x_sum));
+          hn::Store(hn::MulAdd(hn::Set(df, x_scale), product, hn::Load(df, to)), df, to);
         }
       };
-      const int at = g * x_.rows + r0;
+      const int at = x_.At(g, r0);  // of row r at + r
       DotTile<MR, NR>(x_.first + from, x_stride, panel, group_ / 2, dots);
       uint8_t has_rest = 0;
       MFA_UNROLL
