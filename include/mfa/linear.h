@@ -30,8 +30,9 @@ MFA_API mlx::core::array addmm(const mlx::core::array& c, const mlx::core::array
 
 // x [..., M, K] by weights in MLX's affine quantisation: w uint32 [..., N, K * bits / 32] if `transpose`, else
 // [..., K, N * bits / 32]; scales and biases [..., rows of w, groups]. bits is 2, 3, 4, 5, 6 or 8; group_size is 32, 64
-// or 128. Codes are read where they lie; a weight is scale * code + bias in float32, or, on processors that multiply
-// bfloat16 pairs and with x in bfloat16, that rounded to bfloat16. Differentiable in x, scales and biases.
+// or 128. Codes are read where they lie; a weight is scale * code + bias, not rounded to the dtype except by processors
+// that multiply bfloat16 pairs, and then not with 4 and 8 bits if `transpose`. Those, with x of 16 bits, are summed as
+// integers: docs/linear.md. Differentiable in x, scales and biases.
 MFA_API mlx::core::array quantized_matmul(const mlx::core::array& x, const mlx::core::array& w,
                                           const mlx::core::array& scales, const mlx::core::array& biases,
                                           bool transpose = true, int group_size = 64, int bits = 4,

@@ -6,12 +6,19 @@
 namespace mfa {
 namespace {
 
-// The largest tiled task. With as many rows, bringing panels of weights in costs 2 % of the products made with them;
-// sums and panels of as many columns take a megabyte each.
-constexpr int64_t kMaxRows = 768, kMaxColumns = 336;
-// The same where weights are packed already: as many rows as are packed at a time, for as many columns as share them
-// without their sums filling the second cache.
-constexpr int64_t kMaxRowsPacked = 104, kMaxColumnsPacked = 1056;
+// How tiled tasks are cut: most rows and columns of one, into how many splits the rows of several threads may be cut,
+// and what a panel of weights costs a task, in products of the panel with a row.
+struct TiledLimits {
+  int64_t rows, columns, splits, panel_cost;
+};
+// With as many rows, bringing panels of weights in costs 2 % of the products made with them; sums and panels of as many
+// columns take a megabyte each.
+constexpr TiledLimits kPlainLimits = {768, 336, 8, 12};
+// Weights packed ahead: as many rows as are packed at a time, for as many columns as share them without their sums
+// filling the second cache.
+constexpr TiledLimits kPackedLimits = {104, 1056, 4, 0};
+// Sums of integers: rows of x and sums share the second cache.
+constexpr TiledLimits kIntegerLimits = {192, 336, 4, 4};
 // Weights of a direct task: less than this is read in the time it takes to hand out a task.
 constexpr int64_t kMinDirectBytes = 32 << 10;
 
@@ -19,7 +26,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.
+// Integer tiles take over sooner: unpacking a panel costs what multiplying two rows costs.
 bool goes_direct(const MatmulProblem& p) {
+  if (sums_integers(p)) return p.M <= kDirectRowsInteger;
   if (p.M > (p.w.transposed && !p.w.packed ? kDirectRowsTransposed : kDirectRows)) return false;
   return !p.w.quantised() || (p.w.transposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8));
 }
@@ -39,24 +48,24 @@ void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, M
 }
 
 void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {
-  const bool packed = p.w.packed;
-  const int64_t most_rows = packed ? kMaxRowsPacked : kMaxRows;
-  const int64_t panels = ceil_div(p.N, cpu.panel);
-  const int64_t most_panels = std::max<int64_t>(1, (packed ? kMaxColumnsPacked : kMaxColumns) / cpu.panel);
+  const bool integers = sums_integers(p);
+  const TiledLimits& most = p.w.packed ? kPackedLimits : integers ? kIntegerLimits : kPlainLimits;
+  const int64_t panel = integers ? cpu.integer_panel : cpu.panel;
+  const int64_t panels = ceil_div(p.N, panel), most_panels = std::max<int64_t>(1, most.columns / panel);
   double best = std::numeric_limits<double>::infinity();
-  for (int64_t splits = 1; splits <= (threads == 1 ? 1 : packed ? 4 : 8); ++splits) {
-    const int64_t rows = std::min(p.M, round_up(ceil_div(p.M, ceil_div(p.M, most_rows) * splits), 8));
+  for (int64_t splits = 1; splits <= (threads == 1 ? 1 : most.splits); ++splits) {
+    const int64_t rows = std::min(p.M, round_up(ceil_div(p.M, ceil_div(p.M, most.rows) * splits), 8));
     const int64_t row_blocks = ceil_div(p.M, rows);
     for (int64_t width = std::min(panels, most_panels); width >= 1; --width) {
       const int64_t tasks = row_blocks * ceil_div(panels, width);
       // Time of the busiest thread: products of a row and a panel, plus what each panel and each row cost once a task.
-      const double task = static_cast<double>(rows * width + (packed ? 0 : 12) * width + rows / 3 + 16);
+      const double task = static_cast<double>(rows * width + most.panel_cost * width + rows / 3 + 16);
       const double time = task * static_cast<double>(ceil_div(tasks, threads));
       if (time >= best) continue;
       best = time;
       plan.row_block = static_cast<int32_t>(rows);
       plan.row_blocks = row_blocks;
-      plan.column_block = static_cast<int32_t>(width * cpu.panel);
+      plan.column_block = static_cast<int32_t>(width * panel);
       plan.column_blocks = ceil_div(panels, width);
     }
   }

@@ -9,15 +9,17 @@ namespace mfa {
 
 // What an instruction set offers to the planner.
 struct MatmulTraits {
-  int32_t lanes = 0;   // float32 lanes of a vector
-  int32_t panel = 0;   // columns of a packed panel
-  bool pairs = false;  // pairs of bfloat16 are multiplied
+  int32_t lanes = 0;          // float32 lanes of a vector
+  int32_t panel = 0;          // columns of a packed panel
+  int32_t integer_panel = 0;  // the same where groups are sums of integers
+  bool pairs = false;         // pairs of bfloat16 are multiplied
   bool operator==(const MatmulTraits&) const = default;
 };
 
-// Most rows of a direct product.
+// Most rows of a direct product: weights [in, out], [out, in], and [out, in] with sums of integers.
 inline constexpr int32_t kDirectRows = 4;
 inline constexpr int32_t kDirectRowsTransposed = 8;
+inline constexpr int32_t kDirectRowsInteger = 4;
 
 enum class MatmulKernel : uint8_t {
   empty,   // no output

@@ -9,6 +9,16 @@
 // of 4 bits; one where words hold no whole number of codes, and for float16). A chain is summed from zero in the order
 // of k; the chains are added to the total one after the other. So a kernel may have columns in its lanes and walk one
 // chain at a time, or chains in its lanes and walk weights in the order of memory.
+//
+// Sums with weights of 4 or 8 bits, stored transposed, and x of 16 bits are made of integers, which have no order. A
+// group of a row of x, as the weights have groups, is s * q: s = 2^(e - 14), e being the exponent of its largest
+// element, and q rounds x / s to the nearest integer, ties to even. Where more than half of the elements that are not
+// zero are small, |x / s| < 2^7 in bfloat16 and 2^9 in float16, the rests x - s * q are 2^-15 * s * q', q' rounded
+// likewise. With codes c and m = 2^(bits - 1) a group adds to the sum, in the order of the groups and first with s and
+// q, then, if it has rests, with 2^-15 * s and q',
+//   s * (scale * sum q * (c - m) + (bias + m * scale) * sum q),
+// the sums over q exact and the rest fused multiply-adds in float32. A sum that is not finite is computed again term by
+// term.
 #pragma once
 
 #include <cstdint>
@@ -71,5 +81,10 @@ struct MatmulProblem {
   const int64_t* out_offsets = nullptr;
   int64_t out_at(int64_t r) const { return out_offsets ? out_offsets[r] : r * N; }
 };
+
+// Whether groups are sums of integers.
+inline bool sums_integers(const MatmulProblem& p) {
+  return p.w.transposed && p.dtype != DType::f32 && (p.w.affine.bits == 4 || p.w.affine.bits == 8);
+}
 
 }  // namespace mfa

@@ -21,7 +21,7 @@ class AffineColumnWeights {
   using Element = typename Terms<kPairs>::Stored;
   static constexpr bool kPacks = false;
   static constexpr bool kByRows = false;
-  static constexpr bool kDirect = kBits == 4 || kBits == 8;
+  static constexpr bool kDirect = !kPairs && (kBits == 4 || kBits == 8);
   static constexpr bool kSpread = false;
   static constexpr int kUnit = kWhole ? 32 / kBits / (kPairs ? 2 : 1) : 1;
   static constexpr int kChunk = kWords * 32 / kBits;
@@ -33,7 +33,7 @@ class AffineColumnWeights {
     shift_ = a.group_size == 32 ? 5 : a.group_size == 64 ? 6 : 7;
   }
 
-  // kSides columns as few rows read them: weights-inl.h.
+  // kSides columns as few rows of float32 read them: weights-inl.h.
   struct Columns {
     const uint32_t* side[kSides];
     int n[kSides];
@@ -53,7 +53,7 @@ class AffineColumnWeights {
     // A code of every column after the other: what is done to one is a long chain.
     const auto mask = hn::Set(dcu, (1u << kBits) - 1);
     hn::Vec<DCU> words[V];
-    VC scale[V], bias[V], even[V];
+    VC scale[V], bias[V];
     const int group = (k >> shift_) - columns[0].first;
     MFA_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -72,14 +72,7 @@ class AffineColumnWeights {
                     auto bits = words[v];
                     if constexpr (i > 0) bits = hn::ShiftRight<i * kBits>(bits);
                     if constexpr (i * kBits + kBits < 32) bits = hn::And(bits, mask);
-                    const VC w = hn::MulAdd(hn::ConvertTo(dc, hn::BitCast(dci, bits)), scale[v], bias[v]);
-                    if constexpr (!kPairs) {
-                      f(v, i, w);
-                    } else if constexpr (i % 2 == 0) {
-                      even[v] = w;
-                    } else {
-                      f(v, i / 2, PackPairs(even[v], w));
-                    }
+                    f(v, i, hn::MulAdd(hn::ConvertTo(dc, hn::BitCast(dci, bits)), scale[v], bias[v]));
                   }
                 });
   }
@@ -129,6 +122,31 @@ class AffineColumnWeights {
     }
   }
 
+  // out[i][lane] = word at + i of column n0 + lane.
+  HWY_INLINE void TransposeWords(int n0, ptrdiff_t at, uint32_t* out) const {
+    MFA_UNROLL
+    for (int load = 0; load < kLoads; ++load) {
+      const ptrdiff_t from = at + load * kLanes;
+      VF v[kLanes];
+      if (HWY_LIKELY(from + kLanes <= words_ && n0 + kLanes <= p_->N)) {
+        const uint32_t* base = static_cast<const uint32_t*>(p_->w.data) + n0 * p_->w.stride + from;
+        MFA_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) {
+          v[lane] = hn::BitCast(df, hn::LoadU(du, base + lane * p_->w.stride));
+        }
+      } else {
+        HWY_ALIGN uint32_t rows[kLanes][kLanes] = {};
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (ptrdiff_t i = from; i < Min(from + kLanes, words_); ++i) rows[lane][i - from] = Row(n0 + lane)[i];
+        MFA_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) v[lane] = hn::BitCast(df, hn::Load(du, rows[lane]));
+      }
+      Transpose(v);
+      MFA_UNROLL
+      for (int i = 0; i < kLanes; ++i) hn::Store(hn::BitCast(du, v[i]), du, out + (load * kLanes + i) * kLanes);
+    }
+  }
+
  private:
   // Brings the scales and biases of the next groups into the slots.
   HWY_NOINLINE void Refill(Columns& columns) const {
@@ -159,31 +177,6 @@ class AffineColumnWeights {
 
   const uint32_t* Row(int n) const {
     return static_cast<const uint32_t*>(p_->w.data) + Min(n, p_->N - 1) * p_->w.stride;
-  }
-
-  // out[i][lane] = word at + i of column n0 + lane.
-  HWY_INLINE void TransposeWords(int n0, ptrdiff_t at, uint32_t* out) const {
-    MFA_UNROLL
-    for (int load = 0; load < kLoads; ++load) {
-      const ptrdiff_t from = at + load * kLanes;
-      VF v[kLanes];
-      if (HWY_LIKELY(from + kLanes <= words_ && n0 + kLanes <= p_->N)) {
-        const uint32_t* base = static_cast<const uint32_t*>(p_->w.data) + n0 * p_->w.stride + from;
-        MFA_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) {
-          v[lane] = hn::BitCast(df, hn::LoadU(du, base + lane * p_->w.stride));
-        }
-      } else {
-        HWY_ALIGN uint32_t rows[kLanes][kLanes] = {};
-        for (int lane = 0; lane < kLanes; ++lane)
-          for (ptrdiff_t i = from; i < Min(from + kLanes, words_); ++i) rows[lane][i - from] = Row(n0 + lane)[i];
-        MFA_UNROLL
-        for (int lane = 0; lane < kLanes; ++lane) v[lane] = hn::BitCast(df, hn::Load(du, rows[lane]));
-      }
-      Transpose(v);
-      MFA_UNROLL
-      for (int i = 0; i < kLanes; ++i) hn::Store(hn::BitCast(du, v[i]), du, out + (load * kLanes + i) * kLanes);
-    }
   }
 
   template <class F>

@@ -18,11 +18,6 @@ HWY_INLINE hn::Vec256<float> DotPairs(hn::Vec256<float> acc, hn::Vec256<uint32_t
       _mm256_dpbf16_ps(acc.raw, reinterpret_cast<__m256bh>(a.raw), reinterpret_cast<__m256bh>(b.raw))};
 }
 // Lane i: (first[i], second[i]) rounded to bfloat16.
-HWY_INLINE hn::Vec256<uint32_t> PackPairs(hn::Vec256<float> first, hn::Vec256<float> second) {
-  const __m256i interleave = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
-  const __m256i halves = reinterpret_cast<__m256i>(_mm256_cvtne2ps_pbh(second.raw, first.raw));
-  return hn::Vec256<uint32_t>{_mm256_permutexvar_epi16(interleave, halves)};
-}
 HWY_INLINE VU PackPairs(VF first, VF second) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

@@ -33,13 +33,6 @@ HWY_INLINE void LoadSteps(const MatmulProblem& p, int64_t r, int k0, int n, uint
   for (int i = n; i < RoundUp(n, 2 * kChains * kUnit); ++i) rest[i] = bfloat16{0};
 }
 
-// Asks for terms of a row of x: its pieces are too short for the processor's own prefetchers.
-HWY_INLINE void FetchRow(const MatmulProblem& p, int64_t r, int k0, int n) {
-  const auto size = static_cast<ptrdiff_t>(size_of(p.dtype));
-  const char* from = static_cast<const char*>(p.x.data) + (p.x.at(r) + k0) * size;
-  for (ptrdiff_t i = 0; i < n * size; i += kCacheLine) __builtin_prefetch(from + i, 0, 3);
-}
-
 // Row r of x as few rows read it: step j of the words of all chains in neighbouring places. E is a step.
 template <int kUnit, class E>
 HWY_NOINLINE void PackWords(const MatmulProblem& p, int64_t r, int k0, int n, E* out) {
@@ -123,38 +116,6 @@ HWY_NOINLINE void MultiplyChain(const X* x, ptrdiff_t x_stride, int rows, const 
   });
 }
 
-// The added terms of a vector of columns, the first `count` of which exist.
-template <class T>
-HWY_INLINE VF LoadAddend(const T* c, ptrdiff_t stride, int count) {
-  if (stride == 1 && count == kLanes) return LoadFloat(c);
-  T lanes[kLanes] = {};
-  for (int j = 0; j < count; ++j) lanes[j] = c[j * stride];
-  return LoadFloat(lanes);
-}
-
-// Writes `count` columns from n on of row r: alpha * sum + beta * c, rounded once.
-HWY_NOINLINE void WriteRow(const MatmulProblem& p, const float* sums, int64_t r, int n, int count) {
-  WithType(p.dtype, [&]<class T>(T*) {
-    T* out = static_cast<T*>(p.out) + p.out_at(r) + n;
-    const T* c = static_cast<const T*>(p.c.data);
-    if (c) c += r * p.c.row_stride + n * p.c.column_stride;
-    const bool plain = !c && p.alpha == 1.f;
-    for (int i = 0; i < count; i += kLanes) {
-      const int left = Min(kLanes, count - i);
-      VF v = hn::LoadU(df, sums + i);
-      if (!plain) v = hn::Mul(v, hn::Set(df, p.alpha));
-      if (c) v = hn::MulAdd(hn::Set(df, p.beta), LoadAddend(c + i * p.c.column_stride, p.c.column_stride, left), v);
-      if (left == kLanes) {
-        StoreFloat(v, out + i);
-      } else {
-        T last[kLanes];
-        StoreFloat(v, last);
-        for (int j = 0; j < left; ++j) out[i + j] = last[j];
-      }
-    }
-  });
-}
-
 template <bool kPairs, class Weights>
 class Product {
   using Step = Terms<kPairs>;
@@ -177,25 +138,24 @@ class Product {
     return packed_x_bytes() + panel_bytes() + static_cast<size_t>(sums_rows() * sums_stride()) * sizeof(float);
   }
 
-  void Run(int64_t task, void* scratch) {
+  void Run(int64_t task, char* scratch) {
     const int64_t r0 = task % plan_.row_blocks * plan_.row_block;
     const int rows = static_cast<int>(Min<int64_t>(plan_.row_block, p_.M - r0));
     const int n0 = static_cast<int>(task / plan_.row_blocks) * plan_.column_block;
     const int n1 = Min(n0 + plan_.column_block, p_.N);
     if constexpr (Weights::kDirect) {
       if (plan_.kernel == MatmulKernel::direct) {
-        char* to = static_cast<char*>(scratch);
-        if (rows == 1) return Direct<1>(r0, rows, n0, n1, to);
-        if (rows == 2) return Direct<2>(r0, rows, n0, n1, to);
+        if (rows == 1) return Direct<1>(r0, rows, n0, n1, scratch);
+        if (rows == 2) return Direct<2>(r0, rows, n0, n1, scratch);
         if constexpr (Weights::kByRows) {
-          if (rows == 3) return Direct<3>(r0, rows, n0, n1, to);
+          if (rows == 3) return Direct<3>(r0, rows, n0, n1, scratch);
         } else {
-          if (rows > 4) return Direct<8>(r0, rows, n0, n1, to);
+          if (rows > 4) return Direct<8>(r0, rows, n0, n1, scratch);
         }
-        return Direct<4>(r0, rows, n0, n1, to);
+        return Direct<4>(r0, rows, n0, n1, scratch);
       }
     }
-    Tiled(r0, rows, n0, n1, static_cast<char*>(scratch));
+    Tiled(r0, rows, n0, n1, scratch);
   }
 
  private:
@@ -453,6 +413,16 @@ HWY_INLINE void WithProduct(const MatmulJob& job, const F& f) {
     Product<kPairs, Weights> product(job);
     f(product);
   };
+  if (sums_integers(*job.problem)) {
+    const auto integers = [&]<int kBits>(std::integral_constant<int, kBits>) {
+      if (job.plan.kernel == MatmulKernel::tiled) return f(IntegerTiles<kBits>(job));
+      if (w.affine.group_size == 32) return f(IntegerFewRows<kBits, 32>(job));
+      if (w.affine.group_size == 64) return f(IntegerFewRows<kBits, 64>(job));
+      f(IntegerFewRows<kBits, 128>(job));
+    };
+    if (w.affine.bits == 4) return integers(std::integral_constant<int, 4>());
+    return integers(std::integral_constant<int, 8>());
+  }
   if (!w.quantised()) {
     WithType(job.problem->dtype, [&]<class T>(T*) {
       constexpr std::bool_constant<kNativeBf16 && std::is_same_v<T, bfloat16>> kPairs;
@@ -471,14 +441,15 @@ HWY_INLINE void WithProduct(const MatmulJob& job, const F& f) {
         return run(pairs, static_cast<AffineColumnWeights<2, kPairs>*>(nullptr));
       case 3:
         return run(pairs, static_cast<AffineColumnWeights<3, kPairs>*>(nullptr));
-      case 4:
-        return run(pairs, static_cast<AffineColumnWeights<4, kPairs>*>(nullptr));
       case 5:
         return run(pairs, static_cast<AffineColumnWeights<5, kPairs>*>(nullptr));
       case 6:
         return run(pairs, static_cast<AffineColumnWeights<6, kPairs>*>(nullptr));
-      default:
-        return run(pairs, static_cast<AffineColumnWeights<8, kPairs>*>(nullptr));
+    }
+    // x is float32: those of 16 bits were sums of integers.
+    if constexpr (!kPairs) {
+      if (w.affine.bits == 4) return run(pairs, static_cast<AffineColumnWeights<4, false>*>(nullptr));
+      run(pairs, static_cast<AffineColumnWeights<8, false>*>(nullptr));
     }
   };
   if constexpr (kNativeBf16) {
@@ -489,11 +460,11 @@ HWY_INLINE void WithProduct(const MatmulJob& job, const F& f) {
 
 size_t MatmulScratchBytes(const MatmulJob& job) {
   size_t bytes = 0;
-  WithProduct(job, [&](auto& product) { bytes = product.scratch_bytes(); });
+  WithProduct(job, [&](auto&& product) { bytes = product.scratch_bytes(); });
   return bytes;
 }
 void MatmulTask(const MatmulJob& job, int64_t task, void* scratch) {
-  WithProduct(job, [&](auto& product) { product.Run(task, scratch); });
+  WithProduct(job, [&](auto&& product) { product.Run(task, static_cast<char*>(scratch)); });
 }
 
 size_t PackedWeightBytes(const MatmulProblem& p) {

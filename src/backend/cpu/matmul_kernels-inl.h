@@ -11,6 +11,10 @@
 #include "backend/cpu/weights-inl.h"
 #include "backend/cpu/affine_weights-inl.h"
 #include "backend/cpu/few_rows-inl.h"
+#include "backend/cpu/row_io-inl.h"
+#include "backend/cpu/integer_rows-inl.h"
+#include "backend/cpu/integer_few_rows-inl.h"
+#include "backend/cpu/integer_tiles-inl.h"
 #include "backend/cpu/matmul-inl.h"
 // clang-format on
 
@@ -21,7 +25,7 @@ namespace MFA_ISA {
 namespace {
 
 constexpr MatmulTable kMatmulTable = {
-    .traits = {.lanes = kLanes, .panel = kPanelColumns, .pairs = kNativeBf16},
+    .traits = {.lanes = kLanes, .panel = kPanelColumns, .integer_panel = kIntegerPanel, .pairs = kNativeBf16},
     .scratch_bytes = MatmulScratchBytes,
     .task = MatmulTask,
     .packed_bytes = PackedWeightBytes,

@@ -10,8 +10,8 @@
 namespace mfa {
 namespace {
 
-constexpr MatmulTraits kWide{.lanes = 16, .panel = 48};
-constexpr MatmulTraits kNarrow{.lanes = 8, .panel = 24};
+constexpr MatmulTraits kWide{.lanes = 16, .panel = 48, .integer_panel = 48};
+constexpr MatmulTraits kNarrow{.lanes = 8, .panel = 24, .integer_panel = 16};
 
 MatmulProblem problem(int64_t M, int32_t N, int32_t K, DType dtype = DType::bf16) {
   MatmulProblem p;

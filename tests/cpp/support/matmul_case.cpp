@@ -56,9 +56,9 @@ std::vector<double> unfused(const MatmulProblem& p) {
 
 std::string describe(const MatmulSpec& s) {
   return concat(name_of(s.dtype), " M ", s.M, " N ", s.N, " K ", s.K, s.transposed ? " transposed" : "", " bits ",
-                s.bits, " group ", s.group_size, " gaps ", s.x_gap, " ", s.w_gap, s.scattered ? " scattered" : "",
-                s.has_c ? " c" : "", s.c_broadcast_rows ? " one row" : "", s.c_strided ? " strided" : "", " alpha ",
-                s.alpha, " beta ", s.beta);
+                s.bits, " group ", s.group_size, " gaps ", s.x_gap, " ", s.w_gap, s.outliers ? " outliers" : "",
+                s.scattered ? " scattered" : "", s.has_c ? " c" : "", s.c_broadcast_rows ? " one row" : "",
+                s.c_strided ? " strided" : "", " alpha ", s.alpha, " beta ", s.beta);
 }
 
 MatmulSpec random_matmul(Random& random, int64_t max_products) {
@@ -79,6 +79,7 @@ MatmulSpec random_matmul(Random& random, int64_t max_products) {
   }
   if (random.chance(0.3)) s.x_gap = static_cast<int32_t>(random.integer(1, 9));
   if (random.chance(0.3)) s.w_gap = static_cast<int32_t>(random.integer(1, 9));
+  s.outliers = random.chance(0.2);
   s.scattered = random.chance(0.2);
   s.has_c = random.chance(0.4);
   s.c_broadcast_rows = random.chance(0.5);
@@ -105,7 +106,10 @@ MatmulCase::MatmulCase(const MatmulSpec& spec, uint64_t seed) : spec_(spec) {
   const int64_t x_pitch = p.K + spec.x_gap;
   x_ = poisoned(p.dtype, p.M * x_pitch);
   for (int64_t r = 0; r < p.M; ++r)
-    for (int32_t k = 0; k < p.K; ++k) store_from_float(x_.data(), p.dtype, r * x_pitch + k, random.normal());
+    for (int32_t k = 0; k < p.K; ++k) {
+      const float factor = spec.outliers && random.chance(0.02) ? 500.f : 1.f;
+      store_from_float(x_.data(), p.dtype, r * x_pitch + k, factor * random.normal());
+    }
   p.x = {x_.data(), x_pitch, nullptr};
   out_pitch_ = p.N + (spec.scattered ? 3 : 0);
   out_ = poisoned(p.dtype, p.M * out_pitch_);
@@ -194,6 +198,22 @@ void MatmulCase::clear_result() {
 
 void MatmulCase::set_x(int64_t r, int32_t k, float value) {
   store_from_float(x_.data(), problem_.dtype, problem_.x.at(r) + k, value);
+}
+
+void MatmulCase::set_code(int64_t n, int32_t k, uint32_t code) {
+  uint8_t* row = w_.data() + n * problem_.w.stride * 4;
+  if (spec_.bits == 8) {
+    row[k] = static_cast<uint8_t>(code);
+  } else {
+    const int shift = k % 2 * 4;
+    row[k / 2] = static_cast<uint8_t>((row[k / 2] & ~(15u << shift)) | code << shift);
+  }
+}
+
+void MatmulCase::set_group(int64_t n, int32_t group, float scale, float bias) {
+  const AffineRef& affine = problem_.w.affine;
+  store_from_float(scales_.data(), problem_.dtype, n * affine.scale_stride + group, scale);
+  store_from_float(biases_.data(), problem_.dtype, n * affine.bias_stride + group, bias);
 }
 
 void MatmulCase::check() const {

@@ -17,6 +17,7 @@ struct MatmulSpec {
   bool transposed = true;
   int32_t bits = 0, group_size = 64;  // bits = 0: dense weights
   int32_t x_gap = 0, w_gap = 0;       // elements or words between rows
+  bool outliers = false;              // some elements of x are far larger than their neighbours
   bool scattered = false;             // rows of x and of the result lie in another order
   bool has_c = false, c_broadcast_rows = false, c_strided = false;
   float alpha = 1.f, beta = 1.f;
@@ -42,8 +43,10 @@ class MatmulCase {
   // max|result - exact| <= 2 max|unfused - exact| + the rounding of the result, and nothing beside it written.
   void check() const;
 
-  // Sets element k of row r of x.
+  // Sets element k of row r of x; the code, and the scale and bias of a group, of stored row n of the weights.
   void set_x(int64_t r, int32_t k, float value);
+  void set_code(int64_t n, int32_t k, uint32_t code);  // of 4 or 8 bits
+  void set_group(int64_t n, int32_t group, float scale, float bias);
 
  private:
   MatmulSpec spec_;
