@@ -77,7 +77,7 @@ class DecodeForward {
   void Begin(int64_t index, const TileMap::Place& place) {
     tile_index_ = index;
     rows_ = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, x_.tile.query, x_.tile.head);
-    CompleteRowTile(p_, place.b, place.kv_head, rows_, rows_, x_.tile);
+    CompleteRowTile(p_, place.b, place.kv_head, rows_, RoundUp(rows_, kLanes), x_.tile);
     finder_.Select(x_.tile);
     for (int g = 0; g < rows_; ++g) {
       x_.m[g] = p_.sinks ? p_.sinks[x_.tile.head[g]] * kLog2e : -kInf;
@@ -98,7 +98,7 @@ class DecodeForward {
   void Block(int index, int keys, const Upcoming* next) {
     const int64_t k0 = int64_t{index} * kKeyBlock;
     const int count = static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0));
-    finder_.Find(x_.tile, rows_, k0, count, x_.block);
+    finder_.Find(x_.tile, RoundUp(rows_, kLanes), k0, count, x_.block);
     if (x_.block.all.empty()) return MarkUnseen(index);
     const int b = x_.tile.b, h = x_.tile.kv_head;
     if (!x_.block.listed && !GathersRows(p_)) {

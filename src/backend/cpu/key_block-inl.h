@@ -46,14 +46,17 @@ class UpcomingRows {
     count_ = at_ = 0;
     credit_ = 0;
   }
-  // Of `bytes` > 0. What does not fit is not fetched.
-  HWY_INLINE void Add(const void* row, size_t bytes) {
-    const char* first = static_cast<const char*>(row);
-    if (count_ > 0 && rows_[count_ - 1].end == first) {
-      rows_[count_ - 1].end += bytes;
-    } else if (count_ < kCapacity) {
-      const ptrdiff_t past = reinterpret_cast<uintptr_t>(first) % kLine;
-      rows_[count_++] = {first - past, first + bytes};
+  // `rows` rows of `bytes` > 0, `step` bytes apart. What does not fit is not fetched.
+  HWY_INLINE void Add(const void* first, int rows, ptrdiff_t step, size_t bytes) {
+    const char* at = static_cast<const char*>(first);
+    const bool dense = step == static_cast<ptrdiff_t>(bytes);
+    if (dense) bytes *= static_cast<size_t>(rows);
+    for (int r = 0; r < (dense ? 1 : rows); ++r, at += step) {
+      if (count_ > 0 && rows_[count_ - 1].end == at) {
+        rows_[count_ - 1].end += bytes;
+      } else if (count_ < kCapacity) {
+        rows_[count_++] = {at - reinterpret_cast<uintptr_t>(at) % kLine, at + bytes};
+      }
     }
   }
   // The rows are to be fetched during `work`, in any unit.
@@ -66,11 +69,16 @@ class UpcomingRows {
   HWY_INLINE void Fetch(int work) {
     if (at_ == count_) return;
     credit_ += rate_ * work;
-    for (; credit_ >> kShift > 0 && at_ < count_; credit_ -= int64_t{1} << kShift) {
+    ptrdiff_t due = (credit_ >> kShift) * kLine;  // bytes
+    credit_ &= (int64_t{1} << kShift) - 1;
+    while (due > 0) {
       Row& row = rows_[at_];
-      __builtin_prefetch(row.first, 0, 2);
-      row.first += kLine;
-      if (row.first >= row.end) ++at_;
+      const char* const end = row.end - row.first <= due ? row.end : row.first + due;
+      const char* line = row.first;
+      for (; line < end; line += kLine) __builtin_prefetch(line, 0, 2);
+      due -= line - row.first;
+      row.first = line;
+      if (line >= row.end && ++at_ == count_) return;
     }
   }
 
