@@ -38,61 +38,6 @@ struct BlockRows {
   const void* v[kKeyBlock];
 };
 
-// Rows that are needed soon, runs of them as one, fetched into the second cache a few lines at a time between the tiles
-// of the products: more at once would fill the queue of outstanding misses and hold up their loads.
-class UpcomingRows {
- public:
-  void Clear() {
-    count_ = at_ = 0;
-    credit_ = 0;
-  }
-  // `rows` rows of `bytes` > 0, `step` bytes apart. What does not fit is not fetched.
-  HWY_INLINE void Add(const void* first, int rows, ptrdiff_t step, size_t bytes) {
-    const char* at = static_cast<const char*>(first);
-    const bool dense = step == static_cast<ptrdiff_t>(bytes);
-    if (dense) bytes *= static_cast<size_t>(rows);
-    for (int r = 0; r < (dense ? 1 : rows); ++r, at += step) {
-      if (count_ > 0 && rows_[count_ - 1].end == at) {
-        rows_[count_ - 1].end += bytes;
-      } else if (count_ < kCapacity) {
-        rows_[count_++] = {at - reinterpret_cast<uintptr_t>(at) % kLine, at + bytes};
-      }
-    }
-  }
-  // The rows are to be fetched during `work`, in any unit.
-  void Spread(int64_t work) {
-    int64_t lines = 0;
-    for (int i = 0; i < count_; ++i) lines += (rows_[i].end - rows_[i].first + kLine - 1) / kLine;
-    rate_ = (lines << kShift) / Max<int64_t>(work, 1) + 1;
-  }
-  // Fetches what falls to a part of the work.
-  HWY_INLINE void Fetch(int work) {
-    if (at_ == count_) return;
-    credit_ += rate_ * work;
-    ptrdiff_t due = (credit_ >> kShift) * kLine;  // bytes
-    credit_ &= (int64_t{1} << kShift) - 1;
-    while (due > 0) {
-      Row& row = rows_[at_];
-      const char* const end = row.end - row.first <= due ? row.end : row.first + due;
-      const char* line = row.first;
-      for (; line < end; line += kLine) __builtin_prefetch(line, 0, 2);
-      due -= line - row.first;
-      row.first = line;
-      if (line >= row.end && ++at_ == count_) return;
-    }
-  }
-
- private:
-  static constexpr ptrdiff_t kLine = 64;
-  static constexpr int kCapacity = 2 * kKeyBlock + 2 * kGroupRows, kShift = 20;
-  struct Row {
-    const char *first, *end;
-  };
-  Row rows_[kCapacity];
-  int count_ = 0, at_ = 0;
-  int64_t rate_ = 0, credit_ = 0;  // lines << kShift: for a unit of work, and due
-};
-
 // A tile and a block of its keys that come after those which are computed.
 struct Upcoming {
   TileMap::Place place;

@@ -56,10 +56,13 @@ struct RowsInPanels {
   }
 };
 
-// Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps.
-template <int MR, int NR, class A, class B, class Layout, class Store>
+// Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps; `between`(i) is called before step i.
+struct NothingBetween {
+  HWY_INLINE void operator()(int) const {}
+};
+template <int MR, int NR, class A, class B, class Layout, class Store, class Between = NothingBetween>
 HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HWY_RESTRICT b, ptrdiff_t b_step, int n,
-                             const Store& store) {
+                             const Store& store, const Between& between = {}) {
   VF acc[MR][NR];
   MFA_UNROLL
   for (int r = 0; r < MR; ++r) {
@@ -68,6 +71,7 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
   }
   MFA_UNROLL_4  // for the branch predictor more than for the adder
       for (int i = 0; i < n; ++i) {
+    between(i);
     decltype(LoadStep(b)) bv[NR];
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) bv[c] = LoadStep(b + c * kLanes);
