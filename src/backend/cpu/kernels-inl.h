@@ -105,6 +105,7 @@ constexpr KernelTable kTable = {
                    kLanes == 16 ? 128 << 10 : 48 << 10,  // processors with 512-bit vectors have 1 MiB or more
                .backward_row_tile = kBackwardRowTile,
                .max_decode_rows = kLanes < 8 ? 2 : kMaxDecodeRows,
+               .few_key_decode_rows = kLanes < 8 ? 2 : kTileRows,
                .native_bf16 = kNativeBf16},
     .forward_scratch_bytes = ForwardScratchBytes,
     .forward_task = ForwardTask,
