@@ -10,6 +10,8 @@ namespace {
 
 // Decode ranges below this many keys cost more in merging than they gain.
 constexpr int32_t kMinSplitBlocks = 2;
+// Fewer keys than this are soon computed: what a row costs by itself counts.
+constexpr int32_t kManyKeys = 1024;
 // Key blocks of a task that decodes all heads of a pool: it takes each block for all heads before the next, as the
 // heads of a page lie together in memory.
 constexpr int32_t kPagedSplitBlocks = 4;
@@ -66,7 +68,7 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
 
   RowTiling& t = plan.tiling;
   share_heads(p, t);
-  t.decode_rows = wants_probs ? 0 : cpu.max_decode_rows;
+  t.decode_rows = wants_probs ? 0 : p.Nk < kManyKeys ? cpu.few_key_decode_rows : cpu.max_decode_rows;
   plan.kernel = is_decode(t, p.Nq) ? ForwardKernel::decode : ForwardKernel::tiled;
   if (plan.kernel == ForwardKernel::decode) {
     plan.row_tile = plan.row_width = t.tile = static_cast<int32_t>(part_rows(t, p.Nq));

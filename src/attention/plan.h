@@ -18,14 +18,15 @@ inline constexpr int32_t kKeyBlock = 256;
 
 // What an instruction set offers to the planner.
 struct CpuKernelTraits {
-  const char* isa = "";           // "avx2", "avx512", "avx512_bf16", "neon"
-  int32_t lanes = 0;              // float32 lanes of a vector
-  int32_t tile_vectors = 0;       // vectors across a full register tile: a column group has lanes * tile_vectors rows
-  int32_t max_row_tile = 0;       // most query rows of a task
-  int32_t row_tile_floats = 0;    // of q and o of a task: they share the L2 cache with a block of keys and values
-  int32_t backward_row_tile = 0;  // query rows of a step of the backward
-  int32_t max_decode_rows = 0;    // up to this many rows, the decode kernel is the faster
-  bool native_bf16 = false;       // multiplies bfloat16 pairs without widening them
+  const char* isa = "";             // "avx2", "avx512", "avx512_bf16", "neon"
+  int32_t lanes = 0;                // float32 lanes of a vector
+  int32_t tile_vectors = 0;         // vectors across a full register tile: a column group has lanes * tile_vectors rows
+  int32_t max_row_tile = 0;         // most query rows of a task
+  int32_t row_tile_floats = 0;      // of q and o of a task: they share the L2 cache with a block of keys and values
+  int32_t backward_row_tile = 0;    // query rows of a step of the backward
+  int32_t max_decode_rows = 0;      // up to this many rows, the decode kernel is the faster where there are many keys
+  int32_t few_key_decode_rows = 0;  // and where there are few
+  bool native_bf16 = false;         // multiplies bfloat16 pairs without widening them
 };
 
 enum class ForwardKernel : uint8_t {

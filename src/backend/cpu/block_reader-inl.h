@@ -97,16 +97,18 @@ class BlockReader {
     const TileBlock& at = rows.block;
     if (!at.listed && !GathersRows(p_))
       return AddRun<T>(tile_->b, tile_->kv_head, at.k0 + at.all.lo, at.all.hi - at.all.lo, upcoming);
-    for (int c = at.all.lo; c < at.all.hi; ++c) upcoming.Add(rows.k[c], static_cast<size_t>(p_.D) * sizeof(T));
+    for (int c = at.all.lo; c < at.all.hi; ++c) upcoming.Add(rows.k[c], 1, 0, static_cast<size_t>(p_.D) * sizeof(T));
     if (job_.floors) return;
-    for (int c = at.all.lo; c < at.all.hi; ++c) upcoming.Add(rows.v[c], static_cast<size_t>(p_.Dv) * sizeof(T));
+    for (int c = at.all.lo; c < at.all.hi; ++c) upcoming.Add(rows.v[c], 1, 0, static_cast<size_t>(p_.Dv) * sizeof(T));
   }
   template <class T>
   void AddRun(int b, int kv_head, int64_t key, int count, UpcomingRows& upcoming) const {
-    const T *k = KeyRow<T>(p_, p_.k, b, kv_head, key), *v = KeyRow<T>(p_, p_.v, b, kv_head, key);
-    for (int i = 0; i < count; ++i, k += p_.k.stride[2]) upcoming.Add(k, static_cast<size_t>(p_.D) * sizeof(T));
-    if (job_.floors) return;
-    for (int i = 0; i < count; ++i, v += p_.v.stride[2]) upcoming.Add(v, static_cast<size_t>(p_.Dv) * sizeof(T));
+    const auto add = [&](const TensorRef& x, int width) {
+      constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
+      upcoming.Add(KeyRow<T>(p_, x, b, kv_head, key), count, x.stride[2] * kSize, static_cast<size_t>(width * kSize));
+    };
+    add(p_.k, p_.D);
+    if (!job_.floors) add(p_.v, p_.Dv);
   }
   // The first keys of another tile, if they are in order.
   template <class T>

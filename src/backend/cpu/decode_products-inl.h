@@ -1,168 +1,205 @@
 // decode_products-inl.h: the products of few query rows with a block of keys and of values: lanes = keys for the
 // scores, channels for the output.
 //
-// Keys are transposed in registers and the products accumulate in the same order as in the tiled kernel, so a row has
-// the same bits in both.
+// Keys are transposed and the products accumulate in the same order as in the tiled kernel, so a row has the same bits
+// in both. What is read next is fetched between the multiply-adds.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-constexpr int kMaxDecodeRows = kTileRows;     // the scores of all rows fit in the registers
+constexpr int kMaxDecodeRows = 8;
+constexpr int kValueChunk = 32;               // keys whose values are added up before the next
+constexpr int kKeysOfFetch = 4;               // values that are added between two calls of Fetch()
 constexpr int kScoreStride = kKeyBlock + 16;  // room for a whole vector from any key of the block
 static_assert(kLanes <= 16);
 
-// Channels [d, d + 2 * kLanes) of kLanes rows as pairs.
-HWY_INLINE void LoadPairRows(const bfloat16* const* rows, int d, VF (&pairs)[kLanes]) {
-  const hn::Repartition<uint16_t, DF> d16;
-  MFA_UNROLL
-  for (int i = 0; i < kLanes; ++i)
-    pairs[i] = hn::BitCast(df, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(rows[i] + d)));
-}
-
-// Vectors of keys that G rows are multiplied with together: the sums of one are a chain, several hide its latency.
-template <int G>
-constexpr int kKeyVectors = G >= 4 ? 1 : 4 / G;
-
-// S[g][k] for NK vectors of keys: rows[] point at the keys, q[] at the queries.
-template <int G, int NK, class T>
-HWY_INLINE void DecodeScores(const T* const* rows, const float* q, ptrdiff_t q_stride, int D, float* S,
-                             ptrdiff_t s_stride) {
-  VF acc[NK][G];
-  MFA_UNROLL
-  for (int n = 0; n < NK; ++n) {
+// Lane i of v[j] is the 32-bit element c + j of rows[i].
+template <class T>
+HWY_INLINE void LoadColumns(const T* const* rows, int c, VF (&v)[kLanes]) {
+  if constexpr (kLanes == 8) {  // halves of two rows in a vector spare half of the transpose's steps
+    const hn::Half<DF> half;
+    const auto load = [&](int i, int part)
+                          HWY_ATTR { return hn::LoadU(half, reinterpret_cast<const float*>(rows[i] + c) + 4 * part); };
     MFA_UNROLL
-    for (int g = 0; g < G; ++g) acc[n][g] = hn::Zero(df);
-  }
-  int d = 0;
-  if constexpr (std::is_same_v<T, bfloat16>) {  // transposed as pairs, widened afterwards: half the shuffles
-    for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
-      MFA_UNROLL
-      for (int n = 0; n < NK; ++n) {
-        VF pairs[kLanes];
-        LoadPairRows(rows + n * kLanes, d, pairs);
-        Transpose(pairs);
-        MFA_UNROLL
-        for (int j = 0; j < kLanes; ++j) {
-          const VU bits = hn::BitCast(du, pairs[j]);
-          const VF even = hn::BitCast(df, hn::ShiftLeft<16>(bits));
-          const VF odd = hn::BitCast(df, hn::And(bits, hn::Set(du, 0xffff0000u)));
-          MFA_UNROLL
-          for (int g = 0; g < G; ++g) {
-            acc[n][g] = hn::MulAdd(even, hn::Set(df, q[g * q_stride + d + 2 * j]), acc[n][g]);
-            acc[n][g] = hn::MulAdd(odd, hn::Set(df, q[g * q_stride + d + 2 * j + 1]), acc[n][g]);
-          }
-        }
-      }
+    for (int i = 0; i < 4; ++i) {
+      v[i] = hn::Combine(df, load(i + 4, 0), load(i, 0));
+      v[i + 4] = hn::Combine(df, load(i + 4, 1), load(i, 1));
     }
-  }
-  for (; d + kLanes <= D; d += kLanes) {
+    TransposeBlocks(df, v);
+    TransposeBlocks(df, v + 4);
+  } else {
     MFA_UNROLL
-    for (int n = 0; n < NK; ++n) {
-      VF k[kLanes];
-      MFA_UNROLL
-      for (int i = 0; i < kLanes; ++i) k[i] = LoadFloat(rows[n * kLanes + i] + d);
-      Transpose(k);
-      MFA_UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        MFA_UNROLL
-        for (int g = 0; g < G; ++g) acc[n][g] = hn::MulAdd(k[j], hn::Set(df, q[g * q_stride + d + j]), acc[n][g]);
-      }
-    }
-  }
-  for (; d < D; ++d) {
-    MFA_UNROLL
-    for (int n = 0; n < NK; ++n) {
-      alignas(64) float column[kLanes];
-      for (int i = 0; i < kLanes; ++i) column[i] = to_float(rows[n * kLanes + i][d]);
-      const VF k = hn::Load(df, column);
-      MFA_UNROLL
-      for (int g = 0; g < G; ++g) acc[n][g] = hn::MulAdd(k, hn::Set(df, q[g * q_stride + d]), acc[n][g]);
-    }
-  }
-  MFA_UNROLL
-  for (int n = 0; n < NK; ++n) {
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) hn::StoreU(acc[n][g], df, S + g * s_stride + n * kLanes);
+    for (int i = 0; i < kLanes; ++i) v[i] = hn::LoadU(df, reinterpret_cast<const float*>(rows[i] + c));
+    Transpose(v);
   }
 }
 
-// The same with pairs of channels: the products of bfloat16 pairs, in the order of the tiled kernel.
-template <int G, int NK>
-HWY_INLINE void DecodePairScores(const bfloat16* const* rows, const uint32_t* q, ptrdiff_t q_stride, int pairs,
-                                 VF scale, float* S, ptrdiff_t s_stride) {
-  VF acc[NK][G];
-  MFA_UNROLL
-  for (int n = 0; n < NK; ++n) {
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) acc[n][g] = hn::Zero(df);
-  }
-  int d = 0;
-  for (; d + kLanes <= pairs; d += kLanes) {
-    MFA_UNROLL
-    for (int n = 0; n < NK; ++n) {
-      VF k[kLanes];
-      LoadPairRows(rows + n * kLanes, 2 * d, k);
-      Transpose(k);
+HWY_INLINE VF BroadcastTerm(const float* q) { return hn::Set(df, *q); }
+HWY_INLINE VU BroadcastTerm(const uint32_t* q) { return hn::Set(du, *q); }
+
+// The keys rows[0 .. kLanes) in steps of some channels. kPairs: pairs of channels stay together.
+template <class T, bool kPairs>
+struct KeyColumns {
+  static constexpr bool kHalves = std::is_same_v<T, bfloat16>;  // transposed as pairs: half the shuffles
+  static constexpr int kStep = kHalves ? 2 * kLanes : kLanes;   // channels
+
+  // Channels [d, d + kStep): of halves a pair in each lane.
+  static HWY_INLINE void Load(const T* const* rows, int d, VF (&k)[kLanes]) {
+    if constexpr (sizeof(T) == 4 || kHalves) {
+      LoadColumns(rows, d, k);
+    } else {
       MFA_UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        MFA_UNROLL
-        for (int g = 0; g < G; ++g)
-          acc[n][g] = DotPairs(acc[n][g], hn::BitCast(du, k[j]), hn::Set(du, q[g * q_stride + d + j]));
-      }
+      for (int i = 0; i < kLanes; ++i) k[i] = LoadFloat(rows[i] + d);
+      Transpose(k);
     }
   }
-  for (; d < pairs; ++d) {
-    MFA_UNROLL
-    for (int n = 0; n < NK; ++n) {
+  // Calls use(term, x) for the one or two terms of column j of a step.
+  template <class Use>
+  static HWY_INLINE void Terms(int j, VF k, const Use& use) {
+    if constexpr (kPairs) {
+      use(j, hn::BitCast(du, k));
+    } else if constexpr (kHalves) {
+      const VU bits = hn::BitCast(du, k);
+      use(2 * j, hn::BitCast(df, hn::ShiftLeft<16>(bits)));
+      use(2 * j + 1, hn::BitCast(df, hn::And(bits, hn::Set(du, 0xffff0000u))));
+    } else {
+      use(j, k);
+    }
+  }
+  // The term at channel d, for channels that fill no step: a channel, or a pair.
+  static constexpr int kTerm = kPairs ? 2 : 1;
+  static HWY_INLINE auto Last(const T* const* rows, int d) {
+    if constexpr (kPairs) {
       alignas(64) uint32_t column[kLanes];
-      for (int i = 0; i < kLanes; ++i) column[i] = PairAt(rows[n * kLanes + i] + 2 * d);
-      MFA_UNROLL
-      for (int g = 0; g < G; ++g)
-        acc[n][g] = DotPairs(acc[n][g], hn::Load(du, column), hn::Set(du, q[g * q_stride + d]));
+      for (int i = 0; i < kLanes; ++i) column[i] = PairAt(rows[i] + d);
+      return hn::Load(du, column);
+    } else {
+      alignas(64) float column[kLanes];
+      for (int i = 0; i < kLanes; ++i) column[i] = to_float(rows[i][d]);
+      return hn::Load(df, column);
     }
-  }
-  MFA_UNROLL
-  for (int n = 0; n < NK; ++n) {
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) hn::StoreU(hn::Mul(acc[n][g], scale), df, S + g * s_stride + n * kLanes);
-  }
-}
-
-// The values of the next block, fetched evenly by the passes over the channels of this one: pass c of `passes` fetches
-// the rows k with k % passes in [c, c + share). None if width is 0.
-template <class Rows>
-struct NextBlock {
-  Rows rows;  // of the entry k of the next block
-  int width = 0, passes = 1, pass = 0, share = 1;
-  HWY_INLINE void Fetch(int k) const {
-    if (width == 0) return;
-    const int turn = k % passes;
-    if (turn >= pass && turn < pass + share) rows.Fetch(k, width);
   }
 };
 
-// out[g][d .. d + NV * kLanes) = sum_k P[g][k] V[k][d ..] for k in [lo, hi); values past `width` are read as zero.
-template <int G, int NV, class Rows, class Next>
-HWY_INLINE void DecodeValues(const Rows& v, int lo, int hi, const float* P, float* out, ptrdiff_t out_stride,
-                             const Next& next) {
+// Up to this many rows are multiplied with a step of the transposed keys at a time, their sums in registers; more, tile
+// by tile, with whole keys that are written down.
+constexpr int kFewRows = 2;
+// Vectors of keys that `rows` rows take together: the sums of one are a chain, several hide its latency.
+HWY_INLINE constexpr int KeyVectors(int rows) { return rows <= kFewRows ? 8 / rows : kTileVectors; }
+
+// S[g][k] for NK vectors of keys: rows[] point at the keys, q[] at the terms of the queries.
+template <int G, int NK, bool kPairs, class T, class Q>
+HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, const Q* q, ptrdiff_t q_stride, int D,
+                             VF scale, float* S, ptrdiff_t s_stride) {
+  using Columns = KeyColumns<T, kPairs>;
+  VF acc[NK][G];
+  MFA_UNROLL
+  for (int n = 0; n < NK; ++n) {
+    MFA_UNROLL
+    for (int g = 0; g < G; ++g) acc[n][g] = hn::Zero(df);
+  }
+  const auto add = [&](int n, int term, auto k) MFA_INLINE_LAMBDA {
+    MFA_UNROLL
+    for (int g = 0; g < G; ++g) acc[n][g] = Accumulate(k, BroadcastTerm(q + g * q_stride + term), acc[n][g]);
+  };
+  int d = 0;
+  for (; d + Columns::kStep <= D; d += Columns::kStep) {
+    VF k[NK][kLanes];  // more than the registers hold, so that all chains advance together
+    MFA_NO_UNROLL
+    for (int n = 0; n < NK; ++n) {
+      if (n % 2 == 0) upcoming.Fetch(Min(NK, 2));
+      Columns::Load(rows + n * kLanes, d, k[n]);
+    }
+    MFA_NO_UNROLL
+    for (int j = 0; j < kLanes; ++j) {
+      MFA_UNROLL
+      for (int n = 0; n < NK; ++n)
+        Columns::Terms(j, k[n][j], [&](int term, auto x) MFA_INLINE_LAMBDA { add(n, d / Columns::kTerm + term, x); });
+    }
+  }
+  for (; d < D; d += Columns::kTerm) {
+    MFA_UNROLL
+    for (int n = 0; n < NK; ++n) add(n, d / Columns::kTerm, Columns::Last(rows + n * kLanes, d));
+  }
+  MFA_UNROLL
+  for (int n = 0; n < NK; ++n) {
+    MFA_UNROLL
+    for (int g = 0; g < G; ++g) {
+      const VF s = kPairs ? hn::Mul(acc[n][g], scale) : acc[n][g];
+      hn::StoreU(s, df, S + g * s_stride + n * kLanes);
+    }
+  }
+}
+
+// out[term][n * kLanes + i] = that term of the key rows[n * kLanes + i]: what MultiplyTile() takes.
+template <int NK, bool kPairs, class T>
+HWY_INLINE void PackColumns(const T* const* rows, UpcomingRows& upcoming, int D, float* out) {
+  using Columns = KeyColumns<T, kPairs>;
+  const auto store = [&](int n, int term, auto x)
+                         MFA_INLINE_LAMBDA { hn::Store(hn::BitCast(df, x), df, out + (term * NK + n) * kLanes); };
+  MFA_NO_UNROLL
+  for (int n = 0; n < NK; ++n) {
+    int d = 0;
+    for (; d + Columns::kStep <= D; d += Columns::kStep) {
+      VF k[kLanes];
+      upcoming.Fetch(1);
+      Columns::Load(rows + n * kLanes, d, k);
+      MFA_UNROLL
+      for (int j = 0; j < kLanes; ++j)
+        Columns::Terms(j, k[j], [&](int term, auto x) MFA_INLINE_LAMBDA { store(n, d / Columns::kTerm + term, x); });
+    }
+    for (; d < D; d += Columns::kTerm) store(n, d / Columns::kTerm, Columns::Last(rows + n * kLanes, d));
+  }
+}
+
+// Vectors of channels of a pass over the values for G rows.
+template <int G>
+constexpr int kValueVectors = Min(8, 2 * kTileRows / G);
+static_assert(kValueVectors<kTileRows> == 2);
+
+// NV vectors of a row of values. Those of bfloat16 come in pairs of vectors, the even channels and the odd ones: two
+// steps instead of four. InOrder() puts them right.
+template <class T, int NV>
+constexpr bool kSplitsChannels = std::is_same_v<T, bfloat16> && NV % 2 == 0;
+template <int NV, class T, class Use>
+HWY_INLINE void ForValues(const T* row, const Use& use) {
+  if constexpr (kSplitsChannels<T, NV>) {
+    MFA_UNROLL
+    for (int c = 0; c < NV; c += 2) {
+      const VU bits = hn::BitCast(
+          du, hn::LoadU(hn::Repartition<uint16_t, DF>(), reinterpret_cast<const uint16_t*>(row) + c * kLanes));
+      use(c, hn::BitCast(df, hn::ShiftLeft<16>(bits)));
+      use(c + 1, hn::BitCast(df, hn::And(bits, hn::Set(du, 0xffff0000u))));
+    }
+  } else {
+    MFA_UNROLL
+    for (int c = 0; c < NV; ++c) use(c, LoadFloat(row + c * kLanes));
+  }
+}
+HWY_INLINE void InOrder(float* pair) {
+  const VF even = hn::Load(df, pair), odd = hn::Load(df, pair + kLanes);
+  hn::StoreInterleaved2(even, odd, df, pair);
+}
+
+// out[g][d .. d + NV * kLanes) = or, unless `begins`, += sum_k P[g][k] V[k][d ..] for k in [lo, hi).
+template <int G, int NV, class Rows>
+HWY_INLINE void DecodeValues(const Rows& v, int lo, int hi, bool begins, const float* P, float* out,
+                             ptrdiff_t out_stride, UpcomingRows& upcoming) {
   VF acc[G][NV];
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
+    for (int c = 0; c < NV; ++c) acc[g][c] = begins ? hn::Zero(df) : hn::Load(df, out + g * out_stride + c * kLanes);
   }
   for (int k = lo; k < hi; ++k) {
-    const auto* row = v.At(k);
-    next.Fetch(k);
-    VF value[NV];
+    if (k % kKeysOfFetch == 0) upcoming.Fetch(kKeysOfFetch);
+    VF w[G];
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) value[c] = LoadFloat(row + c * kLanes);
-    MFA_UNROLL
-    for (int g = 0; g < G; ++g) {
-      const VF w = hn::Set(df, P[g * kScoreStride + k]);
+    for (int g = 0; g < G; ++g) w[g] = hn::Set(df, P[g * kScoreStride + k]);
+    ForValues<NV>(v.At(k), [&](int c, VF value) MFA_INLINE_LAMBDA {
       MFA_UNROLL
-      for (int c = 0; c < NV; ++c) acc[g][c] = hn::MulAdd(value[c], w, acc[g][c]);
-    }
+      for (int g = 0; g < G; ++g) acc[g][c] = hn::MulAdd(value, w[g], acc[g][c]);
+    });
   }
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
@@ -173,29 +210,28 @@ HWY_INLINE void DecodeValues(const Rows& v, int lo, int hi, const float* P, floa
 
 // The same for pairs of keys [lo, hi), both even; `P` holds a pair of probabilities for each pair of keys. A key
 // outside [first, last) is not read.
-template <int G, int NV, class Rows, class Next>
-HWY_INLINE void DecodePairValues(const Rows& v, int lo, int hi, int first, int last, const uint32_t* P, float* out,
-                                 ptrdiff_t out_stride, const Next& next) {
+template <int G, int NV, class Rows>
+HWY_INLINE void DecodePairValues(const Rows& v, int lo, int hi, int first, int last, bool begins, const uint32_t* P,
+                                 float* out, ptrdiff_t out_stride, UpcomingRows& upcoming) {
   static constexpr bfloat16 kZeros[NV * kLanes] = {};
   VF acc[G][NV];
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) acc[g][c] = hn::Zero(df);
+    for (int c = 0; c < NV; ++c) acc[g][c] = begins ? hn::Zero(df) : hn::Load(df, out + g * out_stride + c * kLanes);
   }
   for (int k = lo; k < hi; k += 2) {
     const bfloat16* even = k >= first ? v.At(k) : kZeros;
     const bfloat16* odd = k + 1 < last ? v.At(k + 1) : kZeros;
-    next.Fetch(k);
-    next.Fetch(k + 1);
-    VU value[NV];
+    if (k % kKeysOfFetch == 0) upcoming.Fetch(kKeysOfFetch);
+    VU w[G];
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) value[c] = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
+    for (int g = 0; g < G; ++g) w[g] = hn::Set(du, P[g * kScoreStride + k / 2]);
     MFA_UNROLL
-    for (int g = 0; g < G; ++g) {
-      const VU w = hn::Set(du, P[g * kScoreStride + k / 2]);
+    for (int c = 0; c < NV; ++c) {
+      const VU value = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
       MFA_UNROLL
-      for (int c = 0; c < NV; ++c) acc[g][c] = DotPairs(acc[g][c], value[c], w);
+      for (int g = 0; g < G; ++g) acc[g][c] = DotPairs(acc[g][c], value, w[g]);
     }
   }
   MFA_UNROLL

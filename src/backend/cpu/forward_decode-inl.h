@@ -1,6 +1,7 @@
 // forward_decode-inl.h: attention forward for few query rows: lanes = keys for the scores, channels for the output.
 //
-// Memory-bound: each key block is prefetched one block ahead, also that of another tile.
+// Memory-bound: the values of a block are fetched while its scores are computed, and the keys of the next block, also
+// that of another tile, while the values are added up.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -8,13 +9,14 @@ namespace {
 struct DecodeScratch {
   RowTile tile;
   TileBlock block;
-  KeyList next;  // entries of the block after it
+  KeyList keys;  // of a whole block
   float m[kMaxDecodeRows], l[kMaxDecodeRows];
   float* q;        // [rows][padded D], scaled to base-2 units
   float* o;        // [rows][padded Dv]
   float* s;        // [rows][kScoreStride]
   float* block_o;  // [rows][padded Dv]
   float* k;        // [kLanes][padded D], rotated keys
+  float* columns;  // [D][vectors of keys], transposed keys
   size_t bytes;
 
   DecodeScratch(const AttentionProblem& p, int rows, char* base) {
@@ -25,7 +27,9 @@ struct DecodeScratch {
     s = o + rows * dv;
     block_o = s + static_cast<size_t>(rows) * kScoreStride;
     k = block_o + rows * dv;
-    bytes = (rows * (d + 2 * dv + kScoreStride) + (RotatesKeys(p) ? kLanes * d : 0)) * sizeof(float);
+    columns = k + (RotatesKeys(p) ? kLanes * d : 0);
+    const size_t keys = rows > kFewRows ? kTileVectors * kLanes : 0;
+    bytes = static_cast<size_t>(columns + keys * p.D - reinterpret_cast<float*>(base)) * sizeof(float);
   }
 };
 
@@ -77,7 +81,7 @@ class DecodeForward {
   void Begin(int64_t index, const TileMap::Place& place) {
     tile_index_ = index;
     rows_ = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, x_.tile.query, x_.tile.head);
-    CompleteRowTile(p_, place.b, place.kv_head, rows_, rows_, x_.tile);
+    CompleteRowTile(p_, place.b, place.kv_head, rows_, RoundUp(rows_, kLanes), x_.tile);
     finder_.Select(x_.tile);
     for (int g = 0; g < rows_; ++g) {
       x_.m[g] = p_.sinks ? p_.sinks[x_.tile.head[g]] * kLog2e : -kInf;
@@ -98,36 +102,53 @@ class DecodeForward {
   void Block(int index, int keys, const Upcoming* next) {
     const int64_t k0 = int64_t{index} * kKeyBlock;
     const int count = static_cast<int>(Min<int64_t>(kKeyBlock, keys - k0));
-    finder_.Find(x_.tile, rows_, k0, count, x_.block);
+    finder_.Find(x_.tile, RoundUp(rows_, kLanes), k0, count, x_.block);
     if (x_.block.all.empty()) return MarkUnseen(index);
     const int b = x_.tile.b, h = x_.tile.kv_head;
+    const TileMap::Place* place = Fetches(next) ? &next->place : nullptr;
+    next_k0_ = next ? int64_t{next->block} * kKeyBlock : 0;
     if (!x_.block.listed && !GathersRows(p_)) {
       const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, k0), p_.k.stride[2]};
       const StridedRows<T> v{KeyRow<T>(p_, p_.v, b, h, k0), p_.v.stride[2]};
-      if (!Fetches(next)) return Attend(index, k, v, k, v, false);
-      const TileMap::Place& place = next->place;
-      const int64_t first = int64_t{next->block} * kKeyBlock;
-      return Attend(index, k, v, StridedRows<T>{KeyRow<T>(p_, p_.k, place.b, place.kv_head, first), k.step},
-                    StridedRows<T>{KeyRow<T>(p_, p_.v, place.b, place.kv_head, first), v.step}, true);
+      StridedRows<T> next_k = k;
+      if (place) next_k.first = KeyRow<T>(p_, p_.k, place->b, place->kv_head, next_k0_);
+      return Attend(index, k, v, next_k, place);
     }
-    const int lo = x_.block.all.lo, hi = x_.block.all.hi;
-    if (has_next_table_ && !x_.block.listed) {
-      table_ ^= 1;
-    } else {
-      KeyRows(p_, p_.k, b, h, x_.block.list, lo, hi, k_rows_[table_]);
-      KeyRows(p_, p_.v, b, h, x_.block.list, lo, hi, v_rows_[table_]);
+    if (x_.block.listed) {
+      Table& table = tables_[table_];
+      table.b = -1;  // of these keys only
+      KeyRows(p_, p_.k, b, h, x_.block.list, x_.block.all.lo, x_.block.all.hi, table.k);
+      KeyRows(p_, p_.v, b, h, x_.block.list, x_.block.all.lo, x_.block.all.hi, table.v);
+      return Attend(index, RowTable<T>{table.k}, RowTable<T>{table.v}, RowTable<T>{}, false);
     }
-    const int other = table_ ^ 1;
-    has_next_table_ = !x_.block.listed && Fetches(next);
-    if (has_next_table_) {
-      const TileMap::Place& place = next->place;
-      for (int c = 0; c < kKeyBlock; ++c) x_.next.key[c] = next->block * kKeyBlock + c;
-      KeyRows(p_, p_.k, place.b, place.kv_head, x_.next, 0, kKeyBlock, k_rows_[other]);
-      KeyRows(p_, p_.v, place.b, place.kv_head, x_.next, 0, kKeyBlock, v_rows_[other]);
+    if (tables_[table_ ^ 1].IsOf(b, index)) table_ ^= 1;
+    Table& table = tables_[table_];
+    if (!table.IsOf(b, index)) Fill(b, h, index, count, table);
+    RowTable<T> next_k{table.k};
+    if (place) {
+      Table& other = tables_[table_ ^ 1];
+      const bool same = table.IsOf(place->b, next->block);
+      if (!same) Fill(place->b, place->kv_head, next->block, kKeyBlock, other);
+      next_k = KeysOf(same ? table : other, place->kv_head);
     }
-    Attend(index, RowTable<T>{k_rows_[table_]}, RowTable<T>{v_rows_[table_]}, RowTable<T>{k_rows_[other]},
-           RowTable<T>{v_rows_[other]}, has_next_table_);
+    Attend(index, KeysOf(table, h), RowTable<T>{table.v, (h - table.head) * p_.v.stride[1]}, next_k, place);
   }
+
+  // Where the rows of a block lie in pages, for one head: those of another head lie as far from them everywhere.
+  struct Table {
+    int b = -1, block = 0, head = 0;
+    const T *k[kKeyBlock], *v[kKeyBlock];
+    bool IsOf(int b_asked, int block_asked) const { return b == b_asked && block == block_asked; }
+  };
+  void Fill(int b, int head, int block, int count, Table& table) {
+    table.b = b;
+    table.block = block;
+    table.head = head;
+    for (int c = 0; c < kKeyBlock; ++c) x_.keys.key[c] = block * kKeyBlock + c;
+    KeyRows(p_, p_.k, b, head, x_.keys, 0, count, table.k);
+    KeyRows(p_, p_.v, b, head, x_.keys, 0, count, table.v);
+  }
+  RowTable<T> KeysOf(const Table& table, int head) const { return {table.k, (head - table.head) * p_.k.stride[1]}; }
 
   // Whether all of this block is computed, so that all of the next is fetched, which must be a whole one.
   bool Fetches(const Upcoming* next) const {
@@ -136,23 +157,22 @@ class DecodeForward {
   }
 
   template <class Rows>
-  void Attend(int index, const Rows& k, const Rows& v, const Rows& next_k, const Rows& next_v, bool prefetch) {
+  void Attend(int index, const Rows& k, const Rows& v, const Rows& next_k, bool fetches) {
     const BlockKeys& seen = x_.block.all;
     const int lo = seen.lo, hi = seen.hi;
-    const int vectors = RotatesKeys(p_) ? 1 : rows_ == 1 ? kKeyVectors<1> : rows_ == 2 ? kKeyVectors<2> : 1;
-    for (int k_lo = lo, step = 0; k_lo < hi; k_lo += step) {
-      step = k_lo + vectors * kLanes <= hi ? vectors * kLanes : kLanes;
-      for (int i = 0; prefetch && i < step; ++i) next_k.Fetch(Min(k_lo + i, hi - 1), p_.D);
+    upcoming_.Clear();
+    AddRows(v, x_.block.k0, lo, hi, p_.Dv, p_.v.stride[2]);
+    upcoming_.Spread(FetchesOfScores(hi - lo));
+    for (int k_lo = lo, vectors = 0; k_lo < hi; k_lo += vectors * kLanes) {
+      vectors = VectorsOf(hi - k_lo);
+      const T* rows[kMostVectors * kLanes];
+      const int count = Min(vectors * kLanes, hi - k_lo);
+      for (int i = 0; i < count; ++i) rows[i] = k.At(k_lo + i);
+      for (int i = count; i < vectors * kLanes; ++i) rows[i] = rows[count - 1];
       if (RotatesKeys(p_)) {
-        RotateKeys(k, k_lo, hi);
-        continue;
-      }
-      const T* rows[kKeyVectors<1> * kLanes];
-      for (int i = 0; i < step; ++i) rows[i] = k.At(Min(k_lo + i, hi - 1));
-      if (step == kLanes) {
-        Products<1>(rows, k_lo);
+        RotateKeys(rows, k_lo, hi);
       } else {
-        Products<0>(rows, k_lo);
+        Products(rows, vectors, k_lo);
       }
     }
     float m[kMaxDecodeRows], l[kMaxDecodeRows];
@@ -175,8 +195,7 @@ class DecodeForward {
     if (HWY_UNLIKELY(skip_hidden)) {
       for (int g = 0; g < rows_; ++g) VisibleValues(v, g, lo, hi);
     } else {
-      ForRowTiles<kMaxDecodeRows>(0, rows_,
-                                  [&]<int G>(int g) HWY_ATTR { Values<G>(v, next_v, g, lo, hi, prefetch && g == 0); });
+      Values(v, next_k, 0, rows_, lo, hi, fetches);
     }
 
     if (job_.plan.key_splits > 1) {
@@ -193,35 +212,86 @@ class DecodeForward {
     }
   }
 
-  // The scores of all rows for the keys rows[0] .. from entry `entry`: kVectors vectors of them, 0: as many as suit the
-  // number of rows.
-  template <int kVectors, class R>
-  HWY_INLINE void Products(const R* const* rows, int entry) {
+  static constexpr int kMostVectors = KeyVectors(1);
+  static_assert(kTileVectors == 3);
+  // The vectors of keys that are taken together when `left` keys are left.
+  int VectorsOf(int left) const {
+    if (RotatesKeys(p_)) return 1;
+    const int most = KeyVectors(rows_), whole = left / kLanes;
+    if (rows_ > kFewRows) return Min(most, RoundUp(left, kLanes) / kLanes);
+    return whole >= most ? most : whole >= 2 ? 2 : 1;
+  }
+
+  // How often Products() fetches in all for `keys` keys.
+  int FetchesOfScores(int keys) const {
+    const int vectors = RoundUp(keys, kLanes) / kLanes, most = KeyVectors(rows_);
+    const int columns = vectors * Max(1, p_.D / KeyColumns<T, kPairs>::kStep);
+    if (rows_ <= kFewRows) return columns;
+    const int tiles = (rows_ + kTileRows - 1) / kTileRows * ((vectors + most - 1) / most);
+    return columns + tiles * (p_.D / KeyColumns<T, kPairs>::kTerm / kTermsOfFetch);
+  }
+  static constexpr int kTermsOfFetch = 4;
+
+  // The scores of all rows for `vectors` vectors of keys, rows[0] .. from entry `entry`.
+  template <class R>
+  void Products(const R* const* rows, int vectors, int entry) {
+    const auto take = [&]<int G, int NK>() HWY_ATTR {
+      constexpr bool kTerms = kPairs && std::is_same_v<R, bfloat16>;
+      const auto* q = reinterpret_cast<const std::conditional_t<kTerms, uint32_t, float>*>(x_.q);
+      DecodeScores<G, NK, kTerms>(rows, upcoming_, q, d_padded_, p_.D, hn::Set(df, p_.scale * kLog2e),
+                                  scores_at(0, entry), kScoreStride);
+    };
+    if (rows_ > kFewRows) {
+      if (vectors == 1) return TileProducts<1>(rows, entry);
+      if (vectors == 2) return TileProducts<2>(rows, entry);
+      return TileProducts<3>(rows, entry);
+    }
+    if (rows_ == 1) {
+      if (vectors == 1) return take.template operator()<1, 1>();
+      if (vectors == 2) return take.template operator()<1, 2>();
+      return take.template operator()<1, 8>();
+    }
+    if (vectors == 1) return take.template operator()<2, 1>();
+    if (vectors == 2) return take.template operator()<2, 2>();
+    take.template operator()<2, 4>();
+  }
+  // Writes the transposed keys down and multiplies tiles of rows with them.
+  template <int NK, class R>
+  HWY_INLINE void TileProducts(const R* const* rows, int entry) {
+    constexpr int kWidth = NK * kLanes;
+    constexpr bool kTerms = kPairs && std::is_same_v<R, bfloat16>;
+    const VF scale = hn::Set(df, p_.scale * kLog2e);
+    PackColumns<NK, kTerms>(rows, upcoming_, p_.D, x_.columns);
     ForRowTiles<kTileRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
-      constexpr int NK = kVectors > 0 ? kVectors : kKeyVectors<G>;
-      if constexpr (kPairs && std::is_same_v<R, bfloat16>) {
-        const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q + g * d_padded_);
-        return DecodePairScores<G, NK>(rows, q, d_padded_, p_.D / 2, hn::Set(df, p_.scale * kLog2e),
-                                       scores_at(g, entry), kScoreStride);
+      const float* q = x_.q + g * d_padded_;
+      const auto store = [&](int r, int n, VF s) HWY_ATTR {
+        if constexpr (kTerms) s = hn::Mul(s, scale);
+        hn::StoreU(s, df, scores_at(g + r, entry) + n * kLanes);
+      };
+      const auto step = [&](int term) MFA_INLINE_LAMBDA {
+        if (term % kTermsOfFetch == 0) upcoming_.Fetch(1);
+      };
+      if constexpr (kTerms) {
+        MultiplyTile<G, NK>(reinterpret_cast<const bfloat16*>(q), StepsAdjacent{2 * d_padded_},
+                            reinterpret_cast<const uint32_t*>(x_.columns), kWidth, p_.D / 2, store, step);
+      } else {
+        MultiplyTile<G, NK>(q, StepsAdjacent{d_padded_}, x_.columns, kWidth, p_.D, store, step);
       }
-      DecodeScores<G, NK>(rows, x_.q + g * d_padded_, d_padded_, p_.D, scores_at(g, entry), kScoreStride);
     });
   }
 
   // Products() of keys that are rotated first.
-  template <class Rows>
-  void RotateKeys(const Rows& k, int entry, int hi) {
+  void RotateKeys(const T* const* keys, int entry, int hi) {
     const KeyList& list = x_.block.list;
-    const auto rotate = [&](int i) HWY_ATTR {
+    const float* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
       float* row = x_.k + i * d_padded_;
       const int c = Min(entry + i, hi - 1);
-      WidenRow(k.At(c), p_.D, row);
+      WidenRow(keys[i], p_.D, row);
       if (!(list.has_padding && list.padding[c])) RotateKey(p_, x_.tile.b, list.key[c], row);
-      return row;
-    };
-    const float* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) rows[i] = rotate(i);
-    Products<1>(rows, entry);
+      rows[i] = row;
+    }
+    Products(rows, 1, entry);
   }
 
   template <class Rows>
@@ -331,43 +401,68 @@ class DecodeForward {
     }
   }
 
-  template <int G, class Rows>
-  void PairValues(const Rows& v, const Rows& next_v, int g, int lo, int hi, bool prefetch) {
-    const int pair_lo = lo & ~1, pair_hi = RoundUp(hi, 2), whole = p_.Dv / kLanes;
-    const uint32_t* P = reinterpret_cast<const uint32_t*>(scores_at(g, 0));
-    float* out = x_.block_o + g * dv_padded_;
-    ForRowTiles<kMaxDecodeRows / G>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-      DecodePairValues<G, NV>(v.Columns(c * kLanes), pair_lo, pair_hi, lo, hi, P, out + c * kLanes, dv_padded_,
-                              NextBlock<Rows>{next_v, prefetch ? p_.Dv : 0, whole, c, NV});
-    });
-    const int rest = p_.Dv - whole * kLanes;
-    if (rest == 0) return;
-    bfloat16 tail[kKeyBlock * kLanes] = {};
-    for (int k = lo; k < hi; ++k) __builtin_memcpy(tail + k * kLanes, v.At(k) + whole * kLanes, rest * sizeof(T));
-    const StridedRows<T> last{tail, kLanes};
-    DecodePairValues<G, 1>(last, pair_lo, pair_hi, lo, hi, P, out + whole * kLanes, dv_padded_,
-                           NextBlock<StridedRows<T>>{last});
-  }
-
-  template <int G, class Rows>
-  void Values(const Rows& v, const Rows& next_v, int g, int lo, int hi, bool prefetch) {
-    if constexpr (kPairs) return PairValues<G>(v, next_v, g, lo, hi, prefetch);
-    constexpr int kAccumulators = kTileRows * kTileVectors;
-    constexpr int kVectors = kAccumulators / G < 8 ? kAccumulators / G : 8;
+  // block_o = P V for the rows [g0, g1). The keys are taken in chunks, so that the passes over the channels find their
+  // values in the first cache.
+  template <class Rows>
+  void Values(const Rows& v, const Rows& next_k, int g0, int g1, int lo, int hi, bool fetches) {
     const int whole = p_.Dv / kLanes;
-    const float* P = scores_at(g, 0);
-    float* out = x_.block_o + g * dv_padded_;
-    ForRowTiles<kVectors>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-      DecodeValues<G, NV>(v.Columns(c * kLanes), lo, hi, P, out + c * kLanes, dv_padded_,
-                          NextBlock<Rows>{next_v, prefetch ? p_.Dv : 0, whole, c, NV});
-    });
-    if (whole * kLanes == p_.Dv) return;
-    for (int i = g; i < g + G; ++i) {
-      hn::Store(hn::Zero(df), df, x_.block_o + i * dv_padded_ + whole * kLanes);
-      for (int d = whole * kLanes; d < p_.Dv; ++d) {
+    int passes = 0;
+    ForRowTiles<kTileRows>(g0, g1, [&]<int G>(int) { passes += (whole + kValueVectors<G> - 1) / kValueVectors<G>; });
+    upcoming_.Clear();
+    if (fetches) AddRows(next_k, next_k0_, 0, kKeyBlock, p_.D, p_.k.stride[2]);
+    upcoming_.Spread(passes * (hi - lo));
+    for (int first = lo, last; first < hi; first = last) {
+      last = Min(hi, (first / kValueChunk + 1) * kValueChunk);
+      ForRowTiles<kTileRows>(g0, g1, [&]<int G>(int g) HWY_ATTR {
+        float* out = x_.block_o + g * dv_padded_;
+        ForRowTiles<kValueVectors<G>>(0, whole, [&]<int NV>(int c) HWY_ATTR {
+          if constexpr (kPairs) {
+            DecodePairValues<G, NV>(v.Columns(c * kLanes), first & ~1, RoundUp(last, 2), lo, hi, first == lo,
+                                    reinterpret_cast<const uint32_t*>(scores_at(g, 0)), out + c * kLanes, dv_padded_,
+                                    upcoming_);
+          } else {
+            DecodeValues<G, NV>(v.Columns(c * kLanes), first, last, first == lo, scores_at(g, 0), out + c * kLanes,
+                                dv_padded_, upcoming_);
+          }
+        });
+      });
+    }
+    for (int g = g0; g < g1; ++g) {
+      float* out = x_.block_o + g * dv_padded_;
+      if constexpr (!kPairs && kSplitsChannels<T, 2>) {
+        for (int c = 0; c + 2 <= whole; c += 2) InOrder(out + c * kLanes);
+      }
+      if (whole * kLanes < p_.Dv) LastValues(v, g, lo, hi, whole * kLanes, out);
+    }
+  }
+  // The rows of entries [lo, hi) of the block at k0 are needed next.
+  void AddRows(const StridedRows<T>& rows, int64_t, int lo, int hi, int width, int64_t step) {
+    upcoming_.Add(rows.At(lo), hi - lo, step * kSize, static_cast<size_t>(width) * sizeof(T));
+  }
+  void AddRows(const RowTable<T>& rows, int64_t k0, int lo, int hi, int width, int64_t step) {
+    const int64_t page = x_.block.listed ? 1 : p_.pages.page_size;  // rows of a page are `step` apart
+    for (int c = lo, end; c < hi; c = end) {
+      end = static_cast<int>(Min<int64_t>(hi, c + page - (k0 + c) % page));
+      upcoming_.Add(rows.At(c), end - c, step * kSize, static_cast<size_t>(width) * sizeof(T));
+    }
+  }
+  static constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
+
+  // The channels from d on, less than a vector.
+  template <class Rows>
+  void LastValues(const Rows& v, int g, int lo, int hi, int d, float* out) {
+    hn::Store(hn::Zero(df), df, out + d);
+    if constexpr (kPairs) {
+      bfloat16 tail[kKeyBlock * kLanes] = {};
+      for (int k = lo; k < hi; ++k) __builtin_memcpy(tail + k * kLanes, v.At(k) + d, (p_.Dv - d) * sizeof(T));
+      const StridedRows<T> rows{tail, kLanes};
+      DecodePairValues<1, 1>(rows, lo & ~1, RoundUp(hi, 2), lo, hi, true,
+                             reinterpret_cast<const uint32_t*>(scores_at(g, 0)), out + d, dv_padded_, upcoming_);
+    } else {
+      for (int c = d; c < p_.Dv; ++c) {
         float sum = 0.f;
-        for (int k = lo; k < hi; ++k) sum = __builtin_fmaf(to_float(v.At(k)[d]), scores_at(i, 0)[k], sum);
-        x_.block_o[i * dv_padded_ + d] = sum;
+        for (int k = lo; k < hi; ++k) sum = __builtin_fmaf(to_float(v.At(k)[c]), scores_at(g, 0)[k], sum);
+        out[c] = sum;
       }
     }
   }
@@ -378,7 +473,7 @@ class DecodeForward {
   void VisibleValues(const Rows& v, int g, int lo, int hi) {
     const T* rows[kKeyBlock];
     for (int k = lo; k < hi; ++k) rows[k] = visible_[g][k] ? v.At(k) : ZeroRow<T>();
-    Values<1>(RowTable<T>{rows}, RowTable<T>{rows}, g, lo, hi, false);
+    Values(RowTable<T>{rows}, RowTable<T>{rows}, g, g + 1, lo, hi, false);
   }
 
   void MergeRow(int g, float block_m, float block_l, const float* block_o) {
@@ -423,12 +518,11 @@ class DecodeForward {
   const int d_padded_, dv_padded_;
   BlockFinder finder_;
   DecodeScratch x_;
-  int64_t tile_index_ = 0;
+  UpcomingRows upcoming_;
+  int64_t tile_index_ = 0, next_k0_ = 0;
   int rows_ = 0;
-  // Rows of this block and of the next, where they are found one by one.
-  const T *k_rows_[2][kKeyBlock], *v_rows_[2][kKeyBlock];
+  Table tables_[2];  // this block and the next, where rows are found one by one
   int table_ = 0;
-  bool has_next_table_ = false;  // the other table has the rows of the block that follows
   bool visible_[kMaxDecodeRows][kKeyBlock];
 };
 

@@ -88,7 +88,13 @@ class TiledForward {
   // Returns whether the tile has rows.
   bool SelectRows(int64_t index, const TileMap::Place& place) {
     tile_index_ = index;
-    const int count = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, x_.tile.query, x_.tile.head);
+    int count = next_count_;
+    if (next_.b == place.b && next_.kv_head == place.kv_head && next_.tile == place.tile) {
+      std::memcpy(x_.tile.query, next_query_, sizeof(int32_t) * static_cast<size_t>(count));
+      std::memcpy(x_.tile.head, next_head_, sizeof(int32_t) * static_cast<size_t>(count));
+    } else {
+      count = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, x_.tile.query, x_.tile.head);
+    }
     if (count == 0) return false;
     tile_width_ = RoundUp(count, kLanes);
     CompleteRowTile(p_, place.b, place.kv_head, count, tile_width_, x_.tile);
@@ -148,14 +154,21 @@ class TiledForward {
 
   // The first rows of another tile and of its output.
   void AddRows(const TileMap::Place& place) {
-    int32_t query[kMaxRowTile], head[kMaxRowTile];
-    const int count = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, query, head);
+    next_ = place;
+    next_count_ = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, next_query_, next_head_);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-      const int rows = Min(count, kGroupRows);
-      for (int r = 0; r < rows; ++r)
-        upcoming_.Add(QueryRow<T>(p_, p_.q, place.b, head[r], query[r]), static_cast<size_t>(p_.D) * sizeof(T));
-      for (int r = 0; job_.out && r < rows; ++r)
-        upcoming_.Add(QueryRow<T>(p_, job_.out->o, place.b, head[r], query[r]), static_cast<size_t>(p_.Dv) * sizeof(T));
+      const auto add = [&](const auto& x, int width, int r, int rows) {
+        constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
+        upcoming_.Add(QueryRow<T>(p_, x, place.b, next_head_[r], next_query_[r]), rows, x.stride[2] * kSize,
+                      static_cast<size_t>(width * kSize));
+      };
+      const int rows = Min(next_count_, kGroupRows);
+      for (int r = 0, end; r < rows; r = end) {  // a run of rows of one head
+        end = r + 1;
+        while (end < rows && next_head_[end] == next_head_[r] && next_query_[end] == next_query_[end - 1] + 1) ++end;
+        add(p_.q, p_.D, r, end - r);
+        if (job_.out) add(job_.out->o, p_.Dv, r, end - r);
+      }
     });
   }
 
@@ -493,6 +506,10 @@ class TiledForward {
   ScoreSelector selector_;
   int64_t tile_index_ = 0;
   int tile_width_ = 0;
+  // The rows of the tile that comes next, once AddRows() has asked for them.
+  TileMap::Place next_{-1};
+  int next_count_ = 0;
+  int32_t next_query_[kMaxRowTile], next_head_[kMaxRowTile];
   static constexpr int kMostGroups = kMaxRowTile / kGroupRows;
   bool holds_[kMostGroups] = {};  // of each column group: `o` holds what a block has given
 };

@@ -11,6 +11,7 @@
 #include "backend/cpu/tile-inl.h"
 #include "backend/cpu/rows-inl.h"
 #include "backend/cpu/scores-inl.h"
+#include "backend/cpu/upcoming_rows-inl.h"
 #include "backend/cpu/key_block-inl.h"
 #include "backend/cpu/block_reader-inl.h"
 #include "backend/cpu/score_floor-inl.h"
@@ -107,6 +108,7 @@ constexpr KernelTable kTable = {
                    kLanes == 16 ? 128 << 10 : 48 << 10,  // processors with 512-bit vectors have 1 MiB or more
                .backward_row_tile = kBackwardRowTile,
                .max_decode_rows = kLanes < 8 ? 2 : kMaxDecodeRows,
+               .few_key_decode_rows = kLanes < 8 ? 2 : kTileRows,
                .native_bf16 = kNativeBf16},
     .forward_scratch_bytes = ForwardScratchBytes,
     .forward_task = ForwardTask,

@@ -38,53 +38,6 @@ struct BlockRows {
   const void* v[kKeyBlock];
 };
 
-// Rows that are needed soon, runs of them as one, fetched into the second cache a few lines at a time between the tiles
-// of the products: more at once would fill the queue of outstanding misses and hold up their loads.
-class UpcomingRows {
- public:
-  void Clear() {
-    count_ = at_ = 0;
-    credit_ = 0;
-  }
-  // Of `bytes` > 0. What does not fit is not fetched.
-  HWY_INLINE void Add(const void* row, size_t bytes) {
-    const char* first = static_cast<const char*>(row);
-    if (count_ > 0 && rows_[count_ - 1].end == first) {
-      rows_[count_ - 1].end += bytes;
-    } else if (count_ < kCapacity) {
-      const ptrdiff_t past = reinterpret_cast<uintptr_t>(first) % kLine;
-      rows_[count_++] = {first - past, first + bytes};
-    }
-  }
-  // The rows are to be fetched during `work`, in any unit.
-  void Spread(int64_t work) {
-    int64_t lines = 0;
-    for (int i = 0; i < count_; ++i) lines += (rows_[i].end - rows_[i].first + kLine - 1) / kLine;
-    rate_ = (lines << kShift) / Max<int64_t>(work, 1) + 1;
-  }
-  // Fetches what falls to a part of the work.
-  HWY_INLINE void Fetch(int work) {
-    if (at_ == count_) return;
-    credit_ += rate_ * work;
-    for (; credit_ >> kShift > 0 && at_ < count_; credit_ -= int64_t{1} << kShift) {
-      Row& row = rows_[at_];
-      __builtin_prefetch(row.first, 0, 2);
-      row.first += kLine;
-      if (row.first >= row.end) ++at_;
-    }
-  }
-
- private:
-  static constexpr ptrdiff_t kLine = 64;
-  static constexpr int kCapacity = 2 * kKeyBlock + 2 * kGroupRows, kShift = 20;
-  struct Row {
-    const char *first, *end;
-  };
-  Row rows_[kCapacity];
-  int count_ = 0, at_ = 0;
-  int64_t rate_ = 0, credit_ = 0;  // lines << kShift: for a unit of work, and due
-};
-
 // A tile and a block of its keys that come after those which are computed.
 struct Upcoming {
   TileMap::Place place;

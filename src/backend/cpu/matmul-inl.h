@@ -405,14 +405,23 @@ class Product {
   int32_t row_of_[kInnerBlock];  // where the steps of a block lie in a panel whose chains have chain_length_ steps
 };
 
-// Calls f with the Product of the job's weights.
+// Calls f with the Product of the job's dense weights.
+template <class F>
+HWY_INLINE void WithDenseProduct(const MatmulJob& job, const F& f) {
+  WithType(job.problem->dtype, [&]<class T>(T*) {
+    constexpr bool kPairs = kNativeBf16 && std::is_same_v<T, bfloat16>;
+    if (job.problem->w.transposed) {
+      f(Product<kPairs, ColumnWeights<T, kPairs>>(job));
+    } else {
+      f(Product<kPairs, RowWeights<T, kPairs>>(job));
+    }
+  });
+}
+
+// The same with whatever computes the job.
 template <class F>
 HWY_INLINE void WithProduct(const MatmulJob& job, const F& f) {
   const WeightRef& w = job.problem->w;
-  const auto run = [&]<bool kPairs, class Weights>(std::bool_constant<kPairs>, Weights*) {
-    Product<kPairs, Weights> product(job);
-    f(product);
-  };
   if (sums_integers(*job.problem)) {
     const auto integers = [&]<int kBits>(std::integral_constant<int, kBits>) {
       if (job.plan.kernel == MatmulKernel::tiled) return f(IntegerTiles<kBits>(job));
@@ -423,17 +432,10 @@ HWY_INLINE void WithProduct(const MatmulJob& job, const F& f) {
     if (w.affine.bits == 4) return integers(std::integral_constant<int, 4>());
     return integers(std::integral_constant<int, 8>());
   }
-  if (!w.quantised()) {
-    WithType(job.problem->dtype, [&]<class T>(T*) {
-      constexpr std::bool_constant<kNativeBf16 && std::is_same_v<T, bfloat16>> kPairs;
-      if (w.transposed) {
-        run(kPairs, static_cast<ColumnWeights<T, kPairs()>*>(nullptr));
-      } else {
-        run(kPairs, static_cast<RowWeights<T, kPairs()>*>(nullptr));
-      }
-    });
-    return;
-  }
+  if (!w.quantised()) return WithDenseProduct(job, f);
+  const auto run = [&]<bool kPairs, class Weights>(std::bool_constant<kPairs>, Weights*) {
+    f(Product<kPairs, Weights>(job));
+  };
   const auto affine = [&]<bool kPairs>(std::bool_constant<kPairs> pairs) {
     if (!w.transposed) return run(pairs, static_cast<AffineRowWeights<kPairs>*>(nullptr));
     switch (w.affine.bits) {
@@ -469,11 +471,12 @@ void MatmulTask(const MatmulJob& job, int64_t task, void* scratch) {
 
 size_t PackedWeightBytes(const MatmulProblem& p) {
   size_t bytes = 0;
-  WithProduct({&p, {}}, [&](auto& product) { bytes = product.packed_bytes(); });
+  if (!p.w.quantised()) WithDenseProduct({&p, {}}, [&](auto&& product) { bytes = product.packed_bytes(); });
   return bytes;
 }
 void PackWeightsTask(const MatmulProblem& p, int64_t task, void* packed) {
-  WithProduct({&p, {}}, [&](auto& product) { product.PackAhead(static_cast<int>(task) * kPanelColumns, packed); });
+  WithDenseProduct({&p, {}},
+                   [&](auto&& product) { product.PackAhead(static_cast<int>(task) * kPanelColumns, packed); });
 }
 
 }  // namespace

@@ -91,30 +91,19 @@ HWY_INLINE void KeyRows(const AttentionProblem& p, const TensorRef& x, int b, in
     const T* first = KeyRow<T>(p, x, b, h, 0);
     for (int c = lo; c < hi; ++c) rows[c] = first + list.key[c] * step;
   } else {
-    const T* page = nullptr;
-    int32_t begin = 0, end = 0;  // the keys of the page
-    for (int c = lo; c < hi; ++c) {
-      const int32_t key = list.key[c];
-      if (list.has_padding && list.padding[c]) continue;
-      if (key >= end || key < begin) {
-        begin = key - key % p.pages.page_size;
-        end = p.pages.page_size > INT32_MAX - begin ? INT32_MAX : begin + p.pages.page_size;
-        page = KeyRow<T>(p, x, b, h, begin);
+    for (int c = lo; c < hi;) {
+      if (list.has_padding && list.padding[c]) {  // its key may not exist
+        ++c;
+        continue;
       }
-      rows[c] = page + (key - begin) * step;
+      const int32_t begin = list.key[c] - list.key[c] % p.pages.page_size;  // the first key of the page
+      const T* page = KeyRow<T>(p, x, b, h, begin);
+      for (; c < hi && list.key[c] - begin < p.pages.page_size; ++c) rows[c] = page + (list.key[c] - begin) * step;
     }
   }
   if (!list.has_padding) return;
   for (int c = lo; c < hi; ++c)
     if (list.padding[c]) rows[c] = ZeroRow<T>();
-}
-
-// Into the second cache: the first is full of what is needed before.
-template <class T>
-HWY_INLINE void PrefetchRow(const T* row, int width) {
-  const char* at = reinterpret_cast<const char*>(row);
-  const size_t bytes = static_cast<size_t>(width) * sizeof(T);
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // Rows as PackPanels and the decode kernel read them: a fixed step apart, or anywhere.
@@ -123,20 +112,14 @@ struct StridedRows {
   const T* first;
   ptrdiff_t step;
   HWY_INLINE const T* At(int r) const { return first + r * step; }
-  HWY_INLINE void Fetch(int r, int width) const { PrefetchRow(At(r), width); }
   HWY_INLINE StridedRows Columns(int c) const { return {first + c, step}; }
 };
 template <class T>
 struct RowTable {
   const T* const* rows;
-  int column = 0;
+  ptrdiff_t column = 0;
   HWY_INLINE const T* At(int r) const { return rows[r] + column; }
-  HWY_INLINE void Fetch(int r, int width) const {
-    PrefetchRow(At(r), width);
-    __builtin_prefetch(At(r) + width - 1, 0,
-                       2);  // no row that follows has the last line, if rows do not begin with one
-  }
-  HWY_INLINE RowTable Columns(int c) const { return {rows, column + c}; }
+  HWY_INLINE RowTable Columns(ptrdiff_t c) const { return {rows, column + c}; }
 };
 
 // Turns the pairs of the float row `x` by the angles of `position`; `back` by their negatives.

@@ -13,19 +13,32 @@ struct BlockKeys {
   bool full = true;
   bool empty() const { return hi <= lo; }
 };
-HWY_INLINE BlockKeys KeysOfBlock(const RowTile& t, int r0, int width, int64_t k0, int keys) {
-  int64_t first = INT64_MAX, last = 0, all_from = 0, all_to = INT64_MAX;
-  for (int r = r0; r < r0 + width; ++r) {
-    all_from = Max<int64_t>(all_from, t.begin[r]);
-    all_to = Min<int64_t>(all_to, t.end[r]);
-    if (t.begin[r] >= t.end[r]) continue;
-    first = Min<int64_t>(first, t.begin[r]);
-    last = Max<int64_t>(last, t.end[r]);
+// The intervals of lanes [r0, r0 + width), whole vectors: what some lane sees, and what all of them see.
+struct LaneIntervals {
+  int32_t first, last, all_from, all_to;
+  LaneIntervals(const RowTile& t, int r0, int width) {
+    HWY_DASSERT(r0 % kLanes == 0 && width % kLanes == 0);
+    VI low = hn::Set(di, INT32_MAX), high = hn::Zero(di), most = high, least = low;
+    for (int r = r0; r < r0 + width; r += kLanes) {
+      const VI begin = hn::Load(di, t.begin + r), end = hn::Load(di, t.end + r);
+      const auto sees = hn::Lt(begin, end);
+      most = hn::Max(most, begin);
+      least = hn::Min(least, end);
+      low = hn::Min(low, hn::IfThenElse(sees, begin, hn::Set(di, INT32_MAX)));
+      high = hn::Max(high, hn::IfThenElseZero(sees, end));
+    }
+    first = hn::GetLane(hn::MinOfLanes(di, low));
+    last = hn::GetLane(hn::MaxOfLanes(di, high));
+    all_from = hn::GetLane(hn::MaxOfLanes(di, most));
+    all_to = hn::GetLane(hn::MinOfLanes(di, least));
   }
+};
+HWY_INLINE BlockKeys KeysOfBlock(const RowTile& t, int r0, int width, int64_t k0, int keys) {
+  const LaneIntervals seen(t, r0, width);
   BlockKeys out;
-  out.lo = static_cast<int>(Max<int64_t>(first, k0) - k0 < keys ? Max<int64_t>(first, k0) - k0 : keys);
-  out.hi = static_cast<int>(Min<int64_t>(last - k0, keys));
-  out.full = all_from <= k0 + out.lo && k0 + out.hi <= all_to;
+  out.lo = static_cast<int>(Min<int64_t>(Max<int64_t>(seen.first - k0, 0), keys));
+  out.hi = static_cast<int>(Min<int64_t>(seen.last - k0, keys));
+  out.full = seen.all_from <= k0 + out.lo && k0 + out.hi <= seen.all_to;
   return out;
 }
 
@@ -39,7 +52,7 @@ struct TileBlock {
   int axes = 0;         // of the neighbourhood
   alignas(64) int32_t position[3][kKeyBlock];  // of the entries, along its axes
 
-  // The entries that lanes [r0, r0 + width) see.
+  // The entries that lanes [r0, r0 + width) see, whole vectors of them.
   HWY_INLINE BlockKeys Of(const RowTile& t, int r0, int width) const {
     BlockKeys keys;
     if (listed) {
@@ -54,18 +67,11 @@ struct TileBlock {
 
  private:
   HWY_INLINE BlockKeys EntriesOf(const RowTile& t, int r0, int width) const {
-    int64_t first = INT64_MAX, last = 0, all_from = 0, all_to = INT64_MAX;
-    for (int r = r0; r < r0 + width; ++r) {
-      all_from = Max<int64_t>(all_from, t.begin[r]);
-      all_to = Min<int64_t>(all_to, t.end[r]);
-      if (t.begin[r] >= t.end[r]) continue;
-      first = Min<int64_t>(first, t.begin[r]);
-      last = Max<int64_t>(last, t.end[r]);
-    }
+    const LaneIntervals seen(t, r0, width);
     BlockKeys out = all;
-    while (out.lo < out.hi && list.key[out.lo] < first) ++out.lo;
-    while (out.lo < out.hi && list.key[out.hi - 1] >= last) --out.hi;
-    out.full = out.empty() || (all_from <= list.key[out.lo] && list.key[out.hi - 1] < all_to);
+    while (out.lo < out.hi && list.key[out.lo] < seen.first) ++out.lo;
+    while (out.lo < out.hi && list.key[out.hi - 1] >= seen.last) --out.hi;
+    out.full = out.empty() || (seen.all_from <= list.key[out.lo] && list.key[out.hi - 1] < seen.all_to);
     return out;
   }
 
@@ -129,7 +135,7 @@ class BlockFinder {
  private:
   static HWY_INLINE void NumberKeys(TileBlock& out) {
     const VI lane = hn::Iota(di, 0);
-    for (int c = 0; c < kKeyBlock; c += kLanes)
+    for (int c = out.all.lo / kLanes * kLanes; c < out.all.hi; c += kLanes)
       hn::Store(hn::Add(lane, hn::Set(di, static_cast<int32_t>(out.k0) + c)), di, out.list.key + c);
   }
 

@@ -20,6 +20,8 @@
 #define MFA_UNROLL_4 _Pragma("GCC unroll 4")
 #define MFA_NO_UNROLL _Pragma("GCC unroll 1")
 #endif
+// A lambda that is called from unrolled code must not become a function of its own: its captures would leave registers.
+#define MFA_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace mfa::cpu::MFA_ISA {
 namespace {

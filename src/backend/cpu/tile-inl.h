@@ -58,23 +58,23 @@ struct RowsInPanels {
   }
 };
 
-// Memory that is needed soon, asked for a little with every step: `step` bytes.
+// Memory that is needed soon, asked for a little before every step: `step` bytes.
 struct Ahead {
   const char* at;
   ptrdiff_t step;
-  HWY_INLINE void Next() {
+  HWY_INLINE void operator()(int) {
     __builtin_prefetch(at, 0, 2);
     at += step;
   }
 };
-struct NothingAhead {
-  HWY_INLINE void Next() {}
+struct NothingBetween {
+  HWY_INLINE void operator()(int) const {}
 };
 
-// Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps.
-template <int MR, int NR, class A, class B, class Layout, class Store, class Soon = NothingAhead>
+// Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps; `between`(i) is called before step i.
+template <int MR, int NR, class A, class B, class Layout, class Store, class Between = NothingBetween>
 HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HWY_RESTRICT b, ptrdiff_t b_step, int n,
-                             const Store& store, Soon&& soon = {}) {
+                             const Store& store, Between&& between = {}) {
   VF acc[MR][NR];
   MFA_UNROLL
   for (int r = 0; r < MR; ++r) {
@@ -83,7 +83,7 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
   }
   MFA_UNROLL_4  // for the branch predictor more than for the adder
       for (int i = 0; i < n; ++i) {
-    soon.Next();
+    between(i);
     decltype(LoadStep(b)) bv[NR];
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) bv[c] = LoadStep(b + c * kLanes);

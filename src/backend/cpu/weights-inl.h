@@ -12,9 +12,6 @@
 //
 // A step is a term, or a pair. kUnit neighbouring steps belong to one chain (linear/problem.h).
 
-// A lambda that is called from unrolled code must not become a function of its own: its captures would leave registers.
-#define MFA_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace mfa::cpu::MFA_ISA {
 namespace {
 

@@ -21,6 +21,7 @@ CpuKernelTraits traits(int32_t lanes, int32_t tile_vectors, int32_t max_row_tile
   cpu.max_row_tile = cpu.backward_row_tile = max_row_tile;
   cpu.row_tile_floats = 48 << 10;
   cpu.max_decode_rows = max_decode_rows;
+  cpu.few_key_decode_rows = std::max(1, max_decode_rows / 2);
   cpu.native_bf16 = bf16;
   return cpu;
 }
@@ -171,6 +172,8 @@ TEST(PlanForward, DecodeIsForFewRowsOfAKeyHead) {
   const CpuKernelTraits& cpu = all_traits()[0];
   EXPECT_EQ(plan_forward(shape(1, 8, 8, 1, 4096), cpu, 2, false).kernel, ForwardKernel::decode);
   EXPECT_EQ(plan_forward(shape(1, 8, 1, 1, 4096), cpu, 2, false).kernel, ForwardKernel::decode);
+  EXPECT_EQ(plan_forward(shape(1, 4, 1, 1, 16), cpu, 2, false).kernel, ForwardKernel::decode);
+  EXPECT_EQ(plan_forward(shape(1, 8, 1, 1, 16), cpu, 2, false).kernel, ForwardKernel::tiled);
   EXPECT_EQ(plan_forward(shape(1, 8, 1, 2, 4096), cpu, 2, false).kernel, ForwardKernel::tiled);
   EXPECT_EQ(plan_forward(shape(1, 8, 8, 4096, 4096), cpu, 2, false).kernel, ForwardKernel::tiled);
   EXPECT_EQ(plan_forward(shape(1, 8, 8, 1, 4096), cpu, 2, true).kernel, ForwardKernel::tiled);
