@@ -20,8 +20,8 @@ MatmulTraits matmul_traits();
 size_t packed_weight_bytes(const MatmulProblem& p);
 void pack_weights(const MatmulProblem& p, void* packed);
 
-// Computes every problem's `out`. The problems must be valid: the caller's boundary has checked them. Throws
-// std::bad_alloc if scratch cannot be had.
+// Computes every problem's `out`, the weights of all being of one kind. The problems must be valid: the caller's
+// boundary has checked them. Throws std::bad_alloc if scratch cannot be had.
 void matmul(std::span<const MatmulProblem> problems);
 
 }  // namespace mfa::cpu
