@@ -64,8 +64,10 @@ def quantized_matmul(
 ) -> mx.array:
     """``x`` by weights that :func:`mlx.core.quantize` packed (mode ``"affine"``), read where they lie.
 
-    A weight is ``scale * code + bias`` in float32 and sums are float32; processors that multiply bfloat16 pairs round
-    the weight to bfloat16 when ``x`` is bfloat16. Rows have the same bits in any batch, as with :func:`matmul`.
+    A weight is ``scale * code + bias`` and sums are float32. With 4 or 8 bits, ``transpose`` and ``x`` of 16 bits,
+    groups of ``x`` become integers, within 2**-16 of the group's largest element, and their sums are exact
+    (docs/linear.md). Elsewhere processors that multiply bfloat16 pairs round the weight to bfloat16 when ``x`` is
+    bfloat16. Rows have the same bits in any batch, as with :func:`matmul`.
 
     Args:
         x (array): ``[..., M, K]`` or ``[K]``.

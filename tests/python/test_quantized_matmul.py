@@ -148,6 +148,23 @@ def test_picked_rows_have_the_bits_of_a_plain_product():
         assert mx.array_equal(got[i], mfa.matmul(x[i], w[experts[i].item()])).item()
 
 
+@needs_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+def test_picked_quantised_rows_have_the_bits_of_a_plain_product(bits):
+    rng = np.random.default_rng(17)
+    packed, scales, biases, _ = quantise(18, (3, 50, 192), 64, bits, "bfloat16")
+    x = normal(rng, (40, 1, 192), "bfloat16")
+    x[::3, :, ::50] *= 1000  # outliers
+    x = to_mlx(x, "bfloat16")
+    experts = mx.array(rng.integers(0, 3, 40))
+    got = mfa.gather_qmm(x, packed, scales, biases, None, experts, True, 64, bits)
+    for i in range(40):
+        e = experts[i].item()
+        assert mx.array_equal(
+            got[i], mfa.quantized_matmul(x[i], packed[e], scales[e], biases[e], True, 64, bits)
+        ).item()
+
+
 def test_gradients_of_picked_matrices_add_up():
     rng = np.random.default_rng(15)
     x, w = (to_mlx(normal(rng, s, "float32"), "float32") for s in ((4, 2, 16), (5, 16, 8)))
