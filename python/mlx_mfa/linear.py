@@ -148,8 +148,8 @@ def gather_qmm(
 def set_packed_weights_limit(bytes: int) -> int:
     """Bound the memory of packed copies of constant weights.
 
-    Dense weights that :func:`matmul` and :func:`addmm` (and what the hooks bring them) multiply from again, with more
-    than four rows and unchanged contents, are packed once in the order in which the kernels read them. The copy is kept
+    Dense weights that :func:`matmul` and :func:`addmm` (and what the hooks bring them) multiply from eight times,
+    with more than four rows and unchanged contents, are packed once in the order in which the kernels read them. The copy is kept
     while the array lives and the limit allows, the least recently used going first; results have the same bits.
     ``diagnostics()["packed_weights"]`` says how much is held, and drops the copies of arrays that are gone.
 

@@ -28,6 +28,8 @@ constexpr size_t kDefaultLimit = size_t{512} << 20;
 constexpr int64_t kMinBytes = 32 << 10;  // smaller weights stay in the first caches anyway
 constexpr size_t kMaxEntries = 1024;     // weights remembered
 constexpr uint64_t kSweepEvery = 64;     // lookups
+// Products from the same weights until they are packed: about as many as it takes to gain what packing costs.
+constexpr int kUses = 8;
 
 size_t default_limit() {
   const char* text = std::getenv("MFA_PACKED_WEIGHTS_MB");
@@ -90,8 +92,10 @@ class Cache {
     const bool again = entry.seen.lock() == buffer && entry.contents == contents;
     entry.seen = buffer;
     entry.contents = contents;
-    const size_t bytes = again ? cpu::packed_weight_bytes(p) : 0;
-    if (!again || !make_room(bytes, seen_at, dropped)) {
+    entry.uses = again ? std::min(entry.uses + 1, kUses) : 1;
+    const bool worth = entry.uses == kUses;
+    const size_t bytes = worth ? cpu::packed_weight_bytes(p) : 0;
+    if (!worth || !make_room(bytes, seen_at, dropped)) {
       if (entries_.size() > kMaxEntries) forget_unpacked(dropped);
       return nullptr;
     }
@@ -134,6 +138,7 @@ class Cache {
   struct Entry {
     std::weak_ptr<mlx::core::array::Data> seen;  // last, with these contents
     uint64_t contents = 0;
+    int uses = 0;       // in a row with these contents
     uint64_t used = 0;  // by the clock
     size_t bytes = 0;
     std::shared_ptr<const cpu::AlignedBuffer> panels;

@@ -17,6 +17,7 @@ from problems import to_mlx, to_numpy
 pytestmark = [on_cpu, needs_kernels]
 
 LIMIT = 64 << 20
+USES = 8  # products until weights are packed
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_results_have_the_same_bits_with_and_without_a_copy(dtype, transposed, K
     inputs = [rows(2, count, K, dtype) for count in (5, 8, 33, 64, 130)]
     view = w.T if transposed else w
     expected = [without_copies(x, view) for x in inputs]
-    for _ in range(3):
+    for _ in range(USES + 1):
         for x, want in zip(inputs, expected):
             assert mx.array_equal(product(x, w.T if transposed else w), want).item()
     assert held()["arrays"] == 1
@@ -74,7 +75,8 @@ def test_results_have_the_same_bits_with_and_without_a_copy(dtype, transposed, K
 
 def test_a_copy_is_made_when_weights_are_read_again_and_goes_with_the_array():
     w, x = weights(3), rows(4, 8, 600)
-    product(x, w.T)
+    for _ in range(USES - 1):
+        product(x, w.T)
     assert held() == {"arrays": 0, "bytes": 0, "limit_bytes": LIMIT}
     product(x, w.T)
     now = held()
@@ -89,8 +91,9 @@ def test_a_copy_is_made_when_weights_are_read_again_and_goes_with_the_array():
 
 def test_copies_of_arrays_that_are_gone_are_dropped_by_later_products():
     w, x = weights(5), rows(6, 8, 600)
-    product(x, w.T)
-    product(x, w.T)
+    for _ in range(USES):
+        product(x, w.T)
+    assert held()["arrays"] == 1
     before = mx.get_active_memory()
     nbytes = w.nbytes
     del w
@@ -103,7 +106,7 @@ def test_copies_of_arrays_that_are_gone_are_dropped_by_later_products():
 
 def test_few_rows_and_small_weights_make_no_copies():
     w, small = weights(8), weights(9, (20, 30))
-    for _ in range(3):
+    for _ in range(USES + 1):
         product(rows(10, 4, 600), w.T)
         product(rows(11, 64, 30), small.T)
     assert held()["arrays"] == 0
@@ -112,7 +115,7 @@ def test_few_rows_and_small_weights_make_no_copies():
 def test_assignment_is_seen_at_once():
     w, x = weights(12), rows(13, 16, 600)
     for step in range(4):
-        for _ in range(3):  # the other array is read once: it has no copy
+        for _ in range(USES + 1):  # the other array is read once: it has no copy
             assert mx.array_equal(product(x, w.T), product(x, mx.array(to_numpy(w)).T)).item()
         assert held()["arrays"] == 1
         w[step, 7] = 100.0 + step
@@ -124,7 +127,7 @@ def test_another_array_in_the_same_memory_is_another_array():
     x = rows(14, 16, 600)
     for seed in range(40):
         w = weights(seed)
-        for _ in range(1 + seed % 3):
+        for _ in range(1 + seed % (USES + 2)):
             got = product(x, w.T)
         np.testing.assert_allclose(to_numpy(got), to_numpy(x) @ to_numpy(w).T, rtol=1e-3, atol=1e-3)
         del w
@@ -134,7 +137,7 @@ def test_views_of_one_buffer_have_copies_of_their_own_and_go_together():
     fused, x = weights(15, (600, 600)), rows(16, 16, 600)
     views = [lambda w: w[:200].T, lambda w: w[200:].T, lambda w: w, lambda w: w.T]
     expected = [without_copies(x, view(fused)) for view in views]
-    for _ in range(3):
+    for _ in range(USES + 1):
         for view, want in zip(views, expected):
             assert mx.array_equal(product(x, view(fused)), want).item()
     assert held()["arrays"] == 4
@@ -164,8 +167,8 @@ def test_weights_in_training_are_not_packed_and_leave_nothing_behind(optimizer, 
     model = nn.Sequential(nn.Linear(600, 300), nn.Linear(300, 200))
     model.set_dtype(dtype)
     mx.eval(model.parameters())
-    arrays, memory = train(model, optimizer(learning_rate=1e-2), 8, rows(17, 64, 600).astype(dtype))
-    assert arrays == [0] * 8
+    arrays, memory = train(model, optimizer(learning_rate=1e-2), USES + 4, rows(17, 64, 600).astype(dtype))
+    assert arrays == [0] * (USES + 4)
     assert memory[-1] <= memory[2]
 
 
@@ -173,7 +176,7 @@ def test_weights_that_training_stops_changing_are_packed_and_those_it_changes_ag
     model = nn.Linear(600, 300)
     mx.eval(model.parameters())
     x = rows(18, 64, 600)
-    for _ in range(3):
+    for _ in range(USES + 1):
         mx.eval(model(x))
     assert held()["arrays"] == 1
     train(model, optim.SGD(learning_rate=1e-2), 2, x)
@@ -186,7 +189,7 @@ def test_compiled_functions_share_the_copies():
     w, x = weights(19), rows(20, 16, 600)
     compiled = mx.compile(lambda x, w: mfa.matmul(x, w.T) + 1)
     expected = without_copies(x, w.T) + 1
-    for _ in range(3):
+    for _ in range(USES + 1):
         assert mx.array_equal(compiled(x, w), expected).item()
         assert mx.array_equal(product(x, w.T) + 1, expected).item()
     assert held()["arrays"] == 1
@@ -209,11 +212,11 @@ def test_the_limit_holds_and_keeps_what_is_in_use():
     x = rows(23, 16, 600)
     first, second = weights(24), weights(25)
     mfa.set_packed_weights_limit(int(1.5 * first.nbytes))
-    for _ in range(5):  # in turn: the first one stays
+    for _ in range(USES + 2):  # in turn: the first one stays
         product(x, first.T)
         product(x, second.T)
     assert held()["arrays"] == 1
-    for _ in range(3):  # the first is no longer used
+    for _ in range(USES + 1):  # the first is no longer used
         product(x, second.T)
     now = held()
     assert now["arrays"] == 1
@@ -234,7 +237,7 @@ PROGRAM = """
 import os, sys
 import mlx.core as mx, mlx_mfa as mfa
 w, x = mx.ones((300, 600)), mx.ones((8, 600))
-for _ in range(3): mx.eval(mfa.matmul(x, w.T))
+for _ in range(9): mx.eval(mfa.matmul(x, w.T))
 print(mfa.diagnostics()["packed_weights"]["limit_bytes"], mfa.diagnostics()["packed_weights"]["arrays"], flush=True)
 if os.fork() == 0:
     print(mfa.diagnostics()["packed_weights"]["arrays"], flush=True)
