@@ -1,9 +1,9 @@
 // packed_weights.h: the packed copies of dense weights that products read again and again.
 //
 // A copy is made when the same memory has been multiplied from, in the same layout and with the same contents (of a
-// sample), eight times. Weights that an optimiser replaces are not: each step they are other memory or have other contents.
-// While a copy is kept, so is the array's buffer, by reference: MLX then lets no operation write into it, so the copy
-// is never out of date. It is dropped when nothing else refers to the buffer any more, or to make room.
+// sample), eight times. Weights that an optimiser replaces are not: each step they are other memory or have other
+// contents. While a copy is kept, so is the array's buffer, by reference: MLX then lets no operation write into it, so
+// the copy is never out of date. It is dropped when nothing else refers to the buffer any more, or to make room.
 #pragma once
 
 #include <memory>
