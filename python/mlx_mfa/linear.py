@@ -149,9 +149,10 @@ def set_packed_weights_limit(bytes: int) -> int:
     """Bound the memory of packed copies of constant weights.
 
     Dense weights that :func:`matmul` and :func:`addmm` (and what the hooks bring them) multiply from eight times,
-    with more than four rows and unchanged contents, are packed once in the order in which the kernels read them. The copy is kept
-    while the array lives and the limit allows, the least recently used going first; results have the same bits.
-    ``diagnostics()["packed_weights"]`` says how much is held, and drops the copies of arrays that are gone.
+    with more than four rows and unchanged contents, are packed once in the order in which the kernels read them. The
+    copy is kept while the array lives and the limit allows, the least recently used going first; results have the same
+    bits. ``diagnostics()["packed_weights"]`` says how much is held, and drops the copies of arrays that are
+    gone.
 
     A program that writes into an array's memory behind MLX's back, as through ``numpy.array(w, copy=False)``, must call
     this with 0 and then with the limit again for later products to see it. Arrays that MLX itself updates are safe.
