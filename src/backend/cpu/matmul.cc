@@ -20,16 +20,6 @@ void run_alone(const MatmulTable& kernels, const MatmulJob& job) {
   for (int64_t task = 0; task < job.plan.tasks; ++task) kernels.task(job, task, scratch);
 }
 
-// The kernels for products of one kind of weights. Sums of integers have the same bits with vectors of any width; on
-// x86 they run with those of 256 bits, whose arrangement of groups in lanes is the one that tests stand for.
-const MatmulTable& kernels_of(const MatmulProblem& p) {
-  const MatmulTable& kernels = require_kernels().matmul();
-#if defined(MFA_HAVE_AVX2)
-  if (sums_integers(p)) return matmul_avx2();
-#endif
-  return kernels;
-}
-
 }  // namespace
 
 MatmulTraits matmul_traits() { return require_kernels().matmul().traits; }
@@ -44,7 +34,7 @@ void pack_weights(const MatmulProblem& p, void* packed) {
 
 void matmul(std::span<const MatmulProblem> problems) {
   if (problems.empty()) return;
-  const MatmulTable& kernels = kernels_of(problems[0]);
+  const MatmulTable& kernels = require_kernels().matmul();
   double seconds = 0;
   for (const MatmulProblem& p : problems) seconds += estimated_seconds(p);
   const int threads = seconds < kInlineSeconds ? 1 : thread_count();
