@@ -2,7 +2,8 @@
 
 usage: attention_cuda.py [--filter REGEX] [--reps N] [--json PATH] [--peers mlx,torch]
 
-Device time: the median over repeats of the time of a batch of independent calls, evaluated together and waited for.
+Device time: the median over repeats of the time of a batch of independent calls, some 20 ms of them, evaluated together
+and waited for, with the graphs that MLX makes of them by default.
 The batch rotates among several sets of inputs where one would fit in the cache. Work counts the visible pairs: 4 D
 operations each forward, 10 D backward; decode counts the bytes of K and V. Answers are compared with float32 attention
 first.
@@ -84,15 +85,17 @@ def cases() -> list[Case]:
     rows.append(Case("decode B1 2k D128", 1, 32, 8, 1, 2048, 128, kind="decode"))
     rows.append(Case("decode B32 8k D128 one key head", 32, 32, 1, 1, 8192, 128, kind="decode"))
     rows.append(Case("decode B8 8k D576/512 one key head", 8, 128, 1, 1, 8192, 576, 512, kind="decode"))
-    rows.append(Case("forward float32 D64 full 4k", 1, 16, 16, 4096, 4096, 64, dtype="float32"))
-    rows.append(Case("forward float32 D128 full 4k", 1, 16, 16, 4096, 4096, 128, dtype="float32"))
+    for D in (64, 128):
+        for causal in (False, True):
+            name = f"forward float32 D{D} {'causal' if causal else 'full'} 4k"
+            rows.append(Case(name, 1, 16, 16, 4096, 4096, D, causal=causal, dtype="float32"))
     return rows
 
 
 def repeats(case: Case) -> tuple[int, int]:
     """Calls of a batch and sets of inputs."""
     seconds = case.work() / (2e12 if case.kind == "decode" else 20e12 if case.dtype == "float32" else 400e12)
-    calls = max(1, min(40, round(0.02 / max(seconds, 1e-6))))
+    calls = max(1, min(1000 if case.kind == "decode" else 40, round(0.02 / max(seconds, 1e-6))))
     sets = max(1, min(calls, 1 + L2_BYTES * 2 // case.bytes_of_inputs())) if case.kind == "decode" else 1
     return calls, sets
 
@@ -115,10 +118,6 @@ def median_time(run, wait, calls: int, reps: int) -> float:
 
 def mlx_rows(selected: list[Case], reps: int, with_sdpa: bool) -> list[dict]:
     """Times of this library and of MLX's op."""
-    # MLX starts a new graph after so many operations and megabytes; its default would time the starts of short calls,
-    # and much more would let its operations that store the scores pile up their results.
-    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "400")
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "4000")
     import mlx.core as mx
     import mlx_mfa as mfa
 
