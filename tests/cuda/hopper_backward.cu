@@ -51,7 +51,7 @@ struct Run : Inputs<T> {
       randomise(x, rows, 23);
       g.dlse = x;
     }
-    g.Nq_padded = (c.Nq + 127) / 128 * 128;
+    g.Nq_padded = ((c.Nq + 127) / 128 + 1) * 128;
     g.delta = this->template take<float>(size_t(c.B) * c.Hq * g.Nq_padded);
     g.lse2 = this->template take<float>(size_t(c.B) * c.Hq * g.Nq_padded);
     const auto gradient = [&](int H, int N, int D) {
@@ -104,9 +104,10 @@ struct Run : Inputs<T> {
     constexpr auto tile = hopper::fused_choice;
     const auto layout = hopper::fused_layout(tile);
     const std::string suffix = "_" + std::to_string(columns) + type;
-    g.dq_sums = this->template take<float>(size_t(c.B) * c.Hq * g.Nq_padded * columns);
-    g.dq_turns = this->template take<int>(size_t(c.B) * c.Hq * g.Nq_padded / tile.tile);
-    fill_value<<<256, 256>>>(g.dq_sums, size_t(c.B) * c.Hq * g.Nq_padded * columns, NAN);
+    const size_t query_tiles = size_t(c.B) * c.Hq * hopper::fused_query_tiles(c.Nq);
+    g.dq_sums = this->template take<float>(query_tiles * tile.tile * columns);
+    g.dq_turns = this->template take<int>(query_tiles);
+    fill_value<<<256, 256>>>(g.dq_sums, query_tiles * tile.tile * columns, NAN);
     finish = kernels.get("hopper_backward_finish" + suffix, 0);
     Launch l;
     l.layout.threads = 128 * (tile.consumers + 1), l.layout.bytes = layout.bytes;
@@ -135,9 +136,8 @@ struct Run : Inputs<T> {
   void launch_finish() {
     if (!finish) return;
     void* args[] = {&g};
-    check(
-        cuLaunchKernel(finish, c.Hq * (g.Nq_padded / hopper::fused_tile), c.B, 1, 256, 1, 1, 0, nullptr, args, nullptr),
-        "finish");
+    check(cuLaunchKernel(finish, c.Hq * hopper::fused_query_tiles(c.Nq), c.B, 1, 256, 1, 1, 0, nullptr, args, nullptr),
+          "finish");
   }
   void launch() {
     launch_prepare();

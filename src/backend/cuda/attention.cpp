@@ -370,8 +370,9 @@ class CudaAttention final : public GpuAttention {
     const bool fused = plan.fused.threads > 0 && has(Gradient::q) && has(Gradient::k) && has(Gradient::v);
     std::optional<mx::array> sums, turns;
     if (fused) {
-      sums = scratch({p.B * p.Hq, plan.Nq_padded, plan.fused_columns}, mx::float32, stream, call.encoder);
-      turns = scratch({p.B * p.Hq, plan.Nq_padded / hopper::fused_tile}, mx::int32, stream, call.encoder);
+      const int tiles = hopper::fused_query_tiles(p.Nq);
+      sums = scratch({p.B * p.Hq, tiles * hopper::fused_tile, plan.fused_columns}, mx::float32, stream, call.encoder);
+      turns = scratch({p.B * p.Hq, tiles}, mx::int32, stream, call.encoder);
       f.dq_sums = pointer<float>(*sums);
       f.dq_turns = pointer<int32_t>(*turns);
     }

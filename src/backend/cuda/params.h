@@ -92,14 +92,14 @@ struct BackwardParams {
   const float* lse;   // [B, Hq, Nq] dense
   const float* dlse;  // [B, Hq, Nq] dense, cotangent of the natural lse, or null
   int32_t lse_base2;  // `lse` is lse / ln 2
-  // Written by the preprocess kernel for the others: rows padded to a multiple of 128, [B, Hq, Nq_padded].
+  // Written by the preprocess kernel for the others, [B, Hq, Nq_padded]: tiles of 128 rows may start at any query.
   //   delta = sum_d o d_o - dlse
-  //   lse2 = base-2 lse, +inf for padding and for rows that see nothing, so that p = exp2(-inf) = 0
+  //   lse2 = base-2 lse; so great that p = exp2(s - lse2) = 0 for padding, and +inf for rows that see nothing
   float* delta;
   float* lse2;
   int32_t Nq_padded;
   // Of the kernel that computes dq, dk and dv in one pass, or null: sums of dq by tiles of 64 queries, as fragments,
-  // and how many key tiles have added to each, [B, Hq, Nq_padded / 64], zeroed by the preprocess kernel.
+  // and how many key tiles have added to each, [B, Hq, ceil(Nq / 64)], zeroed by the preprocess kernel.
   float* dq_sums;
   int32_t* dq_turns;
 

@@ -204,7 +204,7 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CallTraits& call, co
   const int64_t heads = int64_t{p.B} * p.Hkv, row_tiles = ceil_div(rows_of_group(p), tile.BQ);
   const int64_t key_tiles = ceil_div(p.Nk, tile.BK);
   BackwardPlan plan;
-  plan.Nq_padded = static_cast<int>(ceil_div(p.Nq, 128) * 128);
+  plan.Nq_padded = static_cast<int>((ceil_div(p.Nq, 128) + 1) * 128);
   plan.rows = launch_of(Kernel::backward_rows, dtype, 0, ceil_div(int64_t{p.B} * p.Hq * p.Nq, kRowsPerBlock),
                         kWarpRowThreads, 0);
   plan.queries = launch_of(Kernel::backward_queries, dtype, index, heads * row_tiles, threads, shared);

@@ -10,7 +10,8 @@
 //
 // As in the forward, passing tiles that are not seen in full are cleaned of NaN and infinity, because their zero
 // weights would not keep those out of the sums. Rows that do see such a key have a NaN lse, and so get their NaN; so do
-// keys that such rows, or rows of a NaN d_o, see.
+// keys that such rows, or rows of a NaN d_o, see. Passing queries need cleaning where an lse is not finite; keys where
+// their products are not.
 #pragma once
 
 #include "hopper_backward_modifiers.cuh"
@@ -40,14 +41,12 @@ struct BackwardTile {
                        stages = c.stages;
   static constexpr BackwardLayout layout = backward_layout(c, shared_keys);
   static constexpr int threads = layout.threads, consumer_warps = threads / 32 - 4;
-  // dk and dv of 128 columns leave no room in 232 registers.
-  static constexpr int feeder_registers = gradient == Gradient::dkv && columns == 128 ? 24 : 40,
-                       consumer_registers = gradient == Gradient::dkv && columns == 128 ? 240 : 232;
+  static constexpr int feeder_registers = 40, consumer_registers = 232;
   // Barriers, in order.
   static constexpr int work_full = 0, work_empty = 2, p_full = 4, p_empty = 6, stay_full = 8,
                        stay_empty = stay_full + consumers, first_full = stay_empty + consumers,
                        second_full = first_full + stages, first_empty = second_full + stages,
-                       second_empty = first_empty + stages, barriers = second_empty + stages;
+                       second_empty = first_empty + stages, voted = second_empty + stages, barriers = voted + 1;
   static_assert(barriers == backward_barriers(c));
   static_assert(layout.bytes <= shared_bytes_of_block);
 };
@@ -82,9 +81,14 @@ struct BackwardShared {
   __device__ __forceinline__ SharedWork work(int slot) const {
     return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
+  // Whether keys that pass need cleaning, in alternate votes.
+  __device__ __forceinline__ volatile uint32_t* found(uint32_t vote) const {
+    return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at) + vote;
+  }
 };
 
-// For dk and dv the passing tiles are repeated for each query head of the group.
+// The passing tiles, by their first rows. Those of dk and dv begin at the first query of interest and are repeated for
+// each head of the group.
 template <class Tile>
 __device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& p, const HopperSchedule& s, int id) {
   if (id >= s.tiles) {
@@ -95,40 +99,41 @@ __device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& 
   to.set_item(work_item(s, p.B * heads, heads, id), Tile::rows);
   to.set_visibility(visibility(p, to.b()));
   const int row0 = to.row0();
-  if constexpr (Tile::keeps_queries)
-    to.set_tiles(key_tiles<Tile::BN>(to.see(), row0, min(row0 + Tile::rows, p.Nq)), 1);
-  else
-    to.set_tiles(query_tiles<Tile::BN>(to.see(), p.Nq, row0, Tile::rows), p.G);
+  if constexpr (Tile::keeps_queries) {
+    to.set_tiles(key_tiles<Tile::BN>(to.see(), row0, min(row0 + Tile::rows, p.Nq)), 1, Tile::BN);
+  } else {
+    const int origin = first_query(to.see(), row0);
+    to.set_tiles(query_tiles<Tile::BN>(to.see(), p.Nq, row0, Tile::rows, origin), p.G, Tile::BN, origin);
+  }
 }
 
 struct BackwardMaps {
   const TensorMap *stay_first, *stay_second, *pass_first, *pass_second;
 };
 
-// Loads a pair of passing tiles into the ring's next stage; for passing queries also their lse and delta.
+// Loads a pair of passing tiles, `row` their first, into the ring's next stage; for passing queries also their lse and
+// delta.
 template <class Tile>
 __device__ __forceinline__ void load_pair(const BackwardParams& params, const BackwardShared<Tile>& shared,
                                           const BackwardMaps& maps, const SharedWork& w, Ring<Tile::stages>& ring,
-                                          int head, int n) {
+                                          int head, int row) {
   const Problem& p = params.p;
   const uint32_t full = shared.barrier(Tile::first_full + ring.stage());
   barrier_wait(shared.barrier(Tile::first_empty + ring.stage()), ring.parity() ^ 1);
   if constexpr (Tile::keeps_queries) {
     barrier_arrive_expect(full, Tile::layout.pass_bytes);
   } else {
-    // Rows past the padded end are not read, and masked: such a tile is not full.
-    const int64_t row = (int64_t{w.b()} * p.Hq + head) * params.Nq_padded + n * Tile::BN;
-    const uint32_t bytes = min(Tile::BN, params.Nq_padded - n * Tile::BN) * 4;
+    const int64_t from = int64_t{w.b() * p.Hq + head} * params.Nq_padded + row;
+    constexpr uint32_t bytes = Tile::BN * 4;
     barrier_arrive_expect(full, Tile::layout.pass_bytes + 2 * bytes);
-    copy_bytes(shared.at + shared.rows_at(ring.stage()), params.lse2 + row, bytes, full);
-    copy_bytes(shared.at + shared.rows_at(ring.stage()) + Tile::BN * 4, params.delta + row, bytes, full);
+    copy_bytes(shared.at + shared.rows_at(ring.stage()), params.lse2 + from, bytes, full);
+    copy_bytes(shared.at + shared.rows_at(ring.stage()) + bytes, params.delta + from, bytes, full);
   }
-  load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage()), maps.pass_first, full, n * Tile::BN, head, w.b());
+  load_tile<Tile::BN, Tile::columns>(shared.first(ring.stage()), maps.pass_first, full, row, head, w.b());
   const uint32_t full_second = shared.barrier(Tile::second_full + ring.stage());
   barrier_wait(shared.barrier(Tile::second_empty + ring.stage()), ring.parity() ^ 1);
   barrier_arrive_expect(full_second, Tile::layout.pass_bytes);
-  load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage()), maps.pass_second, full_second, n * Tile::BN, head,
-                                     w.b());
+  load_tile<Tile::BN, Tile::columns>(shared.second(ring.stage()), maps.pass_second, full_second, row, head, w.b());
   ring.advance();
 }
 
@@ -152,8 +157,8 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
     bool kept = false;
     for (int pass = 0; pass < w.passes(); ++pass) {
       const int head = Tile::keeps_queries ? w.h() / p.G : w.h() * p.G + pass;
-      for (int n = w.first(); n < w.last(); ++n) {
-        load_pair<Tile>(params, shared, maps, w, ring, head, n);
+      for (int row = w.first(); row < w.last(); row += Tile::BN) {
+        load_pair<Tile>(params, shared, maps, w, ring, head, row);
         if (kept) continue;
         kept = true;
 #pragma unroll 1
@@ -172,8 +177,8 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
 
 // Whether every stationary row sees all of the passing tile.
 template <class Tile>
-__device__ __forceinline__ bool seen_in_full(const Problem& p, const SharedWork& work, int n) {
-  return !(Tile::modified && p.mask.data) && work.full(n);
+__device__ __forceinline__ bool seen_in_full(const Problem& p, const SharedWork& work, int column0) {
+  return !(Tile::modified && p.mask.data) && work.full(column0);
 }
 
 // Whether all are finite.
@@ -201,12 +206,40 @@ __device__ __noinline__ void clean_tiles(uint32_t at, int stage) {
 }
 
 // What is not seen has weight 0, but 0 times NaN is NaN: where a tile has hidden elements, its NaNs and infinities
-// become zeros before its rows are summed. Each of them makes a product with the stationary tile that is not finite, so
-// `finite`, of this thread's products, tells without looking at the tile. Called by all threads of both warpgroups when
-// their products are finished.
+// become zeros before its rows are summed. Passing queries are finite where their lse is, which every warp sees alike;
+// so all threads of both warpgroups come here together, and their products must be finished.
 template <class Tile>
-__device__ __forceinline__ void clean_step(const BackwardShared<Tile>& shared, int stage, bool finite) {
-  if (named_any(2, 32 * Tile::consumer_warps, !finite)) clean_tiles<Tile>(shared.at, stage);
+__device__ __forceinline__ bool are_finite_queries(const BackwardShared<Tile>& shared, int stage, int lane) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < Tile::BN; i += 32)
+    if (Tile::BN - i >= 32 || lane < Tile::BN - i) sum = fmaf(shared.row_lse(stage)[i + lane], 0.f, sum);
+  return __all_sync(0xffffffffu, sum == 0.f);
+}
+template <class Tile>
+__device__ __forceinline__ void clean_step(const BackwardShared<Tile>& shared, int stage) {
+  named_sync(2, 32 * Tile::consumer_warps);
+  clean_tiles<Tile>(shared.at, stage);
+}
+
+// A NaN or infinity in a passing key makes a product with every query that is not finite: `finite`, of this thread's
+// products, tells without looking at the tile. A warp votes as soon as it has its products, and reads the result before
+// the keys are summed.
+template <class Tile>
+__device__ __forceinline__ void vote(const BackwardShared<Tile>& shared, uint32_t parity, bool finite, int lane) {
+  const bool any = __any_sync(0xffffffffu, !finite);
+  if (lane == 0) {
+    if (any) *shared.found(parity) = 1;
+    barrier_arrive(shared.barrier(Tile::voted));
+  }
+}
+template <class Tile>
+__device__ __forceinline__ void clean_as_voted(const BackwardShared<Tile>& shared, uint32_t parity, int stage) {
+  barrier_wait(shared.barrier(Tile::voted), parity);
+  if (!*shared.found(parity)) return;
+  named_sync(2, 32 * Tile::consumer_warps);
+  *shared.found(parity) = 0;
+  clean_tiles<Tile>(shared.at, stage);
 }
 
 // The passing rows that a stationary row meets: keys that a query sees, or queries that see a key.
@@ -269,13 +302,13 @@ __device__ __forceinline__ void score_gradients(const float (&x)[BN / 2], float 
 template <class Tile>
 __device__ __forceinline__ GradientTile<Tile::BN, !Tile::keeps_queries> gradient_tile(const Problem& p,
                                                                                       const SharedWork& work, int pass,
-                                                                                      int row_in_tile, int n,
+                                                                                      int row_in_tile, int column0,
                                                                                       int lane) {
   return {p,
           work.b(),
           Tile::keeps_queries ? work.h() : work.h() * p.G + pass,
           work.row0() + row_in_tile,
-          n * Tile::BN + 2 * (lane % 4),
+          column0 + 2 * (lane % 4),
           lane,
           work.offset()};
 }
@@ -288,15 +321,11 @@ __device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const Shared
   for (int r = 0; r < 2; ++r) {
     int begin, end;
     meets<Tile>(work.see(), Nq, work.row0() + row_in_tile + 8 * r, begin, end);
-    const uint32_t width = max(end - begin, 0);
-    begin -= column0 + 2 * (lane % 4);
+    const int first = column0 + 2 * (lane % 4);
+    const uint32_t seen = columns_before(end - first) & ~columns_before(begin - first);
 #pragma unroll
-    for (int i = 0; i < Tile::BN / 8; ++i)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& value = x[4 * i + 2 * r + e];
-        if (static_cast<uint32_t>(8 * i + e - begin) >= width) value = 0.f;
-      }
+    for (int i = 0; i < Tile::BN / 4; ++i)
+      if (!(seen >> i & 1)) x[4 * (i / 2) + 2 * r + i % 2] = 0.f;
   }
 }
 
@@ -320,11 +349,11 @@ __device__ __forceinline__ void write_gradient(const float (&d)[Tile::columns / 
 }
 
 template <class Tile>
-__device__ __forceinline__ auto mask_bits(const Problem& p, const SharedWork& work, int pass, int row_in_tile, int n,
-                                          int lane) {
+__device__ __forceinline__ auto mask_bits(const Problem& p, const SharedWork& work, int pass, int row_in_tile,
+                                          int column0, int lane) {
   typename GradientTile<Tile::BN, !Tile::keeps_queries>::MaskBits bits{};
   if constexpr (Tile::modified)
-    if (p.mask.data) bits = gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).mask_bits();
+    if (p.mask.data) bits = gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane).mask_bits();
   return bits;
 }
 
@@ -339,6 +368,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
   Ring<2> slot;
   Ring<1> stay;
   Ring<Tile::stages> ring;
+  uint32_t vote_parity = 0;
   const auto release = [&](int barrier) {
     __syncwarp();
     barrier_arrive_if(shared.barrier(barrier), lane == 0);
@@ -369,8 +399,8 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
-      for (int n = work.first(); n < work.last(); ++n) {
-        const bool partial = !seen_in_full<Tile>(p, work, n);
+      for (int column0 = work.first(); column0 < work.last(); column0 += BN) {
+        const bool partial = !seen_in_full<Tile>(p, work, column0);
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, warpgroup), shared.first(ring.stage()));
@@ -380,7 +410,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage()));
         products_commit();
         // Read while the products are computed.
-        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, n, lane);
+        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, column0, lane);
         products_wait<Tile::modified ? 0 : 1>();
         settle(x);
         // The products of the round before are finished too.
@@ -389,24 +419,24 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
           if constexpr (Tile::values) release(Tile::second_empty + ring.stage_before());
         }
         started = true;
-        if (partial) {
-          if constexpr (Tile::values && !Tile::modified) products_wait<0>();
-          if constexpr (Tile::values) settle(y);
-          clean_step<Tile>(shared, ring.stage(), is_finite(x) && (!Tile::values || is_finite(y)));
+        if (!Tile::values && partial) vote(shared, vote_parity, is_finite(x), lane);
+        if (Tile::values && partial && !are_finite_queries(shared, ring.stage(), lane)) {
+          products_wait<0>();
+          clean_step(shared, ring.stage());
         }
 
         uint64_t kept = ~uint64_t{0};  // by dropout; wider fragments do not ask
         if constexpr (Tile::modified) {
           settle(y);
-          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane);
+          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane);
           if (p.dropout_seed) kept = at.template drop<Tile::values>(y);
           subtract_delta<Tile>(y, delta, shared, ring.stage(), lane);
           at.scores(x, y);
         }
         exponents<Tile>(x, lse, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
-        if (!work.full(n)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
+        if (!work.full(column0)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, column0, lane);
         if constexpr (Tile::modified)
-          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x, mask);
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane).hide(x, mask);
         if constexpr (Tile::values) {
           if (Tile::modified && p.dropout_seed)
             pack_kept<T, BN>(x, kept, p.dropout_scale, packed_p);
@@ -421,12 +451,16 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         products_wait<Tile::values ? 1 : 0>();
         settle(y);
         barrier_arrive_if(shared.barrier(Tile::stay_empty + warpgroup),
-                          lane == 0 && pass == passes - 1 && n == work.last() - 1);
+                          lane == 0 && pass == passes - 1 && column0 + BN >= work.last());
         if constexpr (!Tile::values) release(Tile::second_empty + ring.stage());
         if constexpr (!Tile::modified) subtract_delta<Tile>(y, delta, shared, ring.stage(), lane);
         score_gradients<BN>(x, y, partial);
         pack_fragment<T, BN>(y, packed_ds);
         settle(packed_ds);
+        if (!Tile::values && partial) {
+          clean_as_voted(shared, vote_parity, ring.stage());
+          vote_parity ^= 1;
+        }
         products_fence();
         multiply_rows<T, columns, BN, BN>(sums, packed_ds, shared.first(ring.stage()), 1);
         products_commit();

@@ -48,7 +48,8 @@ __device__ __forceinline__ void feed_fused(const BackwardParams& params, const H
     } else {
       w.set_item(fused_item(s, p.B * p.Hkv, p.Hkv, id), Tile::rows);
       w.set_visibility(visibility(p, w.b()));
-      w.set_tiles(query_tiles<Tile::BN>(w.see(), p.Nq, w.row0(), Tile::rows), p.G);
+      w.set_tiles(query_tiles<Tile::BN>(w.see(), p.Nq, w.row0(), Tile::rows, 0), p.G);
+      w.set_dirty(0);
       w.set_start(walk_start(w.see(), w.row0() / Tile::rows, w.first(), w.last()));
     }
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
@@ -59,7 +60,7 @@ __device__ __forceinline__ void feed_fused(const BackwardParams& params, const H
     for (int pass = 0; pass < w.passes(); ++pass) {
       int n = w.start();
       do {
-        load_pair<Tile>(params, shared, maps, w, ring, w.h() * p.G + pass, n);
+        load_pair<Tile>(params, shared, maps, w, ring, w.h() * p.G + pass, n * Tile::BN);
         // The stationary tiles follow the first passing ones: those find room while the work before is still
         // finishing.
         if (!kept) {
@@ -98,7 +99,7 @@ __device__ __forceinline__ void add_queries(const BackwardParams& params, const 
     KeyTiles seen{0, 0, 0, 0};
     int start = 0;
     if (const int tile = work.row0() / Tile::rows - member + lane; lane < fused_group && tile < s.tiles_per_head) {
-      seen = query_tiles<Tile::BN>(work.see(), p.Nq, tile * Tile::rows, Tile::rows);
+      seen = query_tiles<Tile::BN>(work.see(), p.Nq, tile * Tile::rows, Tile::rows, 0);
       start = walk_start(work.see(), tile, seen.first, seen.last);
     }
     for (int pass = 0; pass < work.passes(); ++pass) {
@@ -111,7 +112,7 @@ __device__ __forceinline__ void add_queries(const BackwardParams& params, const 
           const int earlier = work.row0() / Tile::rows - member - work.see().begin(n * Tile::BN) / Tile::rows;
           const int turn = max(earlier, 0) + __popc(__ballot_sync(0xffffffffu, before));
           if (lane == 0) {
-            const int64_t at = (int64_t{work.b()} * p.Hq + work.h() * p.G + pass) * (params.Nq_padded / fused_tile) + n;
+            const int64_t at = (int64_t{work.b()} * p.Hq + work.h() * p.G + pass) * fused_query_tiles(p.Nq) + n;
             constexpr int bytes = Tile::layout.dq_bytes;
             float* to = params.dq_sums + at * (bytes / 4);
             const uint32_t from = shared.at + Tile::layout.dq_at + part.stage() * bytes;
@@ -166,6 +167,21 @@ __device__ __forceinline__ void multiply_queries(float (&dq)[Tile::dq_columns / 
         dq, da.at(key * 128), db.at(key / 64 * Tile::layout.stay_bytes + key % 64 * 128), key > 0);
 }
 
+// Marks work whose stationary keys have a NaN or infinity. Called by all threads of both warpgroups.
+template <class Tile>
+__device__ __forceinline__ void check_keys(const BackwardShared<Tile>& shared, const SharedWork& work) {
+  using T = typename Tile::T;
+  constexpr int threads = 32 * Tile::consumer_warps;
+  uint32_t largest = 0;
+#pragma unroll
+  for (int at = (threadIdx.x - 128) * 16; at < Tile::consumers * Tile::layout.stay_bytes; at += threads * 16) {
+    const uint4 x = *reinterpret_cast<const uint4*>(shared.base + at);
+    for (uint32_t word : {x.x, x.y, x.z, x.w}) largest = larger<T>(largest, word & 0x7fff7fffu);
+  }
+  if (nonfinite_mask<T>(largest)) work.set_dirty(1);
+  named_sync(2, threads);
+}
+
 template <class Tile>
 __device__ __forceinline__ void consume_fused(const BackwardParams& params, const BackwardShared<Tile>& shared,
                                               int warpgroup, int thread) {
@@ -195,6 +211,8 @@ __device__ __forceinline__ void consume_fused(const BackwardParams& params, cons
       end += passes * (work.last() - work.first());
       barrier_wait(shared.barrier(Tile::stay_full), stay.parity());
       stay.advance();
+      // Where elements are hidden, the keys too must be finite, for the sums of dq.
+      if (!work.full(work.first()) || !work.full(work.last() - 1)) check_keys(shared, work);
     }
     int n = work.start();
     const uint32_t first_step = step;
@@ -213,10 +231,10 @@ __device__ __forceinline__ void consume_fused(const BackwardParams& params, cons
       products_wait<1>();
       settle(x);
       if (step != first_step) release(Tile::first_empty + (stage ^ 1));  // dK of the step before is finished too
-      if (partial) {
+      if (partial && (work.dirty() || !are_finite_queries(shared, stage, lane))) {
         products_wait<0>();
         settle(y);
-        clean_step<Tile>(shared, stage, is_finite(x) && is_finite(y));
+        clean_step(shared, stage);
       }
       const float none[2] = {};
       exponents<Tile>(x, none, shared, stage, p.scale_log2, lane);
@@ -319,7 +337,7 @@ __device__ __forceinline__ void finish_queries(const BackwardParams& params) {
   constexpr int columns = Tile::dq_columns;
   float d[columns / 2] = {};
   if (tiles.last > tiles.first) {
-    const int64_t at = (int64_t{b} * p.Hq + h) * (params.Nq_padded / fused_tile) + n;
+    const int64_t at = (int64_t{b} * p.Hq + h) * fused_query_tiles(p.Nq) + n;
     const float4* from = reinterpret_cast<const float4*>(params.dq_sums) + at * (Tile::layout.dq_bytes / 16) +
                          warpgroup * columns * 16 + thread;
 #pragma unroll

@@ -40,39 +40,40 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
-      for (int n = work.first(); n < work.last(); ++n) {
-        const bool partial = !seen_in_full<Tile>(p, work, n);
+      for (int column0 = work.first(); column0 < work.last(); column0 += BN) {
+        const bool partial = !seen_in_full<Tile>(p, work, column0);
         barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 0), shared.first(ring.stage()));
         products_commit();
-        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, n, lane);
+        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, column0, lane);
         products_wait<0>();
         settle(x);
-        barrier_arrive_if(shared.barrier(Tile::stay_empty), lane == 0 && pass == passes - 1 && n == work.last() - 1);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty),
+                          lane == 0 && pass == passes - 1 && column0 + BN >= work.last());
         if (started) {
           release(Tile::first_empty + ring.stage_before());
           release(Tile::second_empty + ring.stage_before());
         }
         started = true;
-        if (partial) {
+        if (partial && !are_finite_queries(shared, ring.stage(), lane)) {
           barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
-          clean_step<Tile>(shared, ring.stage(), is_finite(x));
+          clean_step(shared, ring.stage());
         }
 
         const float none[2] = {};
         float factor[Tile::modified ? BN / 2 : 1];  // of what is passed on
         if constexpr (Tile::modified) {
-          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane);
+          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane);
 #pragma unroll
           for (int i = 0; i < BN / 2; ++i) factor[i] = 1.f;
           if (p.dropout_seed) at.mark_dropped(factor);
           at.scores(x, factor);
         }
         exponents<Tile>(x, none, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
-        if (!work.full(n)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
+        if (!work.full(column0)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, column0, lane);
         if constexpr (Tile::modified)
-          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, n, lane).hide(x, mask);
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane).hide(x, mask);
         barrier_wait(shared.barrier(Tile::p_empty + p_ring.stage()), p_ring.parity() ^ 1);
         float4* to = exchange(shared, p_ring.stage(), thread);
 #pragma unroll
@@ -135,24 +136,23 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
 #pragma unroll 1
     for (int pass = 0; pass < passes; ++pass)
 #pragma unroll 1
-      for (int n = work.first(); n < work.last(); ++n) {
-        const bool partial = !seen_in_full<Tile>(p, work, n);
+      for (int column0 = work.first(); column0 < work.last(); column0 += BN) {
+        const bool partial = !seen_in_full<Tile>(p, work, column0);
         barrier_wait(shared.barrier(Tile::second_full + ring.stage()), ring.parity());
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, 0), shared.second(ring.stage()));
         products_commit();
         products_wait<0>();
         settle(y);
-        barrier_arrive_if(shared.barrier(Tile::stay_empty), lane == 0 && pass == passes - 1 && n == work.last() - 1);
+        barrier_arrive_if(shared.barrier(Tile::stay_empty),
+                          lane == 0 && pass == passes - 1 && column0 + BN >= work.last());
         if (started) {
           release(Tile::first_empty + ring.stage_before());
           release(Tile::second_empty + ring.stage_before());
         }
         started = true;
-        if (partial) {
-          barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
-          clean_step<Tile>(shared, ring.stage(), is_finite(y));
-        }
+        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
+        if (partial && !are_finite_queries(shared, ring.stage(), lane)) clean_step(shared, ring.stage());
 
         barrier_wait(shared.barrier(Tile::p_full + p_ring.stage()), p_ring.parity());
         const float4* from = exchange(shared, p_ring.stage(), thread);
@@ -161,7 +161,6 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
           const float4 got = from[128 * i];
           x[4 * i] = got.x, x[4 * i + 1] = got.y, x[4 * i + 2] = got.z, x[4 * i + 3] = got.w;
         }
-        barrier_wait(shared.barrier(Tile::first_full + ring.stage()), ring.parity());
         const float none[2] = {};
         if constexpr (Tile::modified)
           if (p.dropout_seed) drop_marked<BN>(y, x, p.dropout_scale);
@@ -212,6 +211,9 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
     init_ring(shared, Tile::stay_full, Tile::stay_empty, Tile::consumers, 1, readers / Tile::consumers);
     init_ring(shared, Tile::first_full, Tile::first_empty, Tile::stages, 1, readers);
     init_ring(shared, Tile::second_full, Tile::second_empty, Tile::stages, 1, readers);
+    barrier_init(shared.barrier(Tile::voted), readers);
+    *shared.found(0) = 0;
+    *shared.found(1) = 0;
     fence_barrier_init();
   }
   __syncthreads();

@@ -202,6 +202,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
     if (work.b() < 0) break;
     const auto rows = [&] { return row_pair(work.see(), work.row0() + row_in_tile, p.Nq); };
 
+    // Of this warpgroup's rows.
+    const auto seen_by_all = [&](int n) {
+      const Visibility see = work.see();
+      const int row = work.row0() + 64 * warpgroup;
+      return n * BK >= see.begin(row + 63) && (n + 1) * BK <= see.end(row);
+    };
+    const auto seen_by_none = [&](int n) {
+      return n * BK >= work.see().end(min(work.row0() + 64 * warpgroup + 63, p.Nq - 1));
+    };
+
     Softmax softmax;
     float o[value_columns / 2] = {};
     float sums[BK / 2];
@@ -219,7 +229,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       if constexpr (modified)
         ScoreTile<BK>{p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane, work.offset()}.apply(
             sums, bias, work.full(n), rows);
-      else if (!work.full(n))
+      else if (!work.full(n) && !seen_by_all(n))
         mask_scores<BK>(sums, rows(), n * BK, lane);
       if constexpr (mask_only) mask.apply(sums, lane);
       softmax.template step<BK>(sums, scale, alpha, NotWider{});
@@ -250,6 +260,14 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       float alpha[2];
       int n = work.last() - 1;
       const int first = work.first();
+      if constexpr (!Tile::alternate)
+        for (; n > first && seen_by_none(n); --n) {
+          barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+          release(Tile::k_empty + k_ring.stage());
+          k_ring.advance();
+          wait_values(n);
+          release_values(n);
+        }
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity());
       barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());

@@ -13,6 +13,12 @@ namespace mfa::cuda::hopper {
 constexpr float log2_e = 1.44269504088896341f;
 constexpr float ln_2 = 0.693147180559945309f;
 
+// Which of a lane's columns, two of every eight, lie before column `end`, counted from the lane's first. 128 at most.
+__device__ __forceinline__ uint32_t columns_before(int end) {
+  const int count = end <= 0 ? 0 : end / 8 * 2 + min(end % 8, 2);
+  return count >= 32 ? ~0u : (1u << count) - 1;
+}
+
 // The keys that the two rows of a lane see: rows `query` and `query` + 8.
 struct RowPair {
   int query;
@@ -31,15 +37,14 @@ __device__ __forceinline__ RowPair row_pair(const Visibility& see, int query, in
 // Scores of keys outside a row's range become -inf, whatever they were. k0: first key of the tile.
 template <int BK>
 __device__ __forceinline__ void mask_scores(float (&s)[BK / 2], const RowPair& rows, int k0, int lane) {
+  static_assert(BK <= 128);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int begin = rows.begin[r] - k0 - 2 * (lane % 4);
-    const uint32_t width = rows.end[r] > rows.begin[r] ? rows.end[r] - rows.begin[r] : 0;
+    const int first = k0 + 2 * (lane % 4);
+    const uint32_t seen = columns_before(rows.end[r] - first) & ~columns_before(rows.begin[r] - first);
 #pragma unroll
-    for (int i = 0; i < BK / 8; ++i)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (static_cast<uint32_t>(8 * i + e - begin) >= width) s[4 * i + 2 * r + e] = -INFINITY;
+    for (int i = 0; i < BK / 4; ++i)
+      if (!(seen >> i & 1)) s[4 * (i / 2) + 2 * r + i % 2] = -INFINITY;
   }
 }
 

@@ -168,10 +168,10 @@ constexpr SplitLayout split_layout(TileChoice c) {
 // lse and delta of passing queries, barriers, work.
 struct BackwardLayout {
   int stay_bytes, pass_bytes;  // of one tile of a warpgroup; of one tile of a stage
-  int first_at, second_at, rows_at, exchange_at, barriers_at, work_at, bytes;
+  int first_at, second_at, rows_at, exchange_at, found_at, barriers_at, work_at, bytes;
   int threads;
 };
-constexpr int backward_barriers(TileChoice c) { return 8 + 2 * c.consumers + 4 * c.stages; }
+constexpr int backward_barriers(TileChoice c) { return 9 + 2 * c.consumers + 4 * c.stages; }
 // `shared_keys`: two warpgroups work on the same keys and pass probabilities on in shared memory, two tiles deep.
 constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false) {
   BackwardLayout l{};
@@ -181,7 +181,8 @@ constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false)
   l.second_at = l.first_at + c.stages * l.pass_bytes;
   l.rows_at = l.second_at + c.stages * l.pass_bytes;
   l.exchange_at = l.rows_at + c.stages * c.tile * 8;
-  l.barriers_at = l.exchange_at + (shared_keys ? 2 * 64 * c.tile * 4 : 0);
+  l.found_at = l.exchange_at + (shared_keys ? 2 * 64 * c.tile * 4 : 0);
+  l.barriers_at = l.found_at + 8;
   l.work_at = l.barriers_at + backward_barriers(c) * 8;
   l.bytes = l.work_at + 2 * shared_work_bytes + 1024;
   l.threads = 128 * ((shared_keys ? 2 : c.consumers) + 1);
@@ -237,6 +238,7 @@ MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, in
 // them apart. So parts of dq can be added in a fixed order without waiting, and meet what they are added to in the L2
 // cache.
 constexpr int fused_tile = fused_choice.tile, fused_group = 8, fused_lag = 2;
+MFA_HOST_DEVICE int fused_query_tiles(int Nq) { return (Nq + fused_tile - 1) / fused_tile; }
 
 // A group of every head, then the next group.
 MFA_HOST_DEVICE WorkItem fused_item(const HopperSchedule& s, int heads_in_all, int heads, int id) {
@@ -305,26 +307,31 @@ MFA_HOST_DEVICE KeyTiles key_tiles(const Visibility& v, int row_begin, int row_e
   return t;
 }
 
-// The transpose: tiles [first, last) hold every query that sees a key of [key_begin, key_begin + rows); in
-// [full_first, full_last) every query sees all of them.
+// The first query that sees a key from key_begin on, a multiple of four.
+MFA_HOST_DEVICE int first_query(const Visibility& v, int key_begin) {
+  const int first = v.right < 0 ? 0 : key_begin - v.offset - v.right;
+  return first < 0 ? 0 : first & ~3;
+}
+
+// The transpose: tiles [first, last), counted from query `origin`, hold every query from there that sees a key of
+// [key_begin, key_begin + rows); in [full_first, full_last) every query sees all of them. Rows past Nq do not count.
 template <int BM>
-MFA_HOST_DEVICE KeyTiles query_tiles(const Visibility& v, int Nq, int key_begin, int rows) {
+MFA_HOST_DEVICE KeyTiles query_tiles(const Visibility& v, int Nq, int key_begin, int rows, int origin) {
   const int key_end = key_begin + rows < v.keys ? key_begin + rows : v.keys;
   if (key_end <= key_begin) return {0, 0, 0, 0};
   // end(i) > key_begin from `begin` on, begin(i) < key_end before `end`.
   int begin = v.right < 0 ? 0 : key_begin - v.offset - v.right;
   int end = v.left < 0 ? Nq : key_end + v.left - v.offset;
-  if (begin < 0) begin = 0;
+  if (begin < origin) begin = origin;
   if (end > Nq) end = Nq;
   if (end <= begin) return {0, 0, 0, 0};
   // end(i) >= key_begin + rows from `full_begin` on, begin(i) <= key_begin before `full_end`.
   int full_begin = v.right < 0 ? 0 : key_begin + rows - v.offset - v.right - 1;
-  int full_end = v.left < 0 ? Nq : key_begin + v.left - v.offset + 1;
-  if (full_begin < 0) full_begin = 0;
-  if (full_end > Nq) full_end = Nq;
-  KeyTiles t{begin / BM, (end + BM - 1) / BM, 0, 0};
+  const int full_end = v.left < 0 ? Nq : key_begin + v.left - v.offset + 1;
+  if (full_begin < origin) full_begin = origin;
+  KeyTiles t{(begin - origin) / BM, (end - origin + BM - 1) / BM, 0, 0};
   if (key_end == key_begin + rows && full_end > full_begin) {
-    const int first = (full_begin + BM - 1) / BM, last = full_end / BM;
+    const int first = (full_begin - origin + BM - 1) / BM, last = full_end < Nq ? (full_end - origin) / BM : t.last;
     t.full_first = first < t.first ? t.first : first;
     t.full_last = last > t.last ? t.last : last;
   }

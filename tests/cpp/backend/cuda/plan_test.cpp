@@ -310,7 +310,7 @@ TEST(CudaPlanHopper, QueryTilesAndKeyTilesSeeEachOther) {
     for (int n = 0; n < ceil_div(Nq, 64); ++n) {
       const auto of_queries = hopper::key_tiles<128>(see, n * 64, std::min(n * 64 + 64, Nq));
       for (int t = 0; t < ceil_div(Nk, 128); ++t) {
-        const auto of_keys = hopper::query_tiles<64>(see, Nq, t * 128, 128);
+        const auto of_keys = hopper::query_tiles<64>(see, Nq, t * 128, 128, 0);
         ASSERT_EQ(n >= of_keys.first && n < of_keys.last, t >= of_queries.first && t < of_queries.last)
             << "Nq " << Nq << " Nk " << Nk << " keys " << keys << " left " << see.left << " right " << see.right;
       }
