@@ -29,7 +29,14 @@ MFA_API mlx::core::array rope(const mlx::core::array& x, int dims, bool traditio
 MFA_API mlx::core::array swiglu(const mlx::core::array& gate, const mlx::core::array& x,
                                 mlx::core::StreamOrDevice s = {});
 
-// Whether the calls above run as one operation of this library.
+// mlx::core::logsumexp and argmax over the last axis or, without `axis`, over all elements; nullopt for what MLX
+// reduces as fast or this library does not cover: other axes and dtypes, rows of less than 256 elements, GPU streams.
+MFA_API std::optional<mlx::core::array> try_logsumexp(const mlx::core::array& x, std::optional<int> axis, bool keepdims,
+                                                      mlx::core::StreamOrDevice s = {});
+MFA_API std::optional<mlx::core::array> try_argmax(const mlx::core::array& x, std::optional<int> axis, bool keepdims,
+                                                   mlx::core::StreamOrDevice s = {});
+
+// Whether rms_norm(), rope() and swiglu() run as one operation of this library.
 MFA_API bool fuses_rms_norm(const mlx::core::array& x, const std::optional<mlx::core::array>& weight,
                             mlx::core::StreamOrDevice s = {});
 MFA_API bool fuses_rope(const mlx::core::array& x, int dims, std::optional<float> base, const mlx::core::array& offset,

@@ -169,6 +169,12 @@ void bind_linear(nb::module_& m) {
       "gate"_a, "x"_a, "stream"_a = nb::none(),
       "``silu(gate) * x`` as one operation, or None if MLX should compute it or report what is wrong.");
 
+  m.def("try_logsumexp", &try_logsumexp, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
+        "stream"_a = nb::none(),
+        "``logsumexp`` as one operation, or None if MLX should compute it or report what is wrong.");
+  m.def("try_argmax", &try_argmax, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
+        "stream"_a = nb::none(),
+        "``argmax`` as one operation, or None if MLX should compute it or report what is wrong.");
   m.def("try_decoder_layer", &try_decoder_layer, "x"_a, "keys"_a, "values"_a, "heads"_a, "offset"_a, "causal"_a,
         "scale"_a, "norms"_a, "rotation"_a, "projections"_a, "stream"_a = nb::none(), R"(
         A layer of a llama-like decoder as one operation, or None if it does not cover the call.
