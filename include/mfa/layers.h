@@ -72,11 +72,11 @@ struct DecoderLayerWeights {
 };
 
 // The layer's output, keys and values; or nullopt for anything that it does not cover: more than 8 tokens, a cache
-// without room for them, arrays that are being traced, shapes and dtypes that do not fit each other, GPU streams.
-// x [B, T, width]; keys and values [B, Hkv, capacity, D] are the whole cache and are written in place where nothing
-// else refers to them.
+// without room for them, arrays that are being traced, weights that are not evaluated or not dense, shapes and dtypes
+// that do not fit each other, GPU streams. x [B, T, width]; keys and values [B, Hkv, capacity, D] are the whole cache
+// and are written in place where nothing else refers to them.
 MFA_API std::optional<std::array<mlx::core::array, 3>> decoder_layer(
     const mlx::core::array& x, const mlx::core::array& keys, const mlx::core::array& values,
-    const DecoderLayerWeights& weights, const DecoderLayerShape& shape, mlx::core::StreamOrDevice s = {});
+    DecoderLayerWeights weights, const DecoderLayerShape& shape, mlx::core::StreamOrDevice s = {});
 
 }  // namespace mfa

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -31,8 +32,7 @@ std::optional<std::array<mx::array, 3>> try_decoder_layer(const mx::array& x, co
                                                           const mx::array& values, const std::array<int, 3>& heads,
                                                           int offset, bool causal, float scale,
                                                           const std::vector<Norm>& norms, const Rotation& rotation,
-                                                          const std::vector<Weights>& projections,
-                                                          mx::StreamOrDevice stream) {
+                                                          std::vector<Weights> projections, mx::StreamOrDevice stream) {
   const auto& [dims, traditional, base, rope_scale, freqs] = rotation;
   if (base.has_value() == freqs.has_value() || norms.size() != 2 || projections.size() != kProjections)
     return std::nullopt;
@@ -49,10 +49,10 @@ std::optional<std::array<mx::array, 3>> try_decoder_layer(const mx::array& x, co
                                 .rope_scale = rope_scale};
   DecoderLayerWeights weights{norms[0].first, norms[1].first, freqs, {}};
   for (int i = 0; i < kProjections; ++i) {
-    const auto& [arrays, bits, group_size] = projections[i];
-    weights.projections[i] = {arrays, bits, group_size};
+    auto& [arrays, bits, group_size] = projections[i];
+    weights.projections[i] = {std::move(arrays), bits, group_size};
   }
-  return decoder_layer(x, keys, values, weights, shape, stream);
+  return decoder_layer(x, keys, values, std::move(weights), shape, stream);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "mlx/decoder_layer.h"
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
 
@@ -64,6 +66,32 @@ bool is_writable(const mx::array& x) {
   return x.is_donatable() && x.flags().row_contiguous && x.data_size() == x.size();
 }
 
+// Whether the kernels can read the weights where they lie, now.
+bool are_readable(const DecoderLayerWeights& w) {
+  const auto readable = [](const mx::array& x) {
+    return !x.is_tracer() && x.is_available() && x.flags().row_contiguous;
+  };
+  for (const ProjectionWeights& p : w.projections)
+    if (!std::ranges::all_of(p.arrays, readable)) return false;
+  return readable(w.attention_norm) && readable(w.mlp_norm) && (!w.freqs || readable(*w.freqs));
+}
+
+Projection projection(const ProjectionWeights& p) {
+  const mx::array& w = p.arrays[0];
+  Projection result;
+  result.N = w.shape(0);
+  if (p.bits != 0) {
+    result.w = affine_weights(w, p.arrays[1], p.arrays[2], {p.bits, p.group_size, true});
+    result.K = p.arrays[1].shape(1) * p.group_size;
+  } else {
+    result.K = w.shape(1);
+    result.w.data = w.data<void>();
+    result.w.transposed = true;
+    result.w.stride = result.K;
+  }
+  return result;
+}
+
 struct Copy {
   const char* from;
   char* to;
@@ -80,7 +108,7 @@ void take_over(mx::array cache, mx::array& out, std::vector<Copy>& copies, mx::S
 }  // namespace
 
 void DecoderLayer::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  const DecoderLayerShape& s = params_.shape;
+  const DecoderLayerShape& s = shape_;
   allocate(outputs[0]);
   // Each output has a list of the inputs, but the one that is being evaluated speaks for all: without the others' only
   // the program itself may refer to the cache.
@@ -97,8 +125,6 @@ void DecoderLayer::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
     }
   }
 
-  size_t next = 3;
-  const auto dense = [&](size_t i) { return with_dense_rows(inputs[i], stream()); };
   DecoderLayerProblem p;
   p.B = inputs[0].shape(0);
   p.T = inputs[0].shape(1);
@@ -107,37 +133,23 @@ void DecoderLayer::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
   p.Hkv = s.Hkv;
   p.D = s.D;
   p.dtype = to_dtype(inputs[0].dtype());
-  p.x = dense(0).data<void>();
+  p.x = with_dense_rows(inputs[0], stream()).data<void>();
   p.out = outputs[0].data<void>();
-  p.attention_norm = {dense(next++).data<void>(), s.eps[0]};
-  p.mlp_norm = {dense(next++).data<void>(), s.eps[1]};
+  p.attention_norm = {weights_->attention_norm.data<void>(), s.eps[0]};
+  p.mlp_norm = {weights_->mlp_norm.data<void>(), s.eps[1]};
   p.rope_dims = s.rope_dims;
   p.traditional = s.traditional;
   p.rope_scale = s.rope_scale;
   p.rope_base = s.rope_base;
-  if (params_.has_freqs) p.rope_periods = dense(next++).data<float>();
+  if (weights_->freqs) p.rope_periods = weights_->freqs->data<float>();
   p.keys = mutable_tensor_ref(outputs[1]);
   p.values = mutable_tensor_ref(outputs[2]);
   p.offset = s.offset;
   p.scale = s.scale;
   p.causal = s.causal;
   const std::array<Projection*, kProjections> projections = {&p.q, &p.k, &p.v, &p.o, &p.gate, &p.up, &p.down};
-  for (int i = 0; i < kProjections; ++i) {
-    Projection& projection = *projections[i];
-    const mx::array w = dense(next++);
-    projection.N = w.shape(0);
-    if (const Quantisation& q = params_.quantisations[i]; q.bits != 0) {
-      const mx::array scales = dense(next++), biases = dense(next++);
-      projection.w = affine_weights(w, scales, biases, q);
-      projection.K = scales.shape(1) * q.group_size;
-    } else {
-      projection.K = w.shape(1);
-      projection.w.data = w.data<void>();
-      projection.w.transposed = true;
-      projection.w.stride = projection.K;
-    }
-  }
-  mx::cpu::get_command_encoder(stream()).dispatch([p, copies = std::move(copies)] {
+  for (int i = 0; i < kProjections; ++i) *projections[i] = projection(weights_->projections[i]);
+  mx::cpu::get_command_encoder(stream()).dispatch([p, copies = std::move(copies), weights = weights_] {
     for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
     decoder_layer(p);
   });
@@ -148,23 +160,17 @@ void DecoderLayer::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array
 }
 
 std::optional<std::array<mx::array, 3>> decoder_layer(const mx::array& x, const mx::array& keys,
-                                                      const mx::array& values, const DecoderLayerWeights& weights,
+                                                      const mx::array& values, DecoderLayerWeights weights,
                                                       const DecoderLayerShape& shape, mx::StreamOrDevice stream) {
   const mx::Stream s = mx::to_stream(stream);
   if (s.device != mx::Device::cpu || !cpu::kernel_traits() || !all_fit(x, keys, values, weights, shape))
     return std::nullopt;
-  DecoderLayerParams params{shape, {}, weights.freqs.has_value()};
-  std::vector<mx::array> inputs = {x, keys, values, weights.attention_norm, weights.mlp_norm};
-  if (weights.freqs) inputs.push_back(*weights.freqs);
-  for (int i = 0; i < kProjections; ++i) {
-    const ProjectionWeights& p = weights.projections[i];
-    params.quantisations[i] = {p.bits, p.group_size, true};
-    inputs.insert(inputs.end(), p.arrays.begin(), p.arrays.end());
-  }
-  for (const mx::array& input : inputs)
-    if (input.is_tracer()) return std::nullopt;  // the layer has no derivative
+  // The layer has no derivative, and sees only weights that are there.
+  if (x.is_tracer() || keys.is_tracer() || values.is_tracer() || !are_readable(weights)) return std::nullopt;
+  auto primitive =
+      std::make_shared<DecoderLayer>(s, shape, std::make_shared<const DecoderLayerWeights>(std::move(weights)));
   auto outputs = mx::array::make_arrays({x.shape(), keys.shape(), values.shape()}, {x.dtype(), x.dtype(), x.dtype()},
-                                        std::make_shared<DecoderLayer>(s, params), inputs);
+                                        std::move(primitive), {x, keys, values});
   return std::array<mx::array, 3>{outputs[0], outputs[1], outputs[2]};
 }
 

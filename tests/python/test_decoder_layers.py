@@ -1,6 +1,7 @@
 """test_decoder_layers.py: a layer of a llama model as one operation has the bits of its parts, and steps aside."""
 
 import copy
+import itertools
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -186,12 +187,26 @@ def test_a_trimmed_cache_is_written_from_its_new_end(one_operation):
         assert mx.array_equal(a, b).item()
 
 
-def test_weights_that_change_are_seen():
+def test_weights_that_change_are_seen(one_operation):
     model = make_model()
-    before = steps(model, filled(model), [1])[0]
-    model.layers[1].mlp.down_proj.weight = 2 * model.layers[1].mlp.down_proj.weight
-    after = steps(model, filled(model), [1])[0]
-    assert not mx.array_equal(before, after).item()
+    down = model.layers[1].mlp.down_proj
+    seen = [steps(model, filled(model), [1])[0]]
+    down.weight = 2 * down.weight
+    mx.eval(down.weight)
+    seen.append(steps(model, filled(model), [1])[0])
+    down.weight[3] = 0
+    mx.eval(down.weight)
+    seen.append(steps(model, filled(model), [1])[0])
+    assert one_operation.taken == 6
+    assert not any(mx.array_equal(a, b).item() for a, b in itertools.pairwise(seen))
+
+
+def test_weights_that_are_not_evaluated_run_part_by_part_once(one_operation):
+    model = make_model()
+    cache = filled(model)
+    for layer in model.layers:
+        layer.mlp.up_proj.weight = layer.mlp.up_proj.weight + 1
+    assert [steps(model, cache, [1]) is not None and one_operation.taken for _ in range(2)] == [0, 2]
 
 
 def one_token(model, cache, mask=None):
