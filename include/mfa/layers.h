@@ -2,7 +2,9 @@
 // one. Computed in float32 and rounded once. On a GPU stream these are MLX's own operations.
 #pragma once
 
+#include <array>
 #include <optional>
+#include <vector>
 
 #include "mfa/api.h"
 #include "mlx/array.h"
@@ -27,12 +29,54 @@ MFA_API mlx::core::array rope(const mlx::core::array& x, int dims, bool traditio
 MFA_API mlx::core::array swiglu(const mlx::core::array& gate, const mlx::core::array& x,
                                 mlx::core::StreamOrDevice s = {});
 
-// Whether the calls above run as one operation of this library.
+// mlx::core::logsumexp and argmax over the last axis or, without `axis`, over all elements; nullopt for what MLX
+// reduces as fast or this library does not cover: other axes and dtypes, rows of less than 256 elements, GPU streams.
+MFA_API std::optional<mlx::core::array> try_logsumexp(const mlx::core::array& x, std::optional<int> axis, bool keepdims,
+                                                      mlx::core::StreamOrDevice s = {});
+MFA_API std::optional<mlx::core::array> try_argmax(const mlx::core::array& x, std::optional<int> axis, bool keepdims,
+                                                   mlx::core::StreamOrDevice s = {});
+
+// Whether rms_norm(), rope() and swiglu() run as one operation of this library.
 MFA_API bool fuses_rms_norm(const mlx::core::array& x, const std::optional<mlx::core::array>& weight,
                             mlx::core::StreamOrDevice s = {});
 MFA_API bool fuses_rope(const mlx::core::array& x, int dims, std::optional<float> base, const mlx::core::array& offset,
                         const std::optional<mlx::core::array>& freqs, mlx::core::StreamOrDevice s = {});
 
 MFA_API bool fuses_swiglu(const mlx::core::array& gate, const mlx::core::array& x, mlx::core::StreamOrDevice s = {});
+
+// A layer of a llama-like decoder, for a few new tokens: two RMS norms, seven products, rotary encoding of q and k,
+// attention over a cache, SwiGLU and the two sums, as one operation with the bits of these one by one.
+enum DecoderProjection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
+
+struct DecoderLayerShape {
+  int Hq = 0, Hkv = 0, D = 0;
+  int offset = 0;         // tokens in the cache before the new ones
+  bool causal = false;    // else every new token sees all keys
+  float scale = 1.f;      // of scores
+  float eps[2] = {0, 0};  // of the norms before attention and before the MLP
+  int rope_dims = 0;
+  bool traditional = false;
+  float rope_base = 0.f, rope_scale = 1.f;  // the base is not used if there are frequencies
+  bool operator==(const DecoderLayerShape&) const = default;
+};
+
+struct ProjectionWeights {
+  std::vector<mlx::core::array> arrays;  // w [out, in], or the three of affine quantisation
+  int bits = 0, group_size = 0;          // 0: dense
+};
+
+struct DecoderLayerWeights {
+  mlx::core::array attention_norm, mlp_norm;
+  std::optional<mlx::core::array> freqs;  // as rope() takes them
+  std::array<ProjectionWeights, kProjections> projections;
+};
+
+// The layer's output, keys and values; or nullopt for anything that it does not cover: more than 8 tokens, a cache
+// without room for them, arrays that are being traced, weights that are not evaluated or not dense, shapes and dtypes
+// that do not fit each other, GPU streams. x [B, T, width]; keys and values [B, Hkv, capacity, D] are the whole cache
+// and are written in place where nothing else refers to them.
+MFA_API std::optional<std::array<mlx::core::array, 3>> decoder_layer(
+    const mlx::core::array& x, const mlx::core::array& keys, const mlx::core::array& values,
+    DecoderLayerWeights weights, const DecoderLayerShape& shape, mlx::core::StreamOrDevice s = {});
 
 }  // namespace mfa

@@ -1,7 +1,16 @@
 // linear.cpp: mfa::matmul and its relatives, and the small layers, for Python.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "mfa/layers.h"
@@ -15,6 +24,36 @@ namespace mfa::python {
 namespace {
 
 using OptionalArray = std::optional<mx::array>;
+using Rotation = std::tuple<int, bool, std::optional<float>, float, OptionalArray>;
+using Norm = std::pair<mx::array, float>;
+using Weights = std::tuple<std::vector<mx::array>, int, int>;
+
+std::optional<std::array<mx::array, 3>> try_decoder_layer(const mx::array& x, const mx::array& keys,
+                                                          const mx::array& values, const std::array<int, 3>& heads,
+                                                          int offset, bool causal, float scale,
+                                                          const std::vector<Norm>& norms, const Rotation& rotation,
+                                                          std::vector<Weights> projections, mx::StreamOrDevice stream) {
+  const auto& [dims, traditional, base, rope_scale, freqs] = rotation;
+  if (base.has_value() == freqs.has_value() || norms.size() != 2 || projections.size() != kProjections)
+    return std::nullopt;
+  const DecoderLayerShape shape{.Hq = heads[0],
+                                .Hkv = heads[1],
+                                .D = heads[2],
+                                .offset = offset,
+                                .causal = causal,
+                                .scale = scale,
+                                .eps = {norms[0].second, norms[1].second},
+                                .rope_dims = dims,
+                                .traditional = traditional,
+                                .rope_base = base.value_or(0.f),
+                                .rope_scale = rope_scale};
+  DecoderLayerWeights weights{norms[0].first, norms[1].first, freqs, {}};
+  for (int i = 0; i < kProjections; ++i) {
+    auto& [arrays, bits, group_size] = projections[i];
+    weights.projections[i] = {std::move(arrays), bits, group_size};
+  }
+  return decoder_layer(x, keys, values, std::move(weights), shape, stream);
+}
 
 }  // namespace
 
@@ -129,6 +168,29 @@ void bind_linear(nb::module_& m) {
       },
       "gate"_a, "x"_a, "stream"_a = nb::none(),
       "``silu(gate) * x`` as one operation, or None if MLX should compute it or report what is wrong.");
+
+  m.def("try_logsumexp", &try_logsumexp, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
+        "stream"_a = nb::none(),
+        "``logsumexp`` as one operation, or None if MLX should compute it or report what is wrong.");
+  m.def("try_argmax", &try_argmax, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
+        "stream"_a = nb::none(),
+        "``argmax`` as one operation, or None if MLX should compute it or report what is wrong.");
+  m.def("try_decoder_layer", &try_decoder_layer, "x"_a, "keys"_a, "values"_a, "heads"_a, "offset"_a, "causal"_a,
+        "scale"_a, "norms"_a, "rotation"_a, "projections"_a, "stream"_a = nb::none(), R"(
+        A layer of a llama-like decoder as one operation, or None if it does not cover the call.
+
+        Args:
+            x (array): ``[B, T, width]``, the new tokens, 8 at most in all.
+            keys, values (array): The whole cache ``[B, Hkv, capacity, D]``.
+            heads (tuple): ``(Hq, Hkv, D)``.
+            offset (int): Tokens in the cache.
+            causal (bool): Whether a new token sees only those up to itself.
+            scale (float): Of scores.
+            norms (list): ``(weight, eps)`` of the two RMS norms.
+            rotation (tuple): ``(dims, traditional, base or None, scale, freqs or None)``.
+            projections (list): ``(arrays, bits, group_size)`` of q, k, v, o, gate, up and down: the weights
+                ``[out, in]`` with bits 0, or the three arrays of affine quantisation.
+        Returns: list of array or None: The output, and keys and values with the new rows.)");
 
   m.def(
       "linear_counters",

@@ -2,10 +2,10 @@
 
 Replaced are ``mx.matmul``, ``mx.addmm``, ``mx.quantized_matmul``, ``mx.gather_mm``, ``mx.gather_qmm``, the operator
 ``@`` of arrays, ``mx.fast.rms_norm`` and ``mx.fast.rope`` (on the CPU MLX evaluates the latter two as 13 and 30 small
-operations, which take longer than the products of a token); ``nn.Linear``, ``nn.QuantizedLinear``, ``nn.RMSNorm``,
-``nn.RoPE`` and the models of mlx-lm call these. A call that this package's
-kernels do not cover, or that MLX does faster, goes on to MLX's own function with its arguments as they came: so do all
-calls on a GPU stream, and all that are wrong, whose errors are therefore MLX's.
+operations, which take longer than the products of a token), and ``mx.logsumexp`` and ``mx.argmax``, with which a token
+is sampled; ``nn.Linear``, ``nn.QuantizedLinear``, ``nn.RMSNorm``, ``nn.RoPE`` and mlx-lm call these. A call that this
+package's kernels do not cover, or that MLX does faster, goes on to MLX's own function with its arguments as they came:
+so do all calls on a GPU stream, and all that are wrong, whose errors are therefore MLX's.
 
 Importing ``mlx_mfa`` installs the hooks where the CPU is MLX's default device, unless ``MFA_DISABLE_AUTO_HOOKS=1``.
 """
@@ -131,8 +131,10 @@ _HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (mx.array, "__matmul__", _operator),
     (mx.fast, "rms_norm", _positional("rms_norm", _ext.try_rms_norm, 1, 3)),
     (mx.fast, "rope", _positional("rope", _ext.try_rope, 1, 2)),
+    (mx, "logsumexp", _positional("logsumexp", _ext.try_logsumexp, 1, 3)),
+    (mx, "argmax", _positional("argmax", _ext.try_argmax, 1, 3)),
 )
-_NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm", "rms_norm", "rope")
+_NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm", "rms_norm", "rope", "logsumexp", "argmax")
 _OWNERS = {id(mx): "mx", id(mx.fast): "mx.fast", id(mx.array): "mx.array"}
 
 

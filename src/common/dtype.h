@@ -37,34 +37,38 @@ struct bfloat16 {
 
 [[gnu::always_inline]] inline float to_float(bfloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
+// The conversions of 16-bit types choose between results instead of branching, so that compilers put loops of them into
+// vectors; signed comparisons, as SSE2 has no others.
 [[gnu::always_inline]] inline float to_float(float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude >= 0x0400u) return std::bit_cast<float>(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-  return sign ? -subnormal : subnormal;
+  const int32_t magnitude = x.bits & 0x7fff;
+  const uint32_t shifted = static_cast<uint32_t>(magnitude) << 13;
+  const uint32_t normal = shifted + ((127u - 15u) << 23);
+  const uint32_t not_finite = shifted + ((255u - 31u) << 23);
+  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(shifted + (113u << 23)) - 0x1p-14f);
+  const uint32_t finite = magnitude < 0x0400 ? subnormal : normal;
+  return std::bit_cast<float>(sign | (magnitude >= 0x7c00 ? not_finite : finite));
 }
 
 // Round to nearest, ties to even; NaN stays a quiet NaN.
 [[gnu::always_inline]] inline bfloat16 to_bfloat16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (std::isnan(x)) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x40u;
+  return {static_cast<uint16_t>(static_cast<int32_t>(bits & 0x7fffffffu) > 0x7f800000 ? quiet : rounded)};
 }
 
 [[gnu::always_inline]] inline float16 to_float16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above round to infinity
-  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal, rounded, in the low bits
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u))};
-  }
-  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-  return {static_cast<uint16_t>(sign | ((rounded - ((127u - 15u) << 23)) >> 13))};
+  const auto compared = static_cast<int32_t>(magnitude);
+  // Below 2^-14: adding 0.5 leaves the subnormal, rounded, in the low bits.
+  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - ((127u - 15u) << 23)) >> 13;
+  const uint32_t finite = compared < 0x38800000 ? subnormal : normal;
+  const uint32_t not_nan = compared >= 0x477ff000 ? 0x7c00u : finite;  // 65520 and above round to infinity
+  return {static_cast<uint16_t>(sign | (compared > 0x7f800000 ? 0x7e00u : not_nan))};
 }
 
 // The element `i` of a buffer of `dtype`, as a float.

@@ -1,9 +1,9 @@
 #include "layers/swiglu.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "common/thread_pool.h"
+#include "layers/elementary.h"
 
 namespace mfa {
 namespace {
@@ -14,7 +14,7 @@ void activate(const SwigluProblem& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
   for (int64_t i = begin; i < end; ++i) {
     const float g = to_float(gate[i]);
-    store_from_float(p.out, kDType, i, g / (1.f + std::exp(-g)) * to_float(x[i]));
+    store_from_float(p.out, kDType, i, g / (1.f + fast_exp(-g)) * to_float(x[i]));
   }
 }
 

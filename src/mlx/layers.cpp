@@ -1,9 +1,12 @@
 #include "mlx/layers.h"
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 #include "backend/cpu/attention.h"
 #include "common/check.h"
+#include "layers/reductions.h"
 #include "layers/rms_norm.h"
 #include "layers/rope.h"
 #include "layers/swiglu.h"
@@ -126,6 +129,70 @@ mx::array swiglu(const mx::array& gate, const mx::array& x, mx::StreamOrDevice s
   };
   if (!fuses_swiglu(gate, x, s)) return composition({gate, x})[0];
   return mx::array(x.shape(), x.dtype(), std::make_shared<Swiglu>(s, std::move(composition)), {gate, x});
+}
+
+// ---- reductions of logits
+// --------------------------------------------------------------------------------------------
+void Reduction::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  allocate(out);
+  const mx::array x = with_dense_rows(inputs[0], stream());
+  ReductionProblem p;
+  p.rows = static_cast<int64_t>(out.size());
+  p.D = static_cast<int64_t>(x.size()) / p.rows;
+  p.dtype = to_dtype(x.dtype());
+  p.x = x.data<void>();
+  p.out = out.data<void>();
+  mx::cpu::get_command_encoder(stream()).dispatch([p, reduce = arg_max_ ? arg_max : log_sum_exp] { reduce(p); });
+}
+
+bool Reduction::is_equivalent(const Primitive& other) const {
+  const auto& o = static_cast<const Reduction&>(other);
+  return arg_max_ == o.arg_max_ && all_ == o.all_ && keepdims_ == o.keepdims_;
+}
+
+std::vector<mx::Shape> Reduction::output_shapes(const std::vector<mx::array>& inputs) {
+  mx::Shape shape = inputs[0].shape();
+  const auto reduced = all_ ? shape.begin() : shape.end() - 1;
+  if (keepdims_) {
+    std::fill(reduced, shape.end(), 1);
+  } else {
+    shape.erase(reduced, shape.end());
+  }
+  return {shape};
+}
+
+namespace {
+
+// Rows are reduced by tasks of their own; short ones MLX reduces as fast.
+constexpr int64_t kShortRow = 256;
+
+bool reduces(const mx::array& x, std::optional<int> axis, const mx::Stream& s) {
+  const int axes = static_cast<int>(x.ndim());
+  if (!on_cpu(s) || axes < 1 || !is_supported(x.dtype())) return false;
+  if (axis && *axis != -1 && *axis != axes - 1) return false;
+  const int64_t D = axis ? x.shape(-1) : static_cast<int64_t>(x.size());
+  return x.size() > 0 && D >= kShortRow && D <= std::numeric_limits<uint32_t>::max();
+}
+
+OptionalArray reduction(const mx::array& x, std::optional<int> axis, bool keepdims, bool arg_max, const mx::Stream& s) {
+  if (!reduces(x, axis, s)) return std::nullopt;
+  Composition composition = [=](const std::vector<mx::array>& in) -> std::vector<mx::array> {
+    if (arg_max) return {axis ? mx::argmax(in[0], *axis, keepdims, s) : mx::argmax(in[0], keepdims, s)};
+    return {axis ? mx::logsumexp(in[0], *axis, keepdims, s) : mx::logsumexp(in[0], keepdims, s)};
+  };
+  auto primitive = std::make_shared<Reduction>(s, std::move(composition), arg_max, !axis.has_value(), keepdims);
+  mx::Shape shape = primitive->output_shapes({x})[0];
+  return mx::array(std::move(shape), arg_max ? mx::uint32 : x.dtype(), std::move(primitive), {x});
+}
+
+}  // namespace
+
+OptionalArray try_logsumexp(const mx::array& x, std::optional<int> axis, bool keepdims, mx::StreamOrDevice stream) {
+  return reduction(x, axis, keepdims, false, mx::to_stream(stream));
+}
+
+OptionalArray try_argmax(const mx::array& x, std::optional<int> axis, bool keepdims, mx::StreamOrDevice stream) {
+  return reduction(x, axis, keepdims, true, mx::to_stream(stream));
 }
 
 // ---- rotary position encoding ---------------------------------------------------------------------------------------

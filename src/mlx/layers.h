@@ -13,7 +13,7 @@ namespace mx = mlx::core;
 
 using Composition = std::function<std::vector<mx::array>(const std::vector<mx::array>&)>;
 
-// A primitive with one output, of the shape and dtype of its first input.
+// A primitive with one output, of the shape of its first input unless it says otherwise.
 class FusedLayer : public mx::UnaryPrimitive {
  public:
   FusedLayer(mx::Stream stream, Composition composition)
@@ -55,6 +55,22 @@ class Swiglu : public FusedLayer {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   const char* name() const override { return "MfaSwiglu"; }
   bool is_equivalent(const Primitive&) const override { return true; }
+};
+
+// Input: x. Output: one value for each row along the last axis, or for all of x; the log-sum-exp, or the uint32 place
+// of the largest element.
+class Reduction : public FusedLayer {
+ public:
+  Reduction(mx::Stream stream, Composition composition, bool arg_max, bool all, bool keepdims)
+      : FusedLayer(stream, std::move(composition)), arg_max_(arg_max), all_(all), keepdims_(keepdims) {}
+  using FusedLayer::eval_cpu;
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  const char* name() const override { return arg_max_ ? "MfaArgMax" : "MfaLogSumExp"; }
+  bool is_equivalent(const Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  bool arg_max_, all_, keepdims_;
 };
 
 struct RopeParams {

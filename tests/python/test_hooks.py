@@ -15,6 +15,7 @@ from problems import cpu_kernels_only, to_numpy
 pytestmark = [needs_kernels, cpu_kernels_only]
 
 NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm")
+SMALL = ("mx.fast.rms_norm", "mx.fast.rope", "mx.logsumexp", "mx.argmax")
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_importing_the_package_installs_them():
     )
     text = run(code)
     assert text.startswith("False")
-    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__", "mx.fast.rms_norm", "mx.fast.rope"):
+    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__", *SMALL):
         assert f"'{name}'" in text
 
 
@@ -64,7 +65,8 @@ def test_the_environment_keeps_them_out():
 def test_disabling_restores_the_very_objects():
     code = (
         "import mlx.core as mx; names = ['matmul', 'addmm', 'quantized_matmul', 'gather_mm', 'gather_qmm'];"
-        "now = lambda: [getattr(mx, n) for n in names] + [mx.array.__matmul__, mx.fast.rms_norm, mx.fast.rope];"
+        "small = lambda: [mx.fast.rms_norm, mx.fast.rope, mx.logsumexp, mx.argmax];"
+        "now = lambda: [getattr(mx, n) for n in names] + [mx.array.__matmul__] + small();"
         "before = now(); import mlx_mfa;"
         "print(mlx_mfa.disable(), mlx_mfa.disable());"
         "print(all(a is b for a, b in zip(before, now())), mlx_mfa.enable(), mlx_mfa.enable())"
@@ -176,6 +178,9 @@ MISTAKES = {
     "norm without epsilon": lambda: mx.fast.rms_norm(a(2, 3), None),
     "rope": lambda: mx.fast.rope(a(2, 3), 2, traditional=False, base=10.0, scale=1.0, offset=0),
     "rope without base": lambda: mx.fast.rope(a(1, 2, 4), 4, traditional=False, base=None, scale=1.0, offset=0),
+    "axis": lambda: mx.argmax(a(2, 300), axis=2),
+    "reduction of nothing": lambda: mx.argmax(),
+    "axes": lambda: mx.argmax(a(2, 300), axis=[0, 1]),
     "indices": lambda: mx.gather_mm(a(4, 2, 3), a(5, 3, 6), rhs_indices=mx.array([1.0, 1, 4, 4])),
     "many indices": lambda: mx.gather_mm(a(4, 2, 3), a(5, 3, 6), mx.array([1]), mx.array([1]), mx.array([1])),
 }
@@ -184,7 +189,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_errors_are_those_of_mlx(name, hooks):
     def error():
-        with pytest.raises((ValueError, TypeError)) as caught:
+        with pytest.raises((ValueError, TypeError, IndexError)) as caught:
             MISTAKES[name]()
         return caught.type, str(caught.value)
 

@@ -1,5 +1,7 @@
 """The small layers behind the hooks, RMS norm and rotary position encoding: float64, MLX's transformations."""
 
+import functools
+
 import mlx.core as mx
 import mlx_mfa
 import numpy as np
@@ -104,7 +106,80 @@ def test_swiglu_of_large_numbers_and_of_views():
     assert _ext.try_swiglu(gate, x[:1]) is None
 
 
+REDUCTIONS = {"logsumexp": (mx.logsumexp, _ext.try_logsumexp), "argmax": (mx.argmax, _ext.try_argmax)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(256,), (3, 1000), (2, 3, 333), (1, 49152), (1, 4096), (2, 8193)])
+@pytest.mark.parametrize("axis", [None, -1])
+@pytest.mark.parametrize("keepdims", [True, False])
+def test_reductions_of_logits(dtype, shape, axis, keepdims):
+    x = normal(np.random.default_rng(7), shape, dtype) * 6
+    array = to_mlx(x, dtype)
+    x = to_numpy(array).astype(np.float64)
+    largest = x.max(axis=axis, keepdims=True)
+    exact = np.log(np.exp(x - largest).sum(axis=axis, keepdims=True)) + largest
+    got = _ext.try_logsumexp(array, axis, keepdims)
+    with mlx_mfa.hooks.hooked(False):
+        expected = mx.logsumexp(array, axis, keepdims), mx.argmax(array, axis, keepdims)
+    assert (got.shape, got.dtype) == (expected[0].shape, array.dtype)
+    assert_close(got, exact.reshape(got.shape), dtype)
+    place = _ext.try_argmax(array, axis, keepdims)
+    assert (place.shape, place.dtype) == (expected[1].shape, mx.uint32)
+    assert mx.array_equal(place, expected[1]).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("places", [{}, {7: "nan"}, {5000: "nan", 9000: "nan"}, {8999: "inf", 3: "inf"}, {0: "-inf"}])
+@pytest.mark.parametrize("filling", [0.0, float("-inf")])
+def test_reductions_of_what_is_not_finite_and_of_ties(dtype, places, filling):
+    x = np.full(9001, filling)
+    for place, value in places.items():
+        x[place] = float(value)
+    array = mx.array(x, getattr(mx, dtype))
+    with mlx_mfa.hooks.hooked(False):
+        expected = mx.logsumexp(array), mx.argmax(array)
+    assert mx.array_equal(_ext.try_logsumexp(array), expected[0], equal_nan=True).item()
+    assert _ext.try_argmax(array).item() == expected[1].item()
+
+
+def test_reductions_of_views_and_what_is_left_to_mlx():
+    x = mx.random.normal((300, 600))
+    for view in (x.T, x[:, ::2], x[::3], mx.broadcast_to(x[:1], (4, 600)), x[:, ::-1]):
+        dense = mx.array(to_numpy(view))
+        for mlx, ours in REDUCTIONS.values():
+            for axis in (None, -1):
+                with mlx_mfa.hooks.hooked(False):
+                    expected = mlx(dense, axis)
+                assert mx.allclose(ours(view, axis), expected).item()
+    for _, ours in REDUCTIONS.values():
+        assert ours(x, 0) is None
+        assert ours(x[:, :100], -1) is None
+        assert ours(mx.zeros((0, 600)), -1) is None
+        assert ours(mx.array(1.0)) is None
+        assert ours(x.astype(mx.int32)) is None
+        assert ours(x, 1) is not None
+
+
+def test_a_row_is_reduced_to_the_same_bits_alone_and_among_others():
+    x = mx.random.normal((9, 5000))
+    together = _ext.try_logsumexp(x, -1, True)
+    assert all(mx.array_equal(together[i], _ext.try_logsumexp(x[i], -1, True)).item() for i in range(9))
+
+
+def test_a_compiled_reduction_takes_other_shapes():
+    @functools.partial(mx.compile, shapeless=True)
+    def both(x):
+        return mx.logsumexp(x, -1), mx.argmax(x, -1, keepdims=True), mx.logsumexp(x)
+
+    with mlx_mfa.hooks.hooked(True):
+        for shape in ((2, 300), (5, 400)):
+            assert [a.shape for a in both(mx.ones(shape))] == [(shape[0],), (shape[0], 1), ()]
+
+
 LAYERS = {
+    "logsumexp": lambda x: mx.logsumexp(mx.tile(x, 20), axis=-1),
+    "logsumexp of all": lambda x: mx.logsumexp(mx.tile(x, 20), keepdims=True),
     "rms_norm": lambda x: mx.fast.rms_norm(x, mx.full((16,), 0.5), 1e-5),
     "rope": lambda x: mx.fast.rope(x, 16, traditional=False, base=10000.0, scale=1.0, offset=3),
     "rope with arrays": lambda x: mx.fast.rope(

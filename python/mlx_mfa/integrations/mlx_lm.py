@@ -24,6 +24,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .decoder_layers import DecoderLayers, decoder_layers
+
 NAME = "scaled_dot_product_attention"
 PARAMETERS = ["queries", "keys", "values", "cache", "scale", "mask", "sinks"]
 
@@ -39,6 +41,7 @@ class _Patch:
         self.dtypes: tuple[mx.Dtype, ...] = ()
         self.head_dims = range(0)
         self.swiglu: tuple[Callable[..., mx.array], Callable[..., mx.array]] | None = None  # mlx-lm's and ours
+        self.layers: DecoderLayers | None = None
         self.routed = 0
         self.refusals: Counter[str] = Counter()
 
@@ -129,6 +132,22 @@ def _swiglu() -> Callable[..., mx.array] | None:
     return getattr(activations, "swiglu", None)
 
 
+def _layers_are_ours() -> bool:
+    """Whether llama's layers, run part by part, would run on this package's attention and activation."""
+    names = sys.modules["mlx_lm.models.llama"].__dict__
+    return (
+        _patch.active
+        and names[NAME] is _patch.replacement
+        and _patch.swiglu is not None
+        and names["swiglu"] is _patch.swiglu[1]
+    )
+
+
+def _count_layer() -> None:
+    with _patch.lock:
+        _patch.routed += 1
+
+
 def rebind(old: Any, new: Any, name: str = NAME) -> list[str]:
     """Replace the function ``old`` by ``new`` in the globals of every loaded module.
 
@@ -209,6 +228,9 @@ def patch_mlx_lm(verbose: bool = True) -> bool:
         if (activation := _swiglu()) is not None:
             _patch.swiglu = (activation, _make_swiglu(activation))
             rebind(*_patch.swiglu, "swiglu")
+        if (layers := decoder_layers(_layers_are_ours, _count_layer)) is not None:
+            _patch.layers = layers
+            layers.install()
         _patch.active = True
     if verbose:
         print(f"mlx-mfa: mlx-lm attention patched in {len(changed)} module{'s' if len(changed) != 1 else ''}")
@@ -228,6 +250,9 @@ def unpatch_mlx_lm() -> bool:
         rebind(_patch.replacement, _patch.original)
         if _patch.swiglu is not None:
             rebind(*reversed(_patch.swiglu), "swiglu")
+        if _patch.layers is not None:
+            _patch.layers.remove()
+            _patch.layers = None
         return True
 
 

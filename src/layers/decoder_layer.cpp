@@ -1,0 +1,184 @@
+#include "layers/decoder_layer.h"
+
+#include <cstring>
+#include <span>
+
+#include "backend/cpu/attention.h"
+#include "backend/cpu/matmul.h"
+#include "backend/cpu/scratch.h"
+#include "layers/rms_norm.h"
+#include "layers/rope.h"
+#include "layers/swiglu.h"
+
+namespace mfa {
+namespace {
+
+// Hands out the parts of this thread's memory for intermediates; with no memory, counts their bytes.
+class Arena {
+ public:
+  explicit Arena(char* memory) : memory_(memory) {}
+  void* take(int64_t elements, DType dtype) {
+    char* part = memory_ ? memory_ + bytes_ : nullptr;
+    bytes_ += (static_cast<size_t>(elements) * size_of(dtype) + 63) / 64 * 64;
+    return part;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  size_t bytes_ = 0;
+};
+
+// [tokens, columns] each, but for those with heads: [B, H, T, D].
+struct Intermediates {
+  void *normed, *q, *k, *v, *q_heads, *k_heads, *attended, *added, *hidden, *gate, *up;
+  Intermediates(const DecoderLayerProblem& p, Arena& arena) {
+    const int64_t tokens = p.B * p.T;
+    const auto rows = [&](int32_t columns) { return arena.take(tokens * columns, p.dtype); };
+    normed = rows(p.width);
+    q = rows(p.q.N), k = rows(p.k.N), v = rows(p.v.N);
+    q_heads = rows(p.q.N), k_heads = rows(p.k.N), attended = rows(p.q.N);
+    added = rows(p.width), hidden = rows(p.width);
+    gate = rows(p.gate.N), up = rows(p.up.N);
+  }
+};
+
+char* working_memory(size_t bytes) {
+  static thread_local cpu::AlignedBuffer buffer;  // the kernels have thread_scratch() to themselves
+  if (buffer.bytes() < bytes) buffer = cpu::AlignedBuffer(bytes);
+  return static_cast<char*>(buffer.data());
+}
+
+void normalise(const DecoderLayerProblem& p, const void* x, const RmsNormWeights& norm, void* out) {
+  rms_norm({p.B * p.T, p.width, p.dtype, x, p.width, norm.weight, 1, norm.eps, out});
+}
+
+struct Product {
+  const Projection& projection;
+  const void* x;
+  void* out;
+};
+
+// Products that are independent of each other: their tasks are shared out together.
+void multiply(const DecoderLayerProblem& p, std::span<const Product> products) {
+  std::array<MatmulProblem, 3> problems;
+  size_t count = 0;
+  const auto run = [&] {
+    cpu::matmul({problems.data(), count});
+    count = 0;
+  };
+  for (const Product& product : products) {
+    MatmulProblem m;
+    m.M = p.B * p.T;
+    m.N = product.projection.N;
+    m.K = product.projection.K;
+    m.dtype = p.dtype;
+    m.x = {product.x, m.K, nullptr};
+    m.w = product.projection.w;
+    m.out = product.out;
+    if (count > 0 && sums_integers(m) != sums_integers(problems[0])) run();  // other kernels
+    problems[count++] = m;
+  }
+  run();
+}
+
+template <typename T, DType kDType>
+void add_rows(const void* a, const void* b, int64_t size, void* out) {
+  for (int64_t i = 0; i < size; ++i)
+    store_from_float(out, kDType, i, to_float(static_cast<const T*>(a)[i]) + to_float(static_cast<const T*>(b)[i]));
+}
+
+void add(const DecoderLayerProblem& p, const void* a, const void* b, void* out) {
+  const int64_t size = p.B * p.T * p.width;
+  if (p.dtype == DType::f32) {
+    add_rows<float, DType::f32>(a, b, size, out);
+  } else if (p.dtype == DType::f16) {
+    add_rows<float16, DType::f16>(a, b, size, out);
+  } else {
+    add_rows<bfloat16, DType::bf16>(a, b, size, out);
+  }
+}
+
+// [B, T, H * D] to [B, H, T, D].
+void turn(const DecoderLayerProblem& p, const void* x, int32_t H, void* out) {
+  RopeProblem rotation;
+  rotation.B = p.B;
+  rotation.H = H;
+  rotation.T = p.T;
+  rotation.D = p.D;
+  rotation.dims = p.rope_dims;
+  rotation.dtype = p.dtype;
+  rotation.x = x;
+  const int64_t row = int64_t{H} * p.D;
+  rotation.stride[0] = p.T * row;
+  rotation.stride[1] = p.D;
+  rotation.stride[2] = row;
+  rotation.out = out;
+  rotation.traditional = p.traditional;
+  rotation.scale = p.rope_scale;
+  rotation.base = p.rope_base;
+  rotation.periods = p.rope_periods;
+  rotation.offsets = &p.offset;
+  rope(rotation);
+}
+
+// Writes the new rows, read with the strides of b, h and t, into the cache.
+void append(const DecoderLayerProblem& p, const void* rows, const int64_t (&stride)[3], const MutableTensorRef& cache) {
+  const auto size = static_cast<int64_t>(size_of(p.dtype));
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t h = 0; h < p.Hkv; ++h)
+      for (int64_t t = 0; t < p.T; ++t) {
+        const int64_t from = b * stride[0] + h * stride[1] + t * stride[2];
+        const int64_t to = b * cache.stride[0] + h * cache.stride[1] + (p.offset + t) * cache.stride[2];
+        std::memcpy(static_cast<char*>(cache.data) + to * size, static_cast<const char*>(rows) + from * size,
+                    static_cast<size_t>(p.D * size));
+      }
+}
+
+void attend(const DecoderLayerProblem& p, const void* q, void* out) {
+  AttentionProblem a;
+  a.B = static_cast<int32_t>(p.B);
+  a.Hq = p.Hq;
+  a.Hkv = p.Hkv;
+  a.Nq = static_cast<int32_t>(p.T);
+  a.Nk = p.offset + a.Nq;
+  a.D = a.Dv = p.D;
+  a.dtype = p.dtype;
+  a.q = {q, {p.Hq * p.T * p.D, p.T * p.D, p.D}};
+  a.k = {p.keys.data, {p.keys.stride[0], p.keys.stride[1], p.keys.stride[2]}};
+  a.v = {p.values.data, {p.values.stride[0], p.values.stride[1], p.values.stride[2]}};
+  a.scale = p.scale;
+  a.causal = p.causal;
+  AttentionOutputs o;
+  const int64_t row = int64_t{p.Hq} * p.D;
+  o.o = {out, {p.T * row, p.D, row}};
+  cpu::attention_forward(a, o);
+}
+
+}  // namespace
+
+void decoder_layer(const DecoderLayerProblem& p) {
+  Arena size(nullptr);
+  Intermediates(p, size);
+  Arena arena(working_memory(size.bytes()));
+  const Intermediates m(p, arena);
+
+  normalise(p, p.x, p.attention_norm, m.normed);
+  multiply(p, std::array{Product{p.q, m.normed, m.q}, Product{p.k, m.normed, m.k}, Product{p.v, m.normed, m.v}});
+  turn(p, m.q, p.Hq, m.q_heads);
+  turn(p, m.k, p.Hkv, m.k_heads);
+  const int64_t row = int64_t{p.Hkv} * p.D;
+  append(p, m.k_heads, {row * p.T, p.T * p.D, p.D}, p.keys);
+  append(p, m.v, {row * p.T, p.D, row}, p.values);
+  attend(p, m.q_heads, m.attended);
+  multiply(p, std::array{Product{p.o, m.attended, m.added}});
+  add(p, p.x, m.added, m.hidden);
+
+  normalise(p, m.hidden, p.mlp_norm, m.normed);
+  multiply(p, std::array{Product{p.gate, m.normed, m.gate}, Product{p.up, m.normed, m.up}});
+  swiglu({p.B * p.T * p.gate.N, p.dtype, m.gate, m.up, m.gate});
+  multiply(p, std::array{Product{p.down, m.gate, m.added}});
+  add(p, m.hidden, m.added, p.out);
+}
+
+}  // namespace mfa
