@@ -458,15 +458,17 @@ class TiledForward {
   template <int NR, bool kHalf>
   static HWY_INLINE void Exponentials(float* S, int lo, int hi, const VF (&safe)[NR], VF (&sum)[NR]) {
     constexpr int kWidth = NR * kLanes;
-    MFA_NO_UNROLL
-    for (int k = lo; k < hi; ++k) {
-      MFA_UNROLL
-      for (int c = 0; c < NR; ++c) {
+    for (int c = 0; c < NR; ++c) {  // one vector of rows after the other leaves registers for the constants
+      const VF m = safe[c];
+      VF l = sum[c];
+      MFA_UNROLL_4
+      for (int k = lo; k < hi; ++k) {
         float* at = S + k * kWidth + c * kLanes;
-        const VF e = Exp2<kHalf>(hn::Sub(hn::Load(df, at), safe[c]));
-        sum[c] = hn::Add(sum[c], e);
+        const VF e = Exp2<kHalf>(hn::Sub(hn::Load(df, at), m));
+        l = hn::Add(l, e);
         hn::Store(e, df, at);
       }
+      sum[c] = l;
     }
   }
 
