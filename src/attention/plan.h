@@ -22,7 +22,7 @@ struct CpuKernelTraits {
   int32_t lanes = 0;                // float32 lanes of a vector
   int32_t tile_vectors = 0;         // vectors across a full register tile: a column group has lanes * tile_vectors rows
   int32_t max_row_tile = 0;         // most query rows of a task
-  int32_t row_tile_floats = 0;      // of q and o of a task: they share the L2 cache with a block of keys and values
+  int32_t row_tile_floats = 0;      // of q and o of a task: read once a block of keys, which they share the caches with
   int32_t backward_row_tile = 0;    // query rows of a step of the backward
   int32_t max_decode_rows = 0;      // up to this many rows, the decode kernel is the faster where there are many keys
   int32_t few_key_decode_rows = 0;  // and where there are few

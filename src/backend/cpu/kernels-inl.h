@@ -16,6 +16,7 @@
 #include "backend/cpu/block_reader-inl.h"
 #include "backend/cpu/score_floor-inl.h"
 #include "backend/cpu/row_state-inl.h"
+#include "backend/cpu/forward_scratch-inl.h"
 #include "backend/cpu/forward_tiled-inl.h"
 #include "backend/cpu/decode_products-inl.h"
 #include "backend/cpu/forward_decode-inl.h"
@@ -104,8 +105,7 @@ constexpr KernelTable kTable = {
                .lanes = kLanes,
                .tile_vectors = kTileVectors,
                .max_row_tile = kMaxRowTile,
-               .row_tile_floats =
-                   kLanes == 16 ? 128 << 10 : 48 << 10,  // processors with 512-bit vectors have 1 MiB or more
+               .row_tile_floats = kLanes == 16 ? 128 << 10 : 96 << 10,
                .backward_row_tile = kBackwardRowTile,
                .max_decode_rows = kLanes < 8 ? 2 : kMaxDecodeRows,
                .few_key_decode_rows = kLanes < 8 ? 2 : kTileRows,

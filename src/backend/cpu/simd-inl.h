@@ -231,7 +231,7 @@ HWY_INLINE VF Exp2(VF x) {
   // -inf has the remainder 0, so the polynomial stays finite.
   const VF f{_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 #else
-  const VF magic = hn::Set(df, 12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const VF magic = hn::Set(df, 12582912.f + 127.f);  // 1.5 * 2^23 rounds to an integer; 127 is the exponent's bias
   x = hn::Max(hn::Set(df, -127.f), x);
   const VF shifted = hn::Add(x, magic);
   const VF f = hn::Sub(x, hn::Sub(shifted, magic));
@@ -254,9 +254,8 @@ HWY_INLINE VF Exp2(VF x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
   return VF{_mm512_maskz_scalef_ps(normal, p.raw, hn::Sub(x, f).raw)};
 #else
-  // The integer sits in the low bits of `shifted`; 127 + n in the exponent field makes 2^n, and 0 for n = -127.
-  const auto power = hn::Add(hn::ShiftLeft<23>(hn::BitCast(di, shifted)), hn::Set(di, 127 << 23));
-  return hn::Mul(p, hn::BitCast(df, power));
+  // 127 + n sits in the low bits of `shifted`: in the exponent field it makes 2^n, and 0 for n = -127.
+  return hn::Mul(p, hn::BitCast(df, hn::ShiftLeft<23>(hn::BitCast(di, shifted))));
 #endif
 }
 

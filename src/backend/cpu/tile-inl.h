@@ -105,7 +105,8 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
 
 // A panel of columns: out[(c / kTileRows) * panel_stride + r * kTileRows + c % kTileRows] = row r, column c, so that a
 // tile that broadcasts kTileRows adjacent columns of each row reads memory in order (rows a power of two apart would
-// share a few cache sets). Columns up to the next multiple of kTileRows are zero.
+// share a few cache sets). Columns up to the next multiple of kTileRows are zero. Rows are read whole, one after the
+// other: that is the order in which memory answers fastest.
 constexpr ptrdiff_t PanelStride(int rows) { return static_cast<ptrdiff_t>(rows) * kTileRows + 16; }
 constexpr size_t PanelFloats(int rows, int columns) {
   return static_cast<size_t>(PanelStride(rows)) * static_cast<size_t>((columns + kTileRows - 1) / kTileRows);
@@ -113,27 +114,14 @@ constexpr size_t PanelFloats(int rows, int columns) {
 template <class T, class Rows>
 HWY_INLINE void PackPanels(const Rows& rows, int lo, int hi, int columns, ptrdiff_t panel_stride, float* out) {
   const hn::CappedTag<float, kTileRows> d;
-  constexpr int kPanels = 64 / static_cast<int>(sizeof(T)) / kTileRows;  // of a cache line of input
-  int c = 0;
-  if (hn::MaxLanes(d) == kTileRows) {
-    for (; c + kPanels * kTileRows <= columns; c += kPanels * kTileRows, out += kPanels * panel_stride) {
-      MFA_UNROLL_4
-      for (int r = lo; r < hi; ++r) {
-        MFA_UNROLL
-        for (int i = 0; i < kPanels; ++i)
-          hn::StoreU(LoadFloat(d, rows.At(r) + c + i * kTileRows), d, out + i * panel_stride + r * kTileRows);
-      }
-    }
-  }
-  for (; c < columns; c += kTileRows, out += panel_stride) {
-    if (hn::MaxLanes(d) == kTileRows && c + kTileRows <= columns) {
-      MFA_UNROLL_4
-      for (int r = lo; r < hi; ++r) hn::StoreU(LoadFloat(d, rows.At(r) + c), d, out + r * kTileRows);
-    } else {
-      for (int r = lo; r < hi; ++r)
-        for (int i = 0; i < kTileRows; ++i)
-          out[r * kTileRows + i] = c + i < columns ? to_float(rows.At(r)[c + i]) : 0.f;
-    }
+  const int whole = hn::MaxLanes(d) == kTileRows ? columns / kTileRows : 0;
+  for (int r = lo; r < hi; ++r) {
+    const T* row = rows.At(r);
+    float* to = out + r * kTileRows;
+    MFA_UNROLL_4
+    for (int i = 0; i < whole; ++i, to += panel_stride) hn::StoreU(LoadFloat(d, row + i * kTileRows), d, to);
+    for (int c = whole * kTileRows; c < columns; c += kTileRows, to += panel_stride)
+      for (int i = 0; i < kTileRows; ++i) to[i] = c + i < columns ? to_float(row[c + i]) : 0.f;
   }
 }
 // The same of bfloat16 rows taken in pairs (2t, 2t + 1) for t in [lo / 2, hi / 2), lo and hi even: out[...][(t *
