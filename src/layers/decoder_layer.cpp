@@ -1,8 +1,10 @@
 #include "layers/decoder_layer.h"
 
-#include <cstring>
+#include <array>
 #include <span>
+#include <vector>
 
+#include "attention/append.h"
 #include "backend/cpu/attention.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/scratch.h"
@@ -63,10 +65,6 @@ struct Product {
 void multiply(const DecoderLayerProblem& p, std::span<const Product> products) {
   std::array<MatmulProblem, 3> problems;
   size_t count = 0;
-  const auto run = [&] {
-    cpu::matmul({problems.data(), count});
-    count = 0;
-  };
   for (const Product& product : products) {
     MatmulProblem m;
     m.M = p.B * p.T;
@@ -76,10 +74,9 @@ void multiply(const DecoderLayerProblem& p, std::span<const Product> products) {
     m.x = {product.x, m.K, nullptr};
     m.w = product.projection.w;
     m.out = product.out;
-    if (count > 0 && sums_integers(m) != sums_integers(problems[0])) run();  // other kernels
     problems[count++] = m;
   }
-  run();
+  cpu::matmul({problems.data(), count});
 }
 
 template <typename T, DType kDType>
@@ -122,17 +119,20 @@ void turn(const DecoderLayerProblem& p, const void* x, int32_t H, void* out) {
   rope(rotation);
 }
 
-// Writes the new rows, read with the strides of b, h and t, into the cache.
-void append(const DecoderLayerProblem& p, const void* rows, const int64_t (&stride)[3], const MutableTensorRef& cache) {
-  const auto size = static_cast<int64_t>(size_of(p.dtype));
-  for (int64_t b = 0; b < p.B; ++b)
-    for (int64_t h = 0; h < p.Hkv; ++h)
-      for (int64_t t = 0; t < p.T; ++t) {
-        const int64_t from = b * stride[0] + h * stride[1] + t * stride[2];
-        const int64_t to = b * cache.stride[0] + h * cache.stride[1] + (p.offset + t) * cache.stride[2];
-        std::memcpy(static_cast<char*>(cache.data) + to * size, static_cast<const char*>(rows) + from * size,
-                    static_cast<size_t>(p.D * size));
-      }
+// Writes the new rows, [B, Hkv, T, D] by their strides, into the cache.
+void append(const DecoderLayerProblem& p, void* rows, const int64_t (&stride)[3], const MutableTensorRef& cache) {
+  CacheRows r;
+  r.B = static_cast<int32_t>(p.B);
+  r.H = p.Hkv;
+  r.N = static_cast<int32_t>(p.T);
+  r.D = p.D;
+  r.capacity = p.offset + r.N;
+  r.dtype = p.dtype;
+  r.cache = cache;
+  r.rows = {rows, {stride[0], stride[1], stride[2]}};
+  const std::vector<int32_t> starts(static_cast<size_t>(p.B), p.offset);
+  r.starts = starts.data();
+  append_rows(r);
 }
 
 void attend(const DecoderLayerProblem& p, const void* q, void* out) {

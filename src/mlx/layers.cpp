@@ -131,8 +131,7 @@ mx::array swiglu(const mx::array& gate, const mx::array& x, mx::StreamOrDevice s
   return mx::array(x.shape(), x.dtype(), std::make_shared<Swiglu>(s, std::move(composition)), {gate, x});
 }
 
-// ---- reductions of logits
-// --------------------------------------------------------------------------------------------
+// ---- reductions of logits -------------------------------------------------------------------------------------------
 void Reduction::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
   allocate(out);
   const mx::array x = with_dense_rows(inputs[0], stream());

@@ -71,22 +71,6 @@ __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same, and whether `condition` holds in any of the threads.
-__device__ __forceinline__ bool named_any(uint32_t id, uint32_t threads, bool condition) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, any;\n"
-      "setp.ne.s32 mine, %1, 0;\n"
-      "bar.red.or.pred any, %2, %3, mine;\n"
-      "selp.s32 %0, 1, 0, any;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(static_cast<int>(condition)), "r"(id), "r"(threads)
-      : "memory");
-  return any;
-}
-
 // --- Tensor copies
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
