@@ -33,10 +33,10 @@ struct Run : Inputs<float> {
     const int heads[] = {c.Hq, c.Hkv, c.Hkv}, rows[] = {c.Nq, c.Nk, c.Nk};
     const auto tiles = [&](int i) { return (rows[i] + hopper::split_rows - 1) / hopper::split_rows; };
     for (int i = 0; i < 3; ++i) {
-      parts.parts[i] = take<__nv_bfloat16>(size_t(hopper::split_parts) * c.B * heads[i] * rows[i] * tile.columns);
-      parts.marks[i] = take<uint8_t>(size_t(c.B) * heads[i] * tiles(i));
+      parts.parts[i] = take<__half>(size_t(hopper::split_parts) * c.B * heads[i] * rows[i] * tile.columns);
+      parts.tiles[i] = take<mfa::cuda::SplitTileFacts>(size_t(c.B) * heads[i] * tiles(i));
       const int64_t row = tile.columns, stride[] = {row * rows[i] * heads[i], row * rows[i], row};
-      maps[i] = tensor_map(parts.parts[i], false, hopper::split_parts * c.B, heads[i], rows[i], tile.columns, stride,
+      maps[i] = tensor_map(parts.parts[i], true, hopper::split_parts * c.B, heads[i], rows[i], tile.columns, stride,
                            i ? tile.tile : 64);
     }
     split_blocks = c.B * (c.Hq * tiles(0) + 2 * c.Hkv * tiles(1));

@@ -57,3 +57,23 @@ def test_large_queries_meet_small_keys_and_values(exponent, masked):
 @pytest.mark.parametrize(("Nq", "Nk"), [(1, 300), (130, 130)])
 def test_wide_heads_and_value_heads_of_another_width(Nq, Nk, D, Dv, dtype):
     check(make_problem(6, Hq=4, Hkv=2, Nq=Nq, Nk=Nk, D=D, Dv=Dv, dtype=dtype, causal=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("D", [40, 128])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_a_million_times_their_neighbours(masked, D):
+    N = 200
+    q, k, v = (
+        x.astype(np.float64) for x in np.random.default_rng(8).standard_normal((3, 1, 2, N, D)).astype("float32")
+    )
+    q[..., ::2, :] *= 2.0**-20  # next to rows whose scores are all but infinite
+    k *= 2.0**20
+    v *= 2.0 ** (np.arange(N)[:, None] // 5)  # a row sees no value much larger than its own
+    hidden = np.arange(N) > np.arange(N)[:, None]
+    scores = np.where(hidden, -np.inf, q @ k.swapaxes(-1, -2) * D**-0.5)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    exact = weights / weights.sum(-1, keepdims=True) @ v
+    visible = {"mask": mx.array(~hidden)} if masked else {"causal": True}
+    out = to_numpy(mfa.flash_attention(*(to_mlx(x, "float32") for x in (q, k, v)), backend="mfa", **visible))
+    assert np.all(np.abs(out - exact) <= 4e-6 * np.abs(exact).max(-1, keepdims=True))

@@ -230,10 +230,10 @@ struct Parts {
     };
     for (int i = 0; i < 3; ++i) {
       const int entries = hopper::split_parts * p.B, tiles = (rows[i] + hopper::split_rows - 1) / hopper::split_rows;
-      const mx::array parts = take({entries, heads[i], rows[i], plan.split_columns}, mx::bfloat16);
+      const mx::array parts = take({entries, heads[i], rows[i], plan.split_columns}, mx::float16);
       operands.parts[i] = pointer<void>(parts);
-      operands.marks[i] = pointer<uint8_t>(take({p.B, heads[i], tiles}, mx::uint8));
-      maps[i] = tensor_map({operands.parts[i], {parts.strides(0), parts.strides(1), parts.strides(2)}}, Element::bf16,
+      operands.tiles[i] = pointer<SplitTileFacts>(take({p.B, heads[i], tiles, int{sizeof(SplitTileFacts)}}, mx::uint8));
+      maps[i] = tensor_map({operands.parts[i], {parts.strides(0), parts.strides(1), parts.strides(2)}}, Element::f16,
                            entries, heads[i], rows[i], plan.split_columns, box[i]);
     }
     call.launch(plan.split, f, operands);

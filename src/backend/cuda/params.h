@@ -78,11 +78,18 @@ struct ForwardParams {
   float* lse_part;  // [splits, B, Hq, Nq]
 };
 
-// Float32 q, k and v as three parts of bfloat16 each, [3, B, H, N, columns], and which of their tiles of 64 rows hold
-// elements that parts do not stand for, [B, H, ceil(N / 64)].
+// A tile of 64 rows of float32 as parts: scale * (part 0 + part 1), but for the rows set apart, whose parts are zero.
+struct alignas(16) SplitTileFacts {
+  uint64_t apart;      // bit n: row n
+  float scale;         // a power of two
+  uint32_t nonfinite;  // a row has NaN or infinity
+};
+
+// Float32 q, k and v as two parts of float16 each, [2, B, H, N, columns], and the facts of their tiles,
+// [B, H, ceil(N / 64)].
 struct SplitOperands {
   void* parts[3];
-  uint8_t* marks[3];
+  SplitTileFacts* tiles[3];
 };
 
 struct BackwardParams {

@@ -1,29 +1,32 @@
 // hopper_forward_split.cuh: softmax attention forward for float32 inputs on 16-bit matrix products.
 //
-// A float32 number is the sum of three bfloat16 numbers, x = x0 + x1 + x2, exactly: 3 * 8 significant bits. A product
-// of two such sums is taken as the six products of parts whose sizes are not below 2^-24 of the whole, smallest first,
-// so what is left out is of the size of a float32 rounding. `split` writes the parts of q, k and v beside each other
-// once; `forward_split` is then the loop of hopper_forward.cuh with six products in the place of one. Tensor cores cut
-// what they add instead of rounding it, so long sums are made of short ones, which start from zero and are added in
-// registers: scores of 16 columns, outputs of one key tile. Idea: Henry, Tang & Heinecke, "Leveraging the bfloat16
-// artificial intelligence datatype for higher-precision computations", arXiv:1904.06376.
+// A float32 number, scaled into range by a power of two, is the sum of two float16 numbers up to 2^-24 of its size:
+// x = x0 + x1 has 2 * 11 significant bits and a sign between. A product of two such sums is taken as three products of
+// parts, the smallest first; the fourth is of the size of a float32 rounding. `split` writes the parts of q, k and v
+// beside each other once; `forward_split` is then the loop of hopper_forward.cuh with three products in the place of
+// one. Tensor cores cut what they add instead of rounding it, so long sums are made of short ones, which start from
+// zero and are added in registers: scores of a few columns, outputs of one key tile. Idea: Henry, Tang & Heinecke,
+// "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", arXiv:1904.06376.
 //
-// Parts cannot stand for NaN and infinity (0 * inf is NaN), nor multiply near the end of float32's range. Tiles of 64
-// rows that hold such elements are marked: scores of marked tiles of q and k are computed by multiply-adds, and rows
-// that see a marked value tile get back what its parts left out.
+// Tiles of 64 rows are scaled as one, so that their greatest magnitude is near 2^15; what is 2^-16 of that still has
+// the bits of a float32. Rows that are smaller throughout are set apart, as are those with NaN, infinity or what may
+// overflow in a product: their parts are zero, and their scores and outputs are computed by multiply-adds.
 #pragma once
 
 #include "hopper_forward.cuh"
 
 namespace mfa::cuda::hopper {
 
-// Products of elements below this stay in range whatever their parts.
+// Products of elements below this stay in range.
 constexpr float split_limit = 0x1p62f;
+// The greatest magnitude of a tile is scaled to 2^split_exponent or up to twice that; rows below 2^-split_spread of it
+// are set apart.
+constexpr int split_exponent = 14, split_spread = 16;
 
 template <int choice, bool modified_>
 struct SplitTile {
   using T = float;
-  using Part = __nv_bfloat16;
+  using Part = __half;
   static constexpr bool modified = modified_;  // by anything but a softcap, whose function here errs too much
   static constexpr TileChoice c = modified ? split_modified_tiles[choice] : split_tiles[choice];
   static constexpr int columns = c.columns, consumers = c.consumers, BQ = 64 * consumers, BK = c.tile,
@@ -31,7 +34,7 @@ struct SplitTile {
   static constexpr SplitLayout layout = split_layout(c);
   static constexpr int threads = layout.threads, q_bytes = split_parts * layout.q_part,
                        k_bytes = split_parts * layout.k_part;
-  static constexpr int feeder_registers = consumers == 3 ? 32 : 40, consumer_registers = consumers == 3 ? 160 : 232;
+  static constexpr int feeder_registers = consumers == 3 ? 56 : 40, consumer_registers = consumers == 3 ? 152 : 232;
   // Barriers, in order.
   static constexpr int work_full = 0, work_empty = 2, q_full = 4, q_empty = q_full + consumers,
                        k_full = q_empty + consumers, k_empty = k_full + stages, v_full = k_empty + stages,
@@ -49,27 +52,49 @@ struct SplitShared {
   __device__ __forceinline__ uint32_t q(int warpgroup) const { return at + warpgroup * Tile::q_bytes; }
   __device__ __forceinline__ uint32_t k(int stage) const { return at + Tile::layout.k_at + stage * Tile::k_bytes; }
   __device__ __forceinline__ uint32_t v(int stage) const { return at + Tile::layout.v_at + stage * Tile::k_bytes; }
+  // What is known of the tiles there.
+  __device__ __forceinline__ uint32_t k_facts(int stage) const { return facts(stage); }
+  __device__ __forceinline__ uint32_t v_facts(int stage) const { return facts(Tile::stages + stage); }
   __device__ __forceinline__ SharedWork work(int slot) const {
     return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
+
+ private:
+  __device__ __forceinline__ uint32_t facts(int i) const {
+    return at + Tile::layout.facts_at + i * sizeof(SplitTileFacts);
+  }
 };
 
-// Two numbers as three pairs of parts.
-__device__ __forceinline__ void split_pair(float x, float y, uint32_t (&part)[split_parts]) {
-#pragma unroll
-  for (int i = 0; i < split_parts; ++i) {
-    part[i] = pack<__nv_bfloat16>(x, y);
-    x -= __uint_as_float(part[i] << 16);
-    y -= __uint_as_float(part[i] & 0xffff0000u);
-  }
+// How many tiles of parts these rows are.
+__device__ __forceinline__ int tiles_of(int rows) { return (rows + split_rows - 1) / split_rows; }
+
+__device__ __forceinline__ SplitTileFacts shared_facts(uint32_t at) {
+  SplitTileFacts facts;
+  uint32_t apart[2];
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(apart[0]), "=r"(apart[1]), "=f"(facts.scale), "=r"(facts.nonfinite)
+               : "r"(at)
+               : "memory");
+  facts.apart = uint64_t{apart[1]} << 32 | apart[0];
+  return facts;
 }
 
-// Writes the parts of 64 rows of q, k or v, zeros from column D on, and whether a row has elements that parts do not
-// stand for. 256 threads; grid: the row tiles of all heads of q, then of k, then of v.
+// Two numbers as pairs of parts.
+__device__ __forceinline__ void split_pair(float x, float y, uint32_t (&part)[split_parts]) {
+  const __half2 first = __floats2half2_rn(x, y);
+  const float2 taken = __half22float2(first);
+  const __half2 second = __floats2half2_rn(x - taken.x, y - taken.y);
+  part[0] = reinterpret_cast<const uint32_t&>(first);
+  part[1] = reinterpret_cast<const uint32_t&>(second);
+}
+
+// Writes the parts of 64 rows of q, k or v, zeros from column D on, and the facts of the tile. 256 threads; grid: the
+// row tiles of all heads of q, then of k, then of v.
 template <int columns>
 __device__ __forceinline__ void split(const Problem& p, const SplitOperands& s) {
   constexpr int warps = 8, rows = split_rows / warps, pairs = columns / 64;
-  const int q_tiles = (p.Nq + split_rows - 1) / split_rows, k_tiles = (p.Nk + split_rows - 1) / split_rows;
+  __shared__ uint32_t tops[split_rows];
+  const int q_tiles = tiles_of(p.Nq), k_tiles = tiles_of(p.Nk);
   const int64_t of_q = int64_t{p.B} * p.Hq * q_tiles, of_k = int64_t{p.B} * p.Hkv * k_tiles;
   const int64_t id = blockIdx.x;
   const int which = id < of_q ? 0 : id < of_q + of_k ? 1 : 2;
@@ -80,7 +105,6 @@ __device__ __forceinline__ void split(const Problem& p, const SplitOperands& s) 
   const int64_t head = within / tiles;
   const int n0 = static_cast<int>(within % tiles) * split_rows, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float* from = static_cast<const float*>(x.data) + head / heads * x.stride[0] + head % heads * x.stride[1];
-  const float limit = which == 2 ? INFINITY : split_limit;
 
   float in[rows][pairs][2];
 #pragma unroll
@@ -92,44 +116,67 @@ __device__ __forceinline__ void split(const Problem& p, const SplitOperands& s) 
         const int n = n0 + warp + r * warps, column = 64 * j + 2 * lane + e;
         in[r][j][e] = n < N && column < D ? from[n * x.stride[2] + column] : 0.f;
       }
-  bool marked = false;
-  const int64_t plane = int64_t{p.B} * heads * N * columns;
-  uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(s.parts[which]) + head * N * columns);
+
+  // Magnitudes are ordered as their bits are, with NaN above infinity.
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
-    const int n = n0 + warp + r * warps;
+    uint32_t top = 0;
+#pragma unroll
+    for (int j = 0; j < pairs; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) top = max(top, __float_as_uint(in[r][j][e]) & 0x7fffffffu);
+    top = __reduce_max_sync(0xffffffffu, top);
+    if (lane == 0) tops[warp + r * warps] = top;
+  }
+  __syncthreads();
+  const uint32_t infinity = 0x7f800000u, limit = which == 2 ? infinity : __float_as_uint(split_limit);
+  const uint32_t top[2] = {tops[lane], tops[32 + lane]};
+  const uint32_t tile_top =
+      __reduce_max_sync(0xffffffffu, max(top[0] < limit ? top[0] : 0, top[1] < limit ? top[1] : 0));
+  uint32_t apart[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    apart[i] = __ballot_sync(0xffffffffu, top[i] >= limit || (top[i] && top[i] + (split_spread << 23) < tile_top));
+  const bool nonfinite = __any_sync(0xffffffffu, max(top[0], top[1]) >= infinity);
+  // The biased exponents of the tile's scale and of its inverse, both normal numbers.
+  const int exponent = max(static_cast<int>(tile_top >> 23) - split_exponent, 1);
+  const float scale = __uint_as_float(exponent << 23), inverse = __uint_as_float((254 - exponent) << 23);
+
+  const int64_t plane = int64_t{p.B} * heads * N * columns;
+  uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<__half*>(s.parts[which]) + head * N * columns);
+#pragma unroll
+  for (int r = 0; r < rows; ++r) {
+    const int row = warp + r * warps, n = n0 + row;
+    const float factor = apart[r * warps / 32] >> row % 32 & 1 ? 0.f : inverse;
 #pragma unroll
     for (int j = 0; j < pairs; ++j) {
-      float y[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool fits = fabsf(in[r][j][e]) < limit;
-        y[e] = fits ? in[r][j][e] : 0.f;
-        marked |= !fits;
-      }
       uint32_t part[split_parts];
-      split_pair(y[0], y[1], part);
+      split_pair(factor ? in[r][j][0] * factor : 0.f, factor ? in[r][j][1] * factor : 0.f, part);
       if (n < N) {
 #pragma unroll
         for (int i = 0; i < split_parts; ++i) to[(i * plane + int64_t{n} * columns) / 2 + 32 * j + lane] = part[i];
       }
     }
   }
-  marked = __syncthreads_or(marked);
-  if (threadIdx.x == 0) s.marks[which][within] = marked;
+  if (threadIdx.x == 0) s.tiles[which][within] = {uint64_t{apart[1]} << 32 | apart[0], scale, nonfinite};
 }
 
 // The feeding warpgroup's first thread. Maps are of [parts * B, H, N, columns].
 template <class Tile>
-__device__ __forceinline__ void feed_split(const Problem& p, const HopperSchedule& s, const SplitShared<Tile>& shared,
-                                           const TensorMap* q, const TensorMap* k, const TensorMap* v) {
+__device__ __forceinline__ void feed_split(const Problem& p, const SplitOperands& operands, const HopperSchedule& s,
+                                           const SplitShared<Tile>& shared, const TensorMap* q, const TensorMap* k,
+                                           const TensorMap* v) {
+  constexpr int facts_bytes = sizeof(SplitTileFacts);
   Ring<2> slot;
   Ring<1> q_ring;
   Ring<Tile::stages> ring;
-  const auto load = [&](uint32_t to, const TensorMap* map, int full, int empty, const SharedWork& w, int n) {
+  const auto load = [&](uint32_t to, uint32_t facts_to, const TensorMap* map, const SplitTileFacts* facts, int full,
+                        int empty, const SharedWork& w, int n) {
+    const int kv_head = w.b() * p.Hkv + w.h() / p.G;
     barrier_wait(shared.barrier(empty + ring.stage()), ring.parity() ^ 1);
     const uint32_t barrier = shared.barrier(full + ring.stage());
-    barrier_arrive_expect(barrier, Tile::k_bytes);
+    barrier_arrive_expect(barrier, Tile::k_bytes + facts_bytes);
+    copy_bytes(facts_to, facts + (kv_head * tiles_of(p.Nk) + n), facts_bytes, barrier);
 #pragma unroll
     for (int i = 0; i < split_parts; ++i)
       load_tile<Tile::BK, Tile::columns>(to + i * Tile::layout.k_part, map, barrier, n * Tile::BK, w.h() / p.G,
@@ -155,27 +202,26 @@ __device__ __forceinline__ void feed_split(const Problem& p, const HopperSchedul
     }
     q_ring.advance();
     for (int n = w.last() - 1; n >= w.first(); --n, ring.advance()) {
-      load(shared.k(ring.stage()), k, Tile::k_full, Tile::k_empty, w, n);
-      load(shared.v(ring.stage()), v, Tile::v_full, Tile::v_empty, w, n);
+      load(shared.k(ring.stage()), shared.k_facts(ring.stage()), k, operands.tiles[1], Tile::k_full, Tile::k_empty, w,
+           n);
+      load(shared.v(ring.stage()), shared.v_facts(ring.stage()), v, operands.tiles[2], Tile::v_full, Tile::v_empty, w,
+           n);
     }
   }
 }
 
-// Calls f(part of a, part of b) for the products of parts that count but the largest, the smallest first.
+// Calls f(part of a, part of b) for the products of parts that count but the largest.
 template <class F>
 __device__ __forceinline__ void for_small_parts(const F& f) {
-  f(0, 2);
-  f(2, 0);
-  f(1, 1);
   f(0, 1);
   f(1, 0);
 }
 
-// sums = Q K^T. The products of the first parts are summed 16 columns at a time.
+// sums = scale Q K^T. The products of the first parts are summed 64 columns at a time.
 template <class Tile>
-__device__ __forceinline__ void multiply_scores(float (&sums)[Tile::BK / 2], uint32_t q, uint32_t k) {
+__device__ __forceinline__ void multiply_scores(float (&sums)[Tile::BK / 2], uint32_t q, uint32_t k, float scale) {
   using Part = typename Tile::Part;
-  constexpr int BK = Tile::BK;
+  constexpr int BK = Tile::BK, halves = Tile::columns / 64;
   zero(sums);
   products_fence();
   for_small_parts([&](int a, int b) {
@@ -183,28 +229,23 @@ __device__ __forceinline__ void multiply_scores(float (&sums)[Tile::BK / 2], uin
                                                              k + b * Tile::layout.k_part);
   });
   products_commit();
-  const TileDescriptor a(q), b(k);
-  float piece[2][BK / 2] = {};
-  const auto add = [&](float (&x)[BK / 2]) {
-    settle(x);
+  float piece[halves][BK / 2];
 #pragma unroll
-    for (int i = 0; i < BK / 2; ++i) sums[i] += x[i];
-  };
-#pragma unroll
-  for (int i = 0; i < Tile::columns / 16; ++i) {
-    const int chunk = i / 4, within = i % 4 * 32;  // bytes
+  for (int half = 0; half < halves; ++half) {
     products_fence();
-    Product<BK>::template shared_a<Part, 0, 0>(piece[i % 2], a.at(chunk * 64 * 128 + within),
-                                               b.at(chunk * BK * 128 + within), 0);
+    multiply_columns<Part, BK, 64, 64, BK>(piece[half], q + half * 64 * 128, k + half * BK * 128);
     products_commit();
-    products_wait<1>();
-    if (i == 0)
-      settle(sums);
-    else
-      add(piece[(i - 1) % 2]);
   }
   products_wait<0>();
-  add(piece[1]);
+  settle(sums);
+#pragma unroll
+  for (int half = 0; half < halves; ++half) {
+    settle(piece[half]);
+#pragma unroll
+    for (int i = 0; i < BK / 2; ++i) sums[i] += piece[half][i];
+  }
+#pragma unroll
+  for (float& x : sums) x *= scale;
 }
 
 // Whether the bias takes the key from the row, whatever its score.
@@ -217,28 +258,98 @@ __device__ __forceinline__ bool bias_hides(const Problem& p, int b, int h, int q
               : static_cast<float>(static_cast<const __nv_bfloat16*>(p.bias.data)[at])) == -INFINITY;
 }
 
-// Of a tile, the products of rows and keys with elements that parts do not stand for, from the elements themselves.
-// Rare, and therefore small rather than fast.
+// Of a tile, the scores of rows and keys that were set apart, from the elements themselves. Rare, and therefore small
+// rather than fast.
 template <class Tile>
-__device__ __forceinline__ void exact_products(float (&sums)[Tile::BK / 2], const Problem& p, int b, int h, int query,
-                                               int key0, int lane) {
+__device__ __forceinline__ void scores_apart(float (&sums)[Tile::BK / 2], const Problem& p, int b, int h, int query,
+                                             uint64_t queries_apart, int key0, uint64_t keys_apart, int lane) {
   const float* q = static_cast<const float*>(p.q.data) + b * p.q.stride[0] + h * p.q.stride[1];
   const float* k = static_cast<const float*>(p.k.data) + b * p.k.stride[0] + h / p.G * p.k.stride[1];
 #pragma unroll
   for (int i = 0; i < Tile::BK / 2; ++i) {
-    const int row = query + i / 2 % 2 * 8, key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (row >= p.Nq || key >= p.Nk || (Tile::modified && bias_hides(p, b, h, row, key))) continue;
+    const int row = query + i / 2 % 2 * 8, in_tile = i / 4 * 8 + lane % 4 * 2 + i % 2, key = key0 + in_tile;
+    if (row >= p.Nq || key >= p.Nk || !((queries_apart >> row % split_rows | keys_apart >> in_tile) & 1) ||
+        (Tile::modified && bias_hides(p, b, h, row, key)))
+      continue;
     float sum = 0.f;
-    bool fits = true;
 #pragma unroll 1
-    for (int d = 0; d < p.D; ++d) {
-      const float x = q[row * p.q.stride[2] + d], y = k[key * p.k.stride[2] + d];
-      fits &= fabsf(x) < split_limit && fabsf(y) < split_limit;
-      sum = fmaf(x, y, sum);
-    }
-    sums[i] = fits ? sums[i] : sum;
+    for (int d = 0; d < p.D; ++d) sum = fmaf(q[row * p.q.stride[2] + d], k[key * p.k.stride[2] + d], sum);
+    sums[i] = sum;
   }
 }
+
+// Adds to o what finite values of keys that were set apart give.
+template <class Tile>
+__device__ __forceinline__ void add_values_apart(float (&o)[Tile::columns / 2], const float (&weights)[Tile::BK / 2],
+                                                 const Problem& p, int b, int h, int key0, uint64_t keys_apart,
+                                                 int lane) {
+  const float* v = static_cast<const float*>(p.v.data) + b * p.v.stride[0] + h / p.G * p.v.stride[1];
+#pragma unroll 1
+  for (; keys_apart; keys_apart &= keys_apart - 1) {
+    const int key = __ffsll(keys_apart) - 1, from = lane / 4 * 4 + key % 8 / 2;
+    float weight[2] = {};
+#pragma unroll
+    for (int i = 0; i < Tile::BK / 2; ++i)
+      if (i / 4 == key / 8 && i % 2 == key % 2) weight[i / 2 % 2] = weights[i];
+#pragma unroll
+    for (float& x : weight) x = __shfl_sync(0xffffffffu, x, from);
+#pragma unroll
+    for (int i = 0; i < Tile::columns / 2; ++i) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const float x = column < p.Dv ? v[(key0 + key) * p.v.stride[2] + column] : 0.f;
+      if (fabsf(x) < INFINITY) o[i] = fmaf(weight[i / 2 % 2], x, o[i]);
+    }
+  }
+}
+
+// Parts leave up to one unit in the last place of a value: nothing among the roundings of a sum, but all of the error
+// where one key has all of a row's weight. So each lane notes, of its two rows, the key that has nearly all of the
+// weight that the lane has seen.
+struct LeadingKey {
+  static constexpr float share = .875f;
+  float weight[2] = {};  // as Softmax counts it, dropout's factor aside
+  int key[2] = {};
+
+  // After a step over keys from key0 on, whose weights were multiplied by `kept` or dropped.
+  template <int BK>
+  __device__ __forceinline__ void note(const float (&weights)[BK / 2], const Softmax& softmax, float scale,
+                                       const float (&alpha)[2], float kept, int key0, int lane) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      weight[r] *= alpha[r];
+      const float top = exp2_fast((softmax.own[r] - softmax.m[r]) * scale);
+      if (top < share * softmax.l[r] || !(softmax.own[r] > -INFINITY)) continue;
+      weight[r] = 0.f;
+#pragma unroll
+      for (int i = 0; i < BK / 4; ++i)
+        if (weights[i / 2 * 4 + 2 * r + i % 2] == top * kept) {
+          weight[r] = top;
+          key[r] = key0 + i / 2 * 8 + lane % 4 * 2 + i % 2;
+        }
+    }
+  }
+
+  // Adds what the parts leave of that key's value to a row that is all but that value; l: the inverse of its sum.
+  template <int columns>
+  __device__ __forceinline__ void complete(float (&o)[columns / 2], const Problem& p, const SplitTileFacts* facts,
+                                           const float* v, const float (&inverse_l)[2], float kept, int lane) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t leads = __ballot_sync(0xffffffffu, weight[r] * inverse_l[r] >= share) >> lane / 4 * 4 & 15;
+      const int from = lane / 4 * 4 + __ffs(leads) - 1, n = __shfl_sync(0xffffffffu, key[r], from);
+      const float factor = __shfl_sync(0xffffffffu, weight[r], from) * kept;
+      if (!leads || facts[n / split_rows].apart >> n % split_rows & 1) continue;
+      const float scale = facts[n / split_rows].scale, inverse = 1.f / scale;
+#pragma unroll
+      for (int i = 0; i < columns / 4; ++i) {
+        const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+        const float x = column < p.Dv ? v[n * p.v.stride[2] + column] * inverse : 0.f;
+        const float rest = x - __half2float(__float2half_rn(x));
+        o[i / 2 * 4 + 2 * r + i % 2] += factor * ((rest - __half2float(__float2half_rn(rest))) * scale);
+      }
+    }
+  }
+};
 
 template <class Tile>
 __device__ __forceinline__ void consume_split(const ForwardParams& params, const SplitOperands& operands,
@@ -256,37 +367,41 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
     __syncwarp();
     barrier_arrive_if(shared.barrier(barrier), lane == 0);
   };
-  // Whether any of a head's row tiles [first, last) is marked.
-  const auto any_marked = [&](int which, int tiles, int head, int first, int last) {
-    bool found = false;
-    for (int n = first + lane; n < last; n += 32) found |= operands.marks[which][int64_t{head} * tiles + n] != 0;
-    return __any_sync(0xffffffffu, found) != 0;
-  };
+  // Probabilities are at most 2^2, dropout's factor aside: scaled as tiles are.
+  const float kept = Tile::modified && p.dropout_seed ? p.dropout_scale : 1.f;
+  float weight_scale = __int_as_float((127 + split_exponent - 2) << 23), weight_inverse = 1.f / weight_scale;
+  if (kept > 1.f && kept < INFINITY) {
+    const int exponent = (__float_as_int(kept) >> 23) - 126;
+    weight_scale *= __int_as_float((127 - exponent) << 23);
+    weight_inverse *= __int_as_float((127 + exponent) << 23);
+  }
 
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
     if (work.b() < 0) break;
     const auto rows = [&] { return row_pair(work.see(), work.row0() + row_in_tile, p.Nq); };
-    const int kv_head = work.b() * p.Hkv + work.h() / p.G, q_tile = work.row0() / split_rows + warpgroup,
-              k_tiles = (p.Nk + split_rows - 1) / split_rows, q_tiles = (p.Nq + split_rows - 1) / split_rows;
-
     Softmax softmax;
+    LeadingKey leading;
     float o[columns / 2] = {};
+    bool nonfinite = false;
     if (work.passes()) {
-      const bool q_marked = any_marked(0, q_tiles, work.b() * p.Hq + work.h(), q_tile, min(q_tile + 1, q_tiles));
-      const bool k_marked = any_marked(1, k_tiles, kv_head, work.first(), work.last());
+      const int q_tile =
+          min(work.row0() / split_rows + warpgroup, tiles_of(p.Nq) - 1);  // rows past the end: of no tile
+      const SplitTileFacts of_q = operands.tiles[0][(work.b() * p.Hq + work.h()) * tiles_of(p.Nq) + q_tile];
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity());
 #pragma unroll 1
       for (int n = work.last() - 1; n >= work.first(); --n, ring.advance()) {
         float sums[BK / 2], alpha[2];
         barrier_wait(shared.barrier(Tile::k_full + ring.stage()), ring.parity());
-        multiply_scores<Tile>(sums, shared.q(warpgroup), shared.k(ring.stage()));
+        const SplitTileFacts of_k = shared_facts(shared.k_facts(ring.stage()));
+        multiply_scores<Tile>(sums, shared.q(warpgroup), shared.k(ring.stage()), of_q.scale * of_k.scale);
         release(Tile::k_empty + ring.stage());
         if (n == work.first()) release(Tile::q_empty + warpgroup);
 
-        if (q_marked || (k_marked && any_marked(1, k_tiles, kv_head, n, n + 1)))
-          exact_products<Tile>(sums, p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
+        if (of_q.apart | of_k.apart)
+          scores_apart<Tile>(sums, p, work.b(), work.h(), work.row0() + row_in_tile, of_q.apart, n * BK, of_k.apart,
+                             lane);
         if constexpr (Tile::modified) {
           BiasTile<BK> bias;
           if (p.bias.data) bias.load(p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
@@ -298,11 +413,12 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
         softmax.template step<BK, true>(sums, scale, alpha, NotWider{});
         if constexpr (Tile::modified)
           if (p.dropout_seed) drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
+        leading.note<BK>(sums, softmax, scale, alpha, kept, n * BK, lane);
         uint32_t probabilities[split_parts][BK / 4];
 #pragma unroll
         for (int i = 0; i < BK / 4; ++i) {
           uint32_t part[split_parts];
-          split_pair(sums[2 * i], sums[2 * i + 1], part);
+          split_pair(sums[2 * i] * weight_scale, sums[2 * i + 1] * weight_scale, part);
 #pragma unroll
           for (int j = 0; j < split_parts; ++j) probabilities[j][i] = part[j];
         }
@@ -312,6 +428,11 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
         }
 
         barrier_wait(shared.barrier(Tile::v_full + ring.stage()), ring.parity());
+        const SplitTileFacts of_v = shared_facts(shared.v_facts(ring.stage()));
+        if (of_v.apart) {
+          add_values_apart<Tile>(o, sums, p, work.b(), work.h(), n * BK, of_v.apart, lane);
+          nonfinite |= of_v.nonfinite != 0;
+        }
 #pragma unroll
         for (int j = 0; j < split_parts; ++j) settle(probabilities[j]);
         float added[halves][32];
@@ -327,10 +448,11 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
           multiply(0, 0);
           products_commit();
         }
+        const float scale_back = of_v.scale * weight_inverse;
         const auto add = [&](int half) {
           settle(added[half]);
 #pragma unroll
-          for (int i = 0; i < 32; ++i) o[32 * half + i] += added[half][i];
+          for (int i = 0; i < 32; ++i) o[32 * half + i] = fmaf(added[half][i], scale_back, o[32 * half + i]);
         };
         if constexpr (halves == 2) {
           products_wait<1>();
@@ -346,6 +468,9 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
     const int b = work.b(), h = work.h();
     float weight[2], lse[2];
     softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse, NotWider{});
+    leading.complete<columns>(o, p, operands.tiles[2] + (b * p.Hkv + h / p.G) * tiles_of(p.Nk),
+                              static_cast<const float*>(p.v.data) + b * p.v.stride[0] + h / p.G * p.v.stride[1], weight,
+                              kept, lane);
     float* row[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -363,7 +488,7 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
           if (row[r] && column < p.Dv) row[r][column] = o[4 * i + 2 * r + e] * weight[r];
         }
     }
-    if (work.passes() && any_marked(2, k_tiles, kv_head, work.first(), work.last())) {
+    if (nonfinite) {
       const RowPair pair = rows();
       return_nonfinite<Tile, 2>(p, work, row, 0, p.Dv, lane, [&](int r, int key) {
         const int query = work.row0() + row_in_tile + 8 * r;
@@ -398,7 +523,7 @@ __device__ __forceinline__ void forward_split(const ForwardParams& params, const
   __syncthreads();
   if (warpgroup == 0) {
     give_registers<Tile::feeder_registers>();
-    if (threadIdx.x == 0) feed_split<Tile>(params.p, s, shared, q, k, v);
+    if (threadIdx.x == 0) feed_split<Tile>(params.p, operands, s, shared, q, k, v);
   } else {
     take_registers<Tile::consumer_registers>();
     consume_split<Tile>(params, operands, shared, warpgroup - 1, threadIdx.x % 128);

@@ -57,20 +57,22 @@ struct NotWider {
 struct Softmax {
   float m[2] = {-INFINITY, -INFINITY};
   float l[2] = {0.f, 0.f};
+  float own[2];  // the greatest scores that this lane had in the last step
 
   // Turns scores into exp2(scale * (s - m)) and returns the factors for what was summed before. The reference point m
   // follows the row maximum only when that has grown by `slack` in base 2: any m near the maximum gives the same
   // result, and sums are then hardly ever rescaled. `widen` makes maxima those of a wider fragment. `exact`: a score of
-  // m gives 1, not the rounding of its scaling.
+  // m gives 1, not the rounding of its scaling; nor does anything give more than 4.
   template <int BK, bool exact = false, class Widen>
   __device__ __forceinline__ void step(float (&s)[BK / 2], float scale, float (&alpha)[2], const Widen& widen) {
-    constexpr float slack = 8.f;
+    constexpr float slack = exact ? 2.f : 8.f;
     float top[2], base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top[r] = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
       for (int i = 1; i < BK / 8; ++i) top[r] = fmaxf(top[r], fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+      own[r] = top[r];
       top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
       top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
     }

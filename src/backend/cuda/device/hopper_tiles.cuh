@@ -69,11 +69,11 @@ constexpr TileChoice forward_mask_tiles[] = {
 // The same for float32, each element three of bfloat16.
 constexpr TileChoice split_tiles[] = {
     {64, 3, 64, 3, false},
-    {128, 2, 64, 1, false},
+    {128, 2, 64, 2, false},
 };
 constexpr TileChoice split_modified_tiles[] = {
     {64, 2, 64, 3, false},
-    {128, 2, 64, 1, false},
+    {128, 2, 64, 2, false},
 };
 // Queries stay, keys and values pass.
 constexpr TileChoice dq_tiles[] = {
@@ -142,12 +142,12 @@ constexpr ForwardLayout forward_layout(TileChoice c) {
   return l;
 }
 
-// Shared memory of the forward for float32: the parts of Q of each warpgroup, rings of those of K and V, barriers,
-// work. Rows are marked in tiles of split_rows.
-constexpr int split_parts = 3, split_rows = 64;
+// Shared memory of the forward for float32: the parts of Q of each warpgroup, rings of those of K and V, the facts of
+// these, barriers, work. Tiles have split_rows rows.
+constexpr int split_parts = 2, split_rows = 64;
 struct SplitLayout {
   int q_part, k_part;  // of one warpgroup; of one stage, also of V
-  int k_at, v_at, barriers_at, work_at, bytes;
+  int k_at, v_at, facts_at, barriers_at, work_at, bytes;
   int threads;
 };
 constexpr int split_barriers(TileChoice c) { return 4 + 2 * c.consumers + 4 * c.stages; }
@@ -157,7 +157,8 @@ constexpr SplitLayout split_layout(TileChoice c) {
   l.k_part = chunks_of(c.columns) * c.tile * 128;
   l.k_at = c.consumers * split_parts * l.q_part;
   l.v_at = l.k_at + c.stages * split_parts * l.k_part;
-  l.barriers_at = l.v_at + c.stages * split_parts * l.k_part;
+  l.facts_at = l.v_at + c.stages * split_parts * l.k_part;
+  l.barriers_at = l.facts_at + 2 * c.stages * static_cast<int>(sizeof(SplitTileFacts));
   l.work_at = l.barriers_at + split_barriers(c) * 8;
   l.bytes = l.work_at + 2 * shared_work_bytes + 1024;
   l.threads = 128 * (c.consumers + 1);
