@@ -90,8 +90,11 @@ def flash_attention(
         TypeError: If an argument is of another type than said here.
     """
     left, right = (-1, -1) if window_size is None else window(window_size, "flash_attention")
-    kv_lengths = lengths(kv_lengths)
-    seed = make_seed(dropout_p, dropout_seed, stream, "flash_attention")
+    if kv_lengths is not None:
+        kv_lengths = lengths(kv_lengths)
+    seed = None
+    if dropout_p or dropout_seed is not None:
+        seed = make_seed(dropout_p, dropout_seed, stream, "flash_attention")
     if not (return_lse or return_attn_weights):
         return _ext.attention(
             q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, left, right, attn_bias, backend, mask, sinks,

@@ -17,7 +17,8 @@ namespace {
 
 std::vector<mx::Shape> forward_shapes(const AttentionParams& params, const std::vector<mx::array>& inputs) {
   const mx::Shape &q = inputs[0].shape(), &v = inputs[2].shape();
-  std::vector<mx::Shape> shapes = {{q[0], q[1], q[2], v[3]}, {q[0], q[1], q[2]}};
+  std::vector<mx::Shape> shapes = {{q[0], q[1], q[2], v[3]}};
+  if (params.returns_lse) shapes.push_back({q[0], q[1], q[2]});
   if (params.returns_probs) shapes.push_back({q[0], q[1], q[2], v[2]});
   return shapes;
 }
@@ -40,6 +41,20 @@ GpuAttention& require_gpu(const char* name) {
   return *gpu;
 }
 
+// Whether `x` is known to be zero everywhere, as MLX fills in the cotangent of an output that is not used.
+bool is_zero(mx::array x) {
+  const auto expands = [](const mx::array& y) {
+    const std::string name = y.has_primitive() ? y.primitive().name() : "";
+    return name == "Full" || name == "Broadcast" || name == "AsType";
+  };
+  while (expands(x)) {
+    const mx::array from = x.inputs()[0];
+    x = from;
+  }
+  if (x.size() != 1 || x.has_primitive() || !x.is_available()) return false;  // computed, traced or several
+  return x.dtype() == mx::float32 ? x.item<float>() == 0.f : x.dtype() == mx::int32 && x.item<int32_t>() == 0;
+}
+
 [[noreturn]] void refuse_derivative(const char* what) {
   throw std::runtime_error(concat("[flash_attention] ", what,
                                   " is not implemented for this library's kernels; backend=\"composed\" has it"));
@@ -49,7 +64,8 @@ GpuAttention& require_gpu(const char* name) {
 
 std::vector<mx::array> Attention::make(mx::Stream stream, const AttentionParams& params,
                                        std::vector<mx::array> inputs) {
-  std::vector<mx::Dtype> dtypes = {inputs[0].dtype(), mx::float32};
+  std::vector<mx::Dtype> dtypes = {inputs[0].dtype()};
+  if (params.returns_lse) dtypes.push_back(mx::float32);
   if (params.returns_probs) dtypes.push_back(mx::float32);
   return mx::array::make_arrays(forward_shapes(params, inputs), dtypes, std::make_shared<Attention>(stream, params),
                                 inputs);
@@ -58,7 +74,7 @@ std::vector<mx::array> Attention::make(mx::Stream stream, const AttentionParams&
 void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   for (auto& out : outputs) allocate(out);
   auto evaluated = evaluate(params_, inputs, stream());
-  AttentionOutputs out{mutable_tensor_ref(outputs[0]), outputs[1].data<float>(),
+  AttentionOutputs out{mutable_tensor_ref(outputs[0]), params_.returns_lse ? outputs[1].data<float>() : nullptr,
                        params_.returns_probs ? outputs[2].data<float>() : nullptr, /*lse_base2=*/true};
   // MLX holds the inputs and outputs until this has run.
   mx::cpu::get_command_encoder(stream()).dispatch(
@@ -76,6 +92,13 @@ std::vector<mx::array> Attention::jvp(const std::vector<mx::array>&, const std::
 
 std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
                                       const std::vector<int>& argnums, const std::vector<mx::array>& outputs) {
+  if (!params_.returns_lse) {  // nothing was traced when the node was made
+    AttentionParams params = params_;
+    params.returns_lse = true;
+    const auto again = make(stream(), params, primals);
+    return Attention(stream(), params)
+        .vjp(primals, {cotangents[0], mx::zeros_like(again[1], stream())}, argnums, again);
+  }
   const InputLayout at(params_);
   WantedGradients wanted{};
   std::vector<int> gradient_of(at.count, -1);  // by input
@@ -92,7 +115,9 @@ std::vector<mx::array> Attention::vjp(const std::vector<mx::array>& primals, con
 
   // The second output is lse / ln 2; both ways to the gradients take the cotangent of the natural lse.
   std::vector<mx::array> natural = cotangents;
-  natural[1] = mx::multiply(cotangents[1], mx::array(std::numbers::log2e_v<float>), stream());
+  natural[1] = !params_.returns_probs && is_zero(cotangents[1])
+                   ? mx::array(std::initializer_list<float>{}, {0, 0, 0}, mx::float32)
+                   : mx::multiply(cotangents[1], mx::array(std::numbers::log2e_v<float>), stream());
   std::vector<mx::array> gradients;  // of the inputs in `differentiable`
   if (params_.returns_probs) {
     // The forward has stored all probabilities already, so their cotangent may be as large.
@@ -168,7 +193,7 @@ void AttentionBackward::eval_cpu(const std::vector<mx::array>& inputs, std::vect
   in.lse = with_dense_rows(inputs[first + 1], stream()).data<float>();
   in.d_o = tensor_ref(with_dense_last_axis(inputs[first + 2], stream()));
   in.lse_base2 = true;
-  in.dlse = with_dense_rows(inputs[first + 3], stream()).data<float>();
+  if (inputs[first + 3].size() > 0) in.dlse = with_dense_rows(inputs[first + 3], stream()).data<float>();
 
   AttentionGradients out;
   int next = 0;

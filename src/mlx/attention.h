@@ -10,8 +10,8 @@
 
 namespace mfa {
 
-// Inputs: as InputLayout says. Outputs: o [B, Hq, Nq, Dv], lse / ln 2 float32 [B, Hq, Nq] and, if params.returns_probs,
-// probs float32 [B, Hq, Nq, Nk].
+// Inputs: as InputLayout says. Outputs: o [B, Hq, Nq, Dv], if params.returns_lse lse / ln 2 float32 [B, Hq, Nq], if
+// params.returns_probs (which wants lse too) probs float32 [B, Hq, Nq, Nk].
 class Attention : public mx::Primitive {
  public:
   Attention(mx::Stream stream, const AttentionParams& params) : Primitive(stream), params_(params) {}
@@ -40,8 +40,8 @@ enum class Gradient { q, k, v, bias, sinks, alibi };
 inline constexpr int kGradients = 6;
 using WantedGradients = std::array<bool, kGradients>;
 
-// Inputs: those of Attention, then o, lse and the cotangents of both. Outputs: the wanted gradients, in the shapes of
-// their inputs; q, k, v in their dtype, the others float32.
+// Inputs: those of Attention, then o, lse and the cotangents of both, that of lse empty if it is zero. Outputs: the
+// wanted gradients, in the shapes of their inputs; q, k, v in their dtype, the others float32.
 class AttentionBackward : public mx::Primitive {
  public:
   AttentionBackward(mx::Stream stream, const AttentionParams& params, const WantedGradients& wanted)

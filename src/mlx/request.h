@@ -28,6 +28,7 @@ struct AttentionParams {
   bool has_mask = false;
   bool has_lengths = false;
   bool has_seed = false;
+  bool returns_lse = true;  // false only for a call of which no gradient is foreseen
   bool returns_probs = false;
 
   // As AttentionSources says.

@@ -193,6 +193,9 @@ std::vector<mx::array> launch_on(Route route, Request request, const WantedOutpu
   switch (route) {
     case Route::mfa_cpu:
     case Route::mfa_cuda: {
+      // Gradients want the lse; an output that nobody wants costs the host as much as one that somebody does.
+      request.params.returns_lse = wanted.lse || wanted.probs ||
+                                   std::ranges::any_of(request.inputs, [](const auto& x) { return x.is_tracer(); });
       auto outputs = Attention::make(request.stream, request.params, std::move(request.inputs));
       if (wanted.lse) outputs[1] = natural_lse(outputs[1], request.stream);
       return outputs;

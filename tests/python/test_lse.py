@@ -1,10 +1,24 @@
 """The log-sum-exp (base 2), its gradient, and merging attention over parts of the keys."""
 
+import io
+import re
+
 import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from problems import DTYPES, arrays_of, attention, check, make_problem, mfa, random_arrays, routes, to_numpy
+from problems import (
+    DTYPES,
+    arrays_of,
+    attention,
+    check,
+    make_problem,
+    mfa,
+    needs_kernels,
+    random_arrays,
+    routes,
+    to_numpy,
+)
 
 # Acceptance numbers for float32 merges: relative for outputs, absolute for gradients of unit-size cotangents.
 MERGED_OUTPUT, MERGED_GRADIENT = 2e-6, 1e-5
@@ -52,6 +66,25 @@ def test_output_gradients_do_not_depend_on_asking_for_the_lse():
 
     for a, b in zip(mx.grad(alone, argnums=(0, 1, 2))(q, k, v), mx.grad(with_lse, argnums=(0, 1, 2))(q, k, v)):
         assert mx.array_equal(a, b)
+
+
+def operations(arrays):
+    """The names of the nodes that compute ``arrays``."""
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *arrays)
+    return re.findall(r'label ?= ?"([A-Za-z]+)"', dot.getvalue())
+
+
+@needs_kernels
+def test_what_is_not_used_is_not_computed():
+    q, k, v, cotangent = random_arrays(9, *[(1, 2, 33, 16)] * 4)
+    assert operations([mfa.flash_attention(q, k, v)]) == ["MfaAttention"]
+    _, gradients = mx.vjp(mfa.flash_attention, [q, k, v], [cotangent])
+    assert not {"Full", "Multiply"} & set(operations(gradients))  # of the lse's cotangent
+    _, with_lse = mx.vjp(
+        lambda q, k, v: mfa.flash_attention(q, k, v, return_lse=True), [q, k, v], [cotangent, mx.zeros((1, 2, 33))]
+    )
+    assert all(mx.array_equal(a, b) for a, b in zip(gradients, with_lse, strict=True))
 
 
 def test_lse_of_huge_scores_does_not_overflow():

@@ -285,8 +285,12 @@ class CudaAttention final : public GpuAttention {
   void forward(const AttentionParams& params, const AttentionProblem& p, const std::vector<mx::array>& inputs,
                std::vector<mx::array>& outputs, mx::Stream stream) override {
     for (auto& out : outputs) allocate(out, stream);
-    if (outputs[1].size() == 0) return;
+    if (outputs[0].size() == 0) return;
     Call call{stream, mx::cu::get_command_encoder(stream)};
+    const auto write_outputs = [&](ForwardParams& f) {
+      f.o = call.output(outputs[0]);
+      f.lse = params.returns_lse ? static_cast<float*>(call.output(outputs[1]).data) : nullptr;
+    };
     ForwardParams f{};
     f.p = make_problem(params, p, inputs, false, call);
     CallTraits traits = traits_of(params);
@@ -299,9 +303,7 @@ class CudaAttention final : public GpuAttention {
     if (plan.splits == 1) {
       std::optional<Parts> parts;
       if (plan.split.threads > 0) parts.emplace(call, plan, f);
-      f.o = call.output(outputs[0]);
-      call.encoder.set_output_array(outputs[1]);
-      f.lse = pointer<float>(outputs[1]);
+      write_outputs(f);
       if (parts)
         call.launch(plan.attention, f, parts->operands, with_slot(plan.attention.schedule), parts->maps[0],
                     parts->maps[1], parts->maps[2]);
@@ -316,9 +318,7 @@ class CudaAttention final : public GpuAttention {
     call.launch(plan.attention, f);
     call.use(o_part);
     call.use(lse_part);
-    f.o = call.output(outputs[0]);
-    call.encoder.set_output_array(outputs[1]);
-    f.lse = pointer<float>(outputs[1]);
+    write_outputs(f);
     call.launch(plan.merge, f);
   }
 
