@@ -381,6 +381,7 @@ HWY_INLINE void HideBeyondWindows(const RowTile& t, int r0, const TileBlock& blo
   for (int c = 0; c < NR; ++c) {
     from[c] = hn::Sub(hn::Load(di, t.from[last] + r0 + c * kLanes), hn::Set(di, 1));
     to[c] = hn::Load(di, t.to[last] + r0 + c * kLanes);
+    line[c] = hn::Set(di, -1);
   }
   for (int k = lo; k < hi; ++k) {
     bool same = k > lo;
