@@ -29,6 +29,14 @@ class BlockReader {
     keys_ = key_count(p_, tile.b);
     finder_.Select(tile);
     index_ = Seek(first, *at_);
+    first_ = index_;
+  }
+  // Replaces the values that lie in place by panels.
+  void PackValues(KeyBlock& block) {
+    WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+      LoadValues<T>(StridedRows<T>{static_cast<const T*>(block.v_rows), block.v_step}, block);
+    });
+    block.v_rows = nullptr;
   }
   int index() const { return index_; }  // of the block that is read; that of the end after the last
   const TileBlock& block() const { return at_->block; }
@@ -126,7 +134,13 @@ class BlockReader {
       LoadValues<T>(RowTable<T>{reinterpret_cast<const T* const*>(at_->v)}, block);
       return LoadKeys(reinterpret_cast<const T* const*>(at_->k), block);
     }
-    LoadValues<T>(StridedRows<T>{KeyRow<T>(p_, p_.v, b, h, at.k0), p_.v.stride[2]}, block);
+    const StridedRows<T> v{KeyRow<T>(p_, p_.v, b, h, at.k0), p_.v.stride[2]};
+    if (ReadsValuesInPlace()) {
+      block.v_rows = v.first;
+      block.v_step = v.step;
+    } else {
+      LoadValues<T>(v, block);
+    }
     const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, at.k0), p_.k.stride[2]};
     if (RotatesKeys(p_)) {
       const T* rows[kKeyBlock];
@@ -141,6 +155,12 @@ class BlockReader {
       }
     }
     block.k = WidenBlock<T>(k, at.all.lo, at.all.hi, p_.D, k_, &block.k_stride);
+  }
+
+  // Whether one column group sees this block alone: OutputRows() takes the values as they are.
+  bool ReadsValuesInPlace() const {
+    return width_ <= kGroupRows && index_ == first_ && at_last() && job_.plan.key_splits == 1 && !job_.floors &&
+           !pairs_ && p_.Dv % kLanes == 0;
   }
 
   template <class T, class Rows>
@@ -195,7 +215,7 @@ class BlockReader {
   BlockFinder finder_;
   float *k_, *v_;
   const RowTile* tile_ = nullptr;
-  int width_ = 0, index_ = 0, after_ = 0, last_ = 0, keys_ = 0;
+  int width_ = 0, first_ = 0, index_ = 0, after_ = 0, last_ = 0, keys_ = 0;
   BlockRows blocks_[2];  // the one that is read and the next
   BlockRows *at_ = &blocks_[0], *other_ = &blocks_[1];
 };
