@@ -8,13 +8,7 @@ class BlockReader {
  public:
   // Scratch of the reader: Floats() for keys that are not read in place, panels of values.
   BlockReader(const ForwardJob& job, float* k, float* v)
-      : job_(job),
-        p_(*job.problem),
-        pairs_(kNativeBf16 && job.plan.native_bf16),
-        cuts_(TileKeys::cuts(p_)),
-        finder_(p_, pairs_),
-        k_(k),
-        v_(v) {}
+      : job_(job), p_(*job.problem), pairs_(kNativeBf16 && job.plan.native_bf16), finder_(p_, pairs_), k_(k), v_(v) {}
 
   static size_t KeyFloats(const AttentionProblem& p) {
     const bool copies = p.dtype != DType::f32 || RotatesKeys(p);
@@ -42,20 +36,32 @@ class BlockReader {
   const TileBlock& block() const { return at_->block; }
   bool at_last() const { return after_ >= last_; }  // once the block is loaded
 
-  // Brings the block in. Adds to `upcoming` the rows of the block after it, or the first of the tile at `next`.
-  KeyBlock Load(const TileMap::Place* next, UpcomingRows& upcoming) {
+  // Brings the block in. Adds to `upcoming` the rows of the block after it.
+  KeyBlock Load(UpcomingRows& upcoming) {
     KeyBlock block{};
     block.index = index_;
     after_ = Seek(index_ + 1, *other_);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
       LoadBlock<T>(block);
-      if (after_ < last_) {
-        AddBlock<T>(*other_, upcoming);
-      } else if (next) {
-        AddFirstKeys<T>(*next, upcoming);
-      }
+      if (after_ < last_) AddBlock<T>(*other_, upcoming);
     });
     return block;
+  }
+  // Adds the first keys of another tile, of its row (query, head), if they are in order.
+  void AddFirstKeys(const TileMap::Place& place, int32_t query, int32_t head, UpcomingRows& upcoming) const {
+    if (GathersRows(p_) || p_.neighbourhood.axes > 0) return;
+    int64_t first = 0, count = kKeyBlock;
+    if (const BlockListRef& lists = p_.blocks; lists.offsets) {
+      const int64_t row = (place.b * lists.stride_b + head * lists.stride_h) * (lists.query_blocks + 1);
+      const int64_t* list = lists.offsets + row + query / lists.block_q;
+      if (list[0] == list[1]) return;
+      first = int64_t{lists.key_ids[list[0]]} * lists.block_k;
+      count = Min<int64_t>(lists.block_k, kKeyBlock);
+    }
+    count = Min(count, key_count(p_, place.b) - first);
+    if (count <= 0) return;
+    WithType(p_.dtype, [&]<class T>(T*)
+                           HWY_ATTR { AddRun<T>(place.b, place.kv_head, first, static_cast<int>(count), upcoming); });
   }
   // Goes to the next block.
   void Advance() {
@@ -117,13 +123,6 @@ class BlockReader {
     };
     add(p_.k, p_.D);
     if (!job_.floors) add(p_.v, p_.Dv);
-  }
-  // The first keys of another tile, if they are in order.
-  template <class T>
-  void AddFirstKeys(const TileMap::Place& place, UpcomingRows& upcoming) const {
-    const int keys = Min(key_count(p_, place.b), kKeyBlock);
-    if (GathersRows(p_) || cuts_ || keys == 0) return;
-    AddRun<T>(place.b, place.kv_head, 0, keys, upcoming);
   }
 
   template <class T>
@@ -211,7 +210,7 @@ class BlockReader {
 
   const ForwardJob& job_;
   const AttentionProblem& p_;
-  const bool pairs_, cuts_;
+  const bool pairs_;
   BlockFinder finder_;
   float *k_, *v_;
   const RowTile* tile_ = nullptr;

@@ -26,8 +26,8 @@ class TiledForward {
     for (reader_.Begin(x_.tile, tile_width_, first, last); reader_.index() < last; reader_.Advance()) {
       MarkUnseen(seen, reader_.index());
       upcoming_.Clear();
-      KeyBlock block = reader_.Load(next ? &next->place : nullptr, upcoming_);
-      if (next && reader_.at_last()) AddRows(next->place);
+      KeyBlock block = reader_.Load(upcoming_);
+      if (next && reader_.at_last()) AddTile(next->place);
       Attend(block);
       seen = reader_.index() + 1;
     }
@@ -115,17 +115,17 @@ class TiledForward {
     }
   }
 
-  // The first rows of another tile and of its output.
-  void AddRows(const TileMap::Place& place) {
+  // The first rows of another tile, of its output and of its keys.
+  void AddTile(const TileMap::Place& place) {
     next_ = place;
     next_count_ = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, next_query_, next_head_);
+    const int rows = Min(next_count_, kGroupRows);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
       const auto add = [&](const auto& x, int width, int r, int rows) {
         constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
         upcoming_.Add(QueryRow<T>(p_, x, place.b, next_head_[r], next_query_[r]), rows, x.stride[2] * kSize,
                       static_cast<size_t>(width * kSize));
       };
-      const int rows = Min(next_count_, kGroupRows);
       for (int r = 0, end; r < rows; r = end) {  // a run of rows of one head
         end = r + 1;
         while (end < rows && next_head_[end] == next_head_[r] && next_query_[end] == next_query_[end - 1] + 1) ++end;
@@ -133,6 +133,7 @@ class TiledForward {
         if (job_.out) add(job_.out->o, p_.Dv, r, end - r);
       }
     });
+    if (rows > 0) reader_.AddFirstKeys(place, next_query_[0], next_head_[0], upcoming_);
   }
 
   // The work of a column group on keys, on channels of the output, and of rows at the end: how the rows that come next
