@@ -8,13 +8,7 @@ class BlockReader {
  public:
   // Scratch of the reader: Floats() for keys that are not read in place, panels of values.
   BlockReader(const ForwardJob& job, float* k, float* v)
-      : job_(job),
-        p_(*job.problem),
-        pairs_(kNativeBf16 && job.plan.native_bf16),
-        cuts_(TileKeys::cuts(p_)),
-        finder_(p_, pairs_),
-        k_(k),
-        v_(v) {}
+      : job_(job), p_(*job.problem), pairs_(kNativeBf16 && job.plan.native_bf16), finder_(p_, pairs_), k_(k), v_(v) {}
 
   static size_t KeyFloats(const AttentionProblem& p) {
     const bool copies = p.dtype != DType::f32 || RotatesKeys(p);
@@ -29,25 +23,45 @@ class BlockReader {
     keys_ = key_count(p_, tile.b);
     finder_.Select(tile);
     index_ = Seek(first, *at_);
+    first_ = index_;
+  }
+  // Replaces the values that lie in place by panels.
+  void PackValues(KeyBlock& block) {
+    WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+      LoadValues<T>(StridedRows<T>{static_cast<const T*>(block.v_rows), block.v_step}, block);
+    });
+    block.v_rows = nullptr;
   }
   int index() const { return index_; }  // of the block that is read; that of the end after the last
   const TileBlock& block() const { return at_->block; }
   bool at_last() const { return after_ >= last_; }  // once the block is loaded
 
-  // Brings the block in. Adds to `upcoming` the rows of the block after it, or the first of the tile at `next`.
-  KeyBlock Load(const TileMap::Place* next, UpcomingRows& upcoming) {
+  // Brings the block in. Adds to `upcoming` the rows of the block after it.
+  KeyBlock Load(UpcomingRows& upcoming) {
     KeyBlock block{};
     block.index = index_;
     after_ = Seek(index_ + 1, *other_);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
       LoadBlock<T>(block);
-      if (after_ < last_) {
-        AddBlock<T>(*other_, upcoming);
-      } else if (next) {
-        AddFirstKeys<T>(*next, upcoming);
-      }
+      if (after_ < last_) AddBlock<T>(*other_, upcoming);
     });
     return block;
+  }
+  // Adds the first keys of another tile, of its row (query, head), if they are in order.
+  void AddFirstKeys(const TileMap::Place& place, int32_t query, int32_t head, UpcomingRows& upcoming) const {
+    if (GathersRows(p_) || p_.neighbourhood.axes > 0) return;
+    int64_t first = 0, count = kKeyBlock;
+    if (const BlockListRef& lists = p_.blocks; lists.offsets) {
+      const int64_t row = (place.b * lists.stride_b + head * lists.stride_h) * (lists.query_blocks + 1);
+      const int64_t* list = lists.offsets + row + query / lists.block_q;
+      if (list[0] == list[1]) return;
+      first = int64_t{lists.key_ids[list[0]]} * lists.block_k;
+      count = Min<int64_t>(lists.block_k, kKeyBlock);
+    }
+    count = Min(count, key_count(p_, place.b) - first);
+    if (count <= 0) return;
+    WithType(p_.dtype, [&]<class T>(T*)
+                           HWY_ATTR { AddRun<T>(place.b, place.kv_head, first, static_cast<int>(count), upcoming); });
   }
   // Goes to the next block.
   void Advance() {
@@ -110,13 +124,6 @@ class BlockReader {
     add(p_.k, p_.D);
     if (!job_.floors) add(p_.v, p_.Dv);
   }
-  // The first keys of another tile, if they are in order.
-  template <class T>
-  void AddFirstKeys(const TileMap::Place& place, UpcomingRows& upcoming) const {
-    const int keys = Min(key_count(p_, place.b), kKeyBlock);
-    if (GathersRows(p_) || cuts_ || keys == 0) return;
-    AddRun<T>(place.b, place.kv_head, 0, keys, upcoming);
-  }
 
   template <class T>
   void LoadBlock(KeyBlock& block) {
@@ -126,7 +133,13 @@ class BlockReader {
       LoadValues<T>(RowTable<T>{reinterpret_cast<const T* const*>(at_->v)}, block);
       return LoadKeys(reinterpret_cast<const T* const*>(at_->k), block);
     }
-    LoadValues<T>(StridedRows<T>{KeyRow<T>(p_, p_.v, b, h, at.k0), p_.v.stride[2]}, block);
+    const StridedRows<T> v{KeyRow<T>(p_, p_.v, b, h, at.k0), p_.v.stride[2]};
+    if (ReadsValuesInPlace()) {
+      block.v_rows = v.first;
+      block.v_step = v.step;
+    } else {
+      LoadValues<T>(v, block);
+    }
     const StridedRows<T> k{KeyRow<T>(p_, p_.k, b, h, at.k0), p_.k.stride[2]};
     if (RotatesKeys(p_)) {
       const T* rows[kKeyBlock];
@@ -141,6 +154,12 @@ class BlockReader {
       }
     }
     block.k = WidenBlock<T>(k, at.all.lo, at.all.hi, p_.D, k_, &block.k_stride);
+  }
+
+  // Whether one column group sees this block alone: OutputRows() takes the values as they are.
+  bool ReadsValuesInPlace() const {
+    return width_ <= kGroupRows && index_ == first_ && at_last() && job_.plan.key_splits == 1 && !job_.floors &&
+           !pairs_ && p_.Dv % kLanes == 0;
   }
 
   template <class T, class Rows>
@@ -191,11 +210,11 @@ class BlockReader {
 
   const ForwardJob& job_;
   const AttentionProblem& p_;
-  const bool pairs_, cuts_;
+  const bool pairs_;
   BlockFinder finder_;
   float *k_, *v_;
   const RowTile* tile_ = nullptr;
-  int width_ = 0, index_ = 0, after_ = 0, last_ = 0, keys_ = 0;
+  int width_ = 0, first_ = 0, index_ = 0, after_ = 0, last_ = 0, keys_ = 0;
   BlockRows blocks_[2];  // the one that is read and the next
   BlockRows *at_ = &blocks_[0], *other_ = &blocks_[1];
 };

@@ -26,8 +26,8 @@ class TiledForward {
     for (reader_.Begin(x_.tile, tile_width_, first, last); reader_.index() < last; reader_.Advance()) {
       MarkUnseen(seen, reader_.index());
       upcoming_.Clear();
-      const KeyBlock block = reader_.Load(next ? &next->place : nullptr, upcoming_);
-      if (next && reader_.at_last()) AddRows(next->place);
+      KeyBlock block = reader_.Load(upcoming_);
+      if (next && reader_.at_last()) AddTile(next->place);
       Attend(block);
       seen = reader_.index() + 1;
     }
@@ -70,6 +70,7 @@ class TiledForward {
       x_.state.l[r] = x_.state.m[r] == -kInf ? 0.f : 1.f;
     }
     for (int g = 0; g < kMostGroups; ++g) holds_[g] = false;
+    written_ = false;
     if (job_.out && job_.out->probs) HideAllProbabilities();
     return true;
   }
@@ -114,17 +115,17 @@ class TiledForward {
     }
   }
 
-  // The first rows of another tile and of its output.
-  void AddRows(const TileMap::Place& place) {
+  // The first rows of another tile, of its output and of its keys.
+  void AddTile(const TileMap::Place& place) {
     next_ = place;
     next_count_ = fill_rows(job_.plan.tiling, p_, place.b, place.kv_head, place.tile, next_query_, next_head_);
+    const int rows = Min(next_count_, kGroupRows);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
       const auto add = [&](const auto& x, int width, int r, int rows) {
         constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
         upcoming_.Add(QueryRow<T>(p_, x, place.b, next_head_[r], next_query_[r]), rows, x.stride[2] * kSize,
                       static_cast<size_t>(width * kSize));
       };
-      const int rows = Min(next_count_, kGroupRows);
       for (int r = 0, end; r < rows; r = end) {  // a run of rows of one head
         end = r + 1;
         while (end < rows && next_head_[end] == next_head_[r] && next_query_[end] == next_query_[end - 1] + 1) ++end;
@@ -132,6 +133,7 @@ class TiledForward {
         if (job_.out) add(job_.out->o, p_.Dv, r, end - r);
       }
     });
+    if (rows > 0) reader_.AddFirstKeys(place, next_query_[0], next_head_[0], upcoming_);
   }
 
   // The work of a column group on keys, on channels of the output, and of rows at the end: how the rows that come next
@@ -141,9 +143,9 @@ class TiledForward {
   int FinishWork(int rows) const { return rows * p_.Dv; }
 
   // Attends every column group to a loaded block.
-  void Attend(const KeyBlock& block) {
+  void Attend(KeyBlock& block) {
     BlockKeys seen[kMostGroups];
-    int64_t work = reader_.at_last() ? FinishWork(tile_width_) : 0;
+    int64_t work = reader_.at_last() && !block.v_rows ? FinishWork(tile_width_) : 0;
     for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
       BlockKeys& keys = seen[g0 / kGroupRows];
       keys = reader_.block().Of(x_.tile, g0, Min(kGroupRows, tile_width_ - g0));
@@ -164,6 +166,7 @@ class TiledForward {
       const bool hides = !keys.full || masked || steps_.hides() || odd;
       if (hides && nonfinite < 0 && !job_.floors) nonfinite = NonFiniteValues(block, reader_.block().all);
       const bool skip_hidden = hides && nonfinite > 0;
+      if (skip_hidden && block.v_rows) reader_.PackValues(block);
       if constexpr (kNativeBf16) {
         if (block.v16) {
           GroupOf<true>(vectors, block, g0, keys, masked, skip_hidden);
@@ -175,6 +178,11 @@ class TiledForward {
   }
 
   bool NonFiniteValues(const KeyBlock& block, const BlockKeys& all) const {
+    if (block.v_rows)
+      return WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+        return AnyNonFinite(static_cast<const T*>(block.v_rows) + all.lo * block.v_step, block.v_step, all.hi - all.lo,
+                            p_.Dv);
+      });
     const int panels = (p_.Dv + kTileRows - 1) / kTileRows;
     if (!block.v16)
       return AnyNonFinite(block.v + all.lo * kTileRows, kValuePanel, panels, (all.hi - all.lo) * kTileRows);
@@ -221,10 +229,24 @@ class TiledForward {
     }
   }
 
+  // 1 / l, or 0 for rows that see no key.
+  static HWY_INLINE VF Inverse(VF l) {
+    return hn::IfThenZeroElse(hn::Eq(l, hn::Zero(df)), hn::Div(hn::Set(df, 1.f), l));
+  }
+
   void Finish() {
+    if (!written_) WriteTile();
+    for (int r = 0; r < x_.tile.count; ++r) {
+      const float lse2 = x_.state.l[r] == 0.f ? -kInf : x_.state.m[r] + ::log2f(x_.state.l[r]);
+      if (job_.out->lse) job_.out->lse[LseIndex(r)] = job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
+      if (job_.out->probs) NormaliseProbabilities(r, lse2);
+    }
+  }
+
+  void WriteTile() {
     const RowTile& t = x_.tile;
     alignas(64) float inverse[kMaxRowTile];
-    for (int r = 0; r < tile_width_; ++r) inverse[r] = x_.state.l[r] == 0.f ? 0.f : 1.f / x_.state.l[r];
+    for (int r = 0; r < tile_width_; r += kLanes) hn::Store(Inverse(hn::Load(df, x_.state.l + r)), df, inverse + r);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
       for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
         const int width = Min(kGroupRows, tile_width_ - g0);
@@ -240,11 +262,6 @@ class TiledForward {
         }
       }
     });
-    for (int r = 0; r < x_.tile.count; ++r) {
-      const float lse2 = x_.state.l[r] == 0.f ? -kInf : x_.state.m[r] + ::log2f(x_.state.l[r]);
-      if (job_.out->lse) job_.out->lse[LseIndex(r)] = job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
-      if (job_.out->probs) NormaliseProbabilities(r, lse2);
-    }
   }
 
   // Blocks that no group sees.
@@ -387,6 +404,7 @@ class TiledForward {
       for (int c = 0; c < NR; ++c)
         MergeState(x_.state.m + g0 + c * kLanes, x_.state.l + g0 + c * kLanes, block_m[c], block_l[c], a[c], b[c]);
     }
+    if (block.v_rows) return WriteRows<NR>(block, lo, hi, b);
     const bool holds = holds_[g0 / kGroupRows];
     if (!apart) holds_[g0 / kGroupRows] = true;
     const auto merge = [&](int d, int c, VF acc) HWY_ATTR {
@@ -414,6 +432,27 @@ class TiledForward {
         multiply.template operator()<MR>(PanelColumn(block.v, lo, d), S + lo * kWidth, hi - lo, d);
       }
     });
+  }
+
+  // The outputs of a tile that sees this block alone.
+  template <int NR>
+  HWY_INLINE void WriteRows(const KeyBlock& block, int lo, int hi, const VF (&b)[NR]) {
+    constexpr int kWidth = NR * kLanes;
+    const RowTile& t = x_.tile;
+    alignas(64) float weight[kWidth], inverse[kWidth];
+    MFA_UNROLL
+    for (int c = 0; c < NR; ++c) {
+      hn::Store(b[c], df, weight + c * kLanes);
+      hn::Store(Inverse(hn::Load(df, x_.state.l + c * kLanes)), df, inverse + c * kLanes);
+    }
+    WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+      T* rows[kWidth];
+      for (int r = 0; r < t.count; ++r) rows[r] = QueryRow<T>(p_, job_.out->o, t.b, t.head[r], t.query[r]);
+      const StridedRows<T> v{static_cast<const T*>(block.v_rows) + lo * block.v_step, block.v_step};
+      OutputRows(x_.s + lo * kWidth, kWidth, v, hi - lo, p_.Dv, weight, inverse, rows, t.count,
+                 [&](int n) HWY_ATTR { upcoming_.Fetch(ValueWork(n, hi - lo) / kWidth); });
+    });
+    written_ = true;
   }
 
   // S becomes exp2(S - safe); adds the sums in the order of the keys.
@@ -476,6 +515,7 @@ class TiledForward {
   int32_t next_query_[kMaxRowTile], next_head_[kMaxRowTile];
   static constexpr int kMostGroups = kMaxRowTile / kGroupRows;
   bool holds_[kMostGroups] = {};  // of each column group: `o` holds what a block has given
+  bool written_ = false;          // WriteRows() has written the outputs
 };
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "backend/cpu/score_floor-inl.h"
 #include "backend/cpu/row_state-inl.h"
 #include "backend/cpu/forward_scratch-inl.h"
+#include "backend/cpu/output_rows-inl.h"
 #include "backend/cpu/forward_tiled-inl.h"
 #include "backend/cpu/decode_products-inl.h"
 #include "backend/cpu/forward_decode-inl.h"

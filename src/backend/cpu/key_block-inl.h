@@ -53,7 +53,9 @@ struct KeyBlock {
   ptrdiff_t k_stride;
   const float* const* k_rows;  // where the rows lie instead, mostly k_stride apart; or null
   const float* v;              // panels
-  const bfloat16* k16;         // the same for native bfloat16: rows and panels of pairs
+  const void* v_rows;          // or rows of the problem's type, v_step apart, from the first of the block on
+  ptrdiff_t v_step;
+  const bfloat16* k16;  // the same for native bfloat16: rows and panels of pairs
   ptrdiff_t k16_stride;
   const bfloat16* v16;
 };

@@ -10,7 +10,7 @@ namespace mfa::cpu::MFA_ISA {
 namespace {
 
 HWY_INLINE VF BroadcastStep(const float* a) { return hn::Set(df, *a); }
-HWY_INLINE VF LoadStep(const float* b) { return hn::Load(df, b); }
+HWY_INLINE VF LoadStep(const float* b) { return hn::LoadU(df, b); }
 HWY_INLINE VF LoadStep(const bfloat16* b) { return LoadFloat(b); }
 HWY_INLINE VF LoadStep(const float16* b) { return LoadFloat(b); }
 HWY_INLINE VF Accumulate(VF a, VF b, VF acc) { return hn::MulAdd(a, b, acc); }

@@ -157,6 +157,39 @@ TEST_F(CpuDeterminism, ARowDoesNotDependOnTheBatch) {
   }
 }
 
+// The first queries by themselves, a tile of few rows, against the same rows of a wide tile that sees the same keys.
+TEST_F(CpuDeterminism, ARowDoesNotDependOnTheWidthOfItsTile) {
+  Random random(36);
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (int32_t Dv : {8, 64, 72, 77, 128}) {
+      for (int variant = 0; variant < 4; ++variant) {
+        CaseSpec spec;
+        spec.dtype = dtype;
+        spec.D = 64;
+        spec.Dv = Dv;
+        spec.Nq = 150;
+        spec.Nk = random.pick({5, 16, 77, 128, 300});
+        if (variant == 1) spec.kv_lengths = spec.sinks = true;
+        if (variant == 2) spec.mask.axes = 3;
+        if (variant == 3) spec.window_right = 3;
+        const AttentionCase c(spec, random.bits());
+        testing::for_each_isa([&](const std::string& isa) {
+          SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+          const Rows whole(testing::run_forward(c.problem));
+          for (int32_t queries : {9, 13, 16, 24, 41, 48}) {
+            AttentionProblem few = c.problem;
+            few.Nq = queries;
+            if (variant == 3 && few.Nk > few.Nq) continue;  // its window would be another
+            const Rows part(testing::run_forward(few));
+            for (int32_t i = 0; i < queries; ++i)
+              ASSERT_EQ(part.row(0, 0, i), whole.row(0, 0, i)) << queries << " " << i;
+          }
+        });
+      }
+    }
+  }
+}
+
 // A causal prefill at once, in chunks that append to a cache, and row by row as decode does.
 TEST_F(CpuDeterminism, ChunksAndDecodeStepsGiveTheBitsOfOnePrefill) {
   Random random(33);
