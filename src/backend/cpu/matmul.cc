@@ -11,8 +11,8 @@
 namespace mfa::cpu {
 namespace {
 
-// Less work than this is done before another thread has taken its share and its caches have the operands.
-constexpr double kInlineSeconds = 30e-6;
+// Less work than this is done before another thread has woken up and taken its share, or, if it is awake, has taken it.
+constexpr double kInlineSeconds = 30e-6, kInlineSecondsAwake = 8e-6;
 
 size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -68,7 +68,7 @@ void matmul(std::span<const MatmulProblem> problems) {
   const MatmulTable& kernels = require_kernels().matmul();
   double seconds = 0;
   for (const MatmulProblem& p : problems) seconds += estimated_seconds(p);
-  const int threads = seconds < kInlineSeconds ? 1 : thread_count();
+  const int threads = seconds < (workers_are_awake() ? kInlineSecondsAwake : kInlineSeconds) ? 1 : thread_count();
   const auto for_each = [threads](int64_t tasks, const auto& f) {
     if (threads > 1) return parallel_for(tasks, [&](int64_t task, int) { f(task); });
     for (int64_t task = 0; task < tasks; ++task) f(task);
