@@ -205,9 +205,13 @@ class Pool {
     const auto changed = [&] { return epoch_of(state = state_.load(std::memory_order_acquire)) != seen; };
     if (changed()) return state;
     if (spin_.load(std::memory_order_relaxed)) {
-      do {
-        if (spin_until(changed, kWorkerSpin)) return state;
-      } while (held_awake());
+      if (spin_until(changed, kWorkerSpin)) return state;
+      // A program's thread that builds the next operations meanwhile may have no other core.
+      for (; held_awake(); std::this_thread::yield())
+        for (int i = 0; i < 16; ++i) {
+          if (changed()) return state;
+          pause();
+        }
     }
     // Either the caller sees this sleeper, or this thread sees the caller's job: both orders are sequentially
     // consistent.
