@@ -1,21 +1,26 @@
-"""Products of linear layers through the Python API beside MLX and, where it is installed, PyTorch.
+"""Products of linear layers through the Python API beside MLX and, where they are installed, PyTorch and ONNX Runtime.
 
-Usage: python benchmarks/linear_mlx.py [--filter REGEX] [--reps N] [--budget S]
+Usage: python benchmarks/linear_mlx.py [--filter REGEX] [--reps N] [--budget S] [--peers LIST] [--quick] [--json PATH]
 
 Every library multiplies the same numbers by the same weights [out, in]; its answer is compared with ours, and repeats
 are interleaved. A library's column is its time over ours, and how far its answer is from ours relative to the largest
-element. ``LD_PRELOAD=libopenblas.so.0`` shows MLX with OpenBLAS, which MLX uses for float32.
+element. Quantised weights have the zero point in the middle of the codes, so that ONNX Runtime's ``MatMulNBits`` takes
+the very codes; it computes in float32 and rounds x to 8 bits. ``LD_PRELOAD=libopenblas.so.0`` shows MLX with OpenBLAS,
+which MLX uses for float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +29,8 @@ import numpy as np
 from mlx_mfa.bench import blas_of_mlx
 from mlx_mfa.bench_peers import usable_cores
 from mlx_mfa.demo.report import table
+
+GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -47,39 +54,124 @@ CASES = [
     Case(1, 49152, 576, "bfloat16"),
     *(Case(m, 4096, 4096, "bfloat16", bits) for bits in (4, 8) for m in (1, 16)),
 ]
+QUICK_CASES = [Case(64, 1024, 1024, "float32"), Case(1, 1024, 1024, "bfloat16"), Case(1, 1024, 1024, "bfloat16", 4)]
 
 Call = Callable[[], Any]
 
 
-def mlx_calls(case: Case, x: mx.array, w: mx.array) -> tuple[Call, Call]:
-    """Ours and MLX's, each evaluated."""
-    if case.bits:
-        q = mx.quantize(w, 64, case.bits)
-        mx.eval(q)
-        options = {"transpose": True, "group_size": 64, "bits": case.bits}
-        return (
-            lambda: mx.eval(mlx_mfa.quantized_matmul(x, *q, **options)),
-            lambda: mx.eval(mx.quantized_matmul(x, *q, **options)),
+class Inputs:
+    """The arrays of a case: ``x``, and ``w`` or ``quantised``, (codes, scales, biases)."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        x, w = (
+            mx.random.normal(shape, key=mx.random.key(seed)).astype(getattr(mx, case.dtype))
+            for seed, shape in enumerate(((case.rows, case.K), (case.N, case.K)))
         )
-    return lambda: mx.eval(mlx_mfa.matmul(x, w.T)), lambda: mx.eval(mx.matmul(x, w.T))
+        self.x, self.w = x, w
+        if case.bits:
+            middle = 2 ** (case.bits - 1)
+            groups = w.astype(mx.float32).reshape(case.N, -1, GROUP)
+            scales = (mx.abs(groups).max(axis=-1) / (middle - 1)).astype(x.dtype)
+            codes = mx.clip(mx.round(groups / scales[..., None].astype(mx.float32)) + middle, 0, 2 * middle - 1)
+            codes = codes.astype(mx.uint32).reshape(case.N, -1, 32 // case.bits)
+            words = (codes << (case.bits * mx.arange(32 // case.bits, dtype=mx.uint32))).sum(axis=-1).astype(mx.uint32)
+            self.quantised = (words, scales, -middle * scales)
+            mx.eval(self.quantised)
+        mx.eval(x, w)
+
+    def product(self, library: Any) -> mx.array:
+        """By the functions of ``library``: this package or MLX."""
+        if self.case.bits:
+            return library.quantized_matmul(self.x, *self.quantised, group_size=GROUP, bits=self.case.bits)
+        return library.matmul(self.x, self.w.T)
 
 
-def answer_of(case: Case, x: mx.array, w: mx.array, ours: bool) -> np.ndarray:
-    """The product, as float32."""
-    library = mlx_mfa if ours else mx
-    if case.bits:
-        out = library.quantized_matmul(x, *mx.quantize(w, 64, case.bits), group_size=64, bits=case.bits)
-    else:
-        out = library.matmul(x, w.T)
-    return np.array(out.astype(mx.float32))
-
-
-def torch_call(torch: Any, case: Case, x: mx.array, w: mx.array) -> Callable[[], np.ndarray] | None:
+class Torch:
     """PyTorch's dense product; it has none for MLX's quantised weights on a CPU."""
-    if case.bits:
-        return None
-    tensors = [torch.from_numpy(np.array(a.astype(mx.float32))).to(getattr(torch, case.dtype)) for a in (x, w)]
-    return lambda: torch.nn.functional.linear(*tensors)
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(usable_cores())
+        self.torch, self.version = torch, torch.__version__
+
+    def prepare(self, inputs: Inputs) -> tuple[Call, Callable[[], np.ndarray]] | None:
+        """The call, and its answer as float32; None if there is no such product."""
+        if inputs.case.bits:
+            return None
+        dtype = getattr(self.torch, inputs.case.dtype)
+        arrays = (self.torch.from_numpy(np.array(a.astype(mx.float32))).to(dtype) for a in (inputs.x, inputs.w))
+        call = partial(self.torch.nn.functional.linear, *arrays)
+        return call, lambda: call().float().numpy()
+
+
+class OnnxRuntime:
+    """ONNX Runtime's product with quantised weights."""
+
+    name = "onnxruntime"
+
+    def __init__(self) -> None:
+        import onnx
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)
+        self.onnx, self.ort, self.version = onnx, onnxruntime, onnxruntime.__version__
+
+    def prepare(self, inputs: Inputs) -> tuple[Call, Callable[[], np.ndarray]] | None:
+        """As :meth:`Torch.prepare`."""
+        case = inputs.case
+        if not case.bits:
+            return None
+        helper, ort, kinds = self.onnx.helper, self.ort, self.onnx.TensorProto
+        codes, scales, _ = inputs.quantised
+        blocks = case.K // GROUP
+        constants = {
+            "w": np.array(codes).view(np.uint8).reshape(case.N, blocks, GROUP * case.bits // 8),
+            "scales": np.array(scales.astype(mx.float32)).reshape(-1),
+        }
+        node = helper.make_node(
+            "MatMulNBits",
+            ["x", *constants],
+            ["out"],
+            domain="com.microsoft",
+            K=case.K,
+            N=case.N,
+            bits=case.bits,
+            block_size=GROUP,
+            accuracy_level=4,
+        )
+        described = partial(helper.make_tensor_value_info, elem_type=kinds.FLOAT)
+        graph = helper.make_graph(
+            [node],
+            "product",
+            [described("x", shape=[case.rows, case.K])],
+            [described("out", shape=[case.rows, case.N])],
+            [self.onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+        )
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = usable_cores()
+        # Its threads may spin inside a run, but not on while the next library is measured.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        call = partial(session.run, ["out"], {"x": np.array(inputs.x.astype(mx.float32))})
+        return call, lambda: call()[0]
+
+
+def available_peers(names: list[str]) -> tuple[list[Any], list[str]]:
+    """Of the optional libraries in ``names`` those that are installed, and a line for each that is not."""
+    peers, notes = [], []
+    for peer in (Torch, OnnxRuntime):
+        if peer.name in names:
+            try:
+                peers.append(peer())
+            except (ImportError, OSError) as error:
+                notes.append(f"{peer.name} is not measured: {str(error).splitlines()[0]}")
+    return peers, notes
 
 
 def measure(calls: dict[str, Call], reps: int, budget_s: float) -> dict[str, float]:
@@ -97,47 +189,55 @@ def measure(calls: dict[str, Call], reps: int, budget_s: float) -> dict[str, flo
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def compare(case: Case, peers: list[Any], reps: int, budget_s: float) -> list[str]:
+    """One row of the table."""
+    inputs = Inputs(case)
+    expected = np.array(inputs.product(mlx_mfa).astype(mx.float32))
+    calls: dict[str, Call] = {"ours": lambda: mx.eval(inputs.product(mlx_mfa))}
+    calls["MLX"] = lambda: mx.eval(inputs.product(mx))
+    answers = {"MLX": np.array(inputs.product(mx).astype(mx.float32))}
+    for peer in peers:
+        if prepared := peer.prepare(inputs):
+            calls[peer.name], answer = prepared
+            answers[peer.name] = answer()
+    seconds = measure(calls, reps, budget_s)
+    cells = [str(case), f"{seconds['ours'] * 1e3:.3f}"]
+    for name in ("MLX", *(peer.name for peer in peers)):
+        if name not in seconds:
+            cells += ["-", "-"]
+            continue
+        difference = np.abs(answers[name] - expected).max() / np.abs(expected).max()
+        cells += [f"{seconds[name] / seconds['ours']:.1f}x", f"{difference:.0e}"]
+    return cells
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Measures, prints the table and, if wanted, writes it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--filter", default="", metavar="REGEX", help="only rows that match")
     parser.add_argument("--reps", type=int, default=15, metavar="N", help="samples of each library (default 15)")
     parser.add_argument("--budget", type=float, default=0.5, metavar="S", help="seconds for each library and row")
+    parser.add_argument("--peers", default="torch,onnxruntime", help="optional libraries to compare with, or 'none'")
+    parser.add_argument("--quick", action="store_true", help="three small rows: a look, not a measurement")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the table there")
     args = parser.parse_args(argv)
     mx.set_default_device(mx.cpu)
     mlx_mfa.disable()  # mx.* below is MLX's own
     mx.eval(mx.ones((8, 8)) @ mx.ones((8, 8)))
-    try:
-        import torch
+    peers, notes = available_peers(args.peers.split(","))
+    facts = [f"{usable_cores()} cores", f"mlx-mfa {mlx_mfa.__version__}", f"MLX {mx.__version__} with {blas_of_mlx()}"]
+    facts += [f"{peer.name} {peer.version}" for peer in peers]
+    print(", ".join(facts), *notes, sep="\n")
 
-        torch.set_num_threads(usable_cores())
-    except ImportError:
-        torch = None
-    print(f"{usable_cores()} cores, mlx-mfa {mlx_mfa.__version__}, MLX {mx.__version__} with {blas_of_mlx()}")
-    print(f"torch {torch.__version__}" if torch else "torch is not installed: left out")
-
-    rows = []
-    for case in (c for c in CASES if re.search(args.filter, str(c))):
-        x, w = (
-            mx.random.normal(shape, key=mx.random.key(seed)).astype(getattr(mx, case.dtype))
-            for seed, shape in enumerate(((case.rows, case.K), (case.N, case.K)))
-        )
-        mx.eval(x, w)
-        calls = dict(zip(("ours", "MLX"), mlx_calls(case, x, w), strict=True))
-        expected = answer_of(case, x, w, True)
-        answers = {"MLX": answer_of(case, x, w, False)}
-        if torch and (call := torch_call(torch, case, x, w)):
-            calls["torch"] = call
-            answers["torch"] = call().float().numpy()
-        seconds = measure(calls, args.reps, args.budget)
-        cells = [str(case), f"{seconds['ours'] * 1e3:.3f}"]
-        for name in ("MLX", "torch"):
-            if name not in seconds:
-                cells += ["-", "-"]
-                continue
-            difference = np.abs(answers[name] - expected).max() / np.abs(expected).max()
-            cells += [f"{seconds[name] / seconds['ours']:.1f}x", f"{difference:.0e}"]
-        rows.append(cells)
-    print(table(["rows x out x in", "ours ms", "MLX", "differs by", "torch", "differs by"], rows))
+    cases = [c for c in (QUICK_CASES if args.quick else CASES) if re.search(args.filter, str(c))]
+    rows = [compare(case, peers, args.reps, args.budget) for case in cases]
+    header = ["rows x out x in", "ours ms", "MLX", "differs by"]
+    for peer in peers:
+        header += [peer.name, "differs by"]
+    print(table(header, rows))
+    if args.json:
+        result = {"facts": facts, "notes": notes, "header": header, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

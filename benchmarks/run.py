@@ -2,7 +2,8 @@
 
 Usage: python benchmarks/run.py [--quick] [--only cpu|linear|mlx] [--out build/bench] [--build PATH] [--peers LIST]
 
-Keeps ``attention_cpu.json``, ``linear_cpu.json``, ``attention_mlx.json`` and ``tables.md`` in the output folder.
+Keeps ``attention_cpu.json``, ``linear_cpu.json``, ``linear_mlx.json``, ``attention_mlx.json`` and ``tables.md`` in the
+output folder; ``--only linear`` runs both of linear layers.
 docs/benchmarks.md says how to read them.
 """
 
@@ -101,6 +102,14 @@ def mlx_section(result: dict[str, Any]) -> str:
     )
 
 
+def linear_section(result: dict[str, Any]) -> str:
+    """Heading, versions and table of linear_mlx.json."""
+    text = f"### Matrix products beside other libraries\n\n{', '.join(result['facts'])}. "
+    text += "A library's column is its time over ours."
+    text += "".join(f" {note}." for note in result["notes"])
+    return f"{text}\n\n{markdown([result['header'], *result['rows']])}\n"
+
+
 def run(command: list[str]) -> int:
     """Runs one benchmark; its own table is not shown, its progress and errors are."""
     environment = dict(os.environ)
@@ -137,10 +146,18 @@ def main() -> int:
             return status
         sections.append(cpu_section(json.loads(target.read_text()), title, work))
         print(sections[-1], flush=True)
+    peers = ["--peers", args.peers]
+    if args.only in (None, "linear"):
+        target = args.out / "linear_mlx.json"
+        script = str(ROOT / "benchmarks" / "linear_mlx.py")
+        if status := run([sys.executable, script, "--json", str(target), *peers, *quick]):
+            return status
+        sections.append(linear_section(json.loads(target.read_text())))
+        print(sections[-1], flush=True)
     if args.only in (None, "mlx"):
         target = args.out / "attention_mlx.json"
         script = str(ROOT / "benchmarks" / "attention_mlx.py")
-        if status := run([sys.executable, script, "--json", str(target), "--peers", args.peers, *quick]):
+        if status := run([sys.executable, script, "--json", str(target), *peers, *quick]):
             return status
         sections.append(mlx_section(json.loads(target.read_text())))
         print(sections[-1], flush=True)

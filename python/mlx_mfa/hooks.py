@@ -6,6 +6,7 @@ operations, which take longer than the products of a token), and ``mx.logsumexp`
 is sampled; ``nn.Linear``, ``nn.QuantizedLinear``, ``nn.RMSNorm``, ``nn.RoPE`` and mlx-lm call these. A call that this
 package's kernels do not cover, or that MLX does faster, goes on to MLX's own function with its arguments as they came:
 so do all calls on a GPU stream, and all that are wrong, whose errors are therefore MLX's.
+``mx.export_function`` sees MLX's own functions.
 
 Importing ``mlx_mfa`` installs the hooks where the CPU is MLX's default device, unless ``MFA_DISABLE_AUTO_HOOKS=1``.
 """
@@ -109,6 +110,17 @@ def _quantized(
     return hook
 
 
+def _unhooked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """MLX writes only its own operations to a file: what is exported is built of these."""
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        with hooked(False):
+            return original(*args, **kwargs)
+
+    return replacement
+
+
 _AFFINE = ("transpose", "group_size", "bits", "mode")
 _HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (mx, "matmul", _positional("matmul", _ext.try_matmul, 2, 2)),
@@ -133,6 +145,7 @@ _HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (mx.fast, "rope", _positional("rope", _ext.try_rope, 1, 2)),
     (mx, "logsumexp", _positional("logsumexp", _ext.try_logsumexp, 1, 3)),
     (mx, "argmax", _positional("argmax", _ext.try_argmax, 1, 3)),
+    (mx, "export_function", _unhooked),
 )
 _NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm", "rms_norm", "rope", "logsumexp", "argmax")
 _OWNERS = {id(mx): "mx", id(mx.fast): "mx.fast", id(mx.array): "mx.array"}

@@ -88,7 +88,7 @@ class Pool {
     return !busy_.load(std::memory_order_relaxed) && !busy_.exchange(true, std::memory_order_acquire);
   }
 
-  // The two below need the pool acquired; `run` releases it.
+  // The three below need the pool acquired; `wake` and `run` release it.
 
   // Brings the number of workers to `threads` - 1, or as many as the system grants.
   void resize(int threads, bool spin) {
@@ -103,6 +103,20 @@ class Pool {
       // No thread or memory to be had: with fewer workers the caller finishes what they do not take.
     }
   }
+
+  // Workers that sleep wake up, and spin as the others do.
+  void wake() {
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      epoch_ += kEpoch;
+      state_.store(epoch_, std::memory_order_seq_cst);  // a job that is not open
+      state_.notify_all();
+    }
+    busy_.store(false, std::memory_order_release);
+  }
+
+  void hold_awake() { holds_.fetch_add(1, std::memory_order_relaxed); }
+  void let_sleep() { holds_.fetch_sub(1, std::memory_order_relaxed); }
+  bool held_awake() const { return holds_.load(std::memory_order_relaxed) > 0; }
 
   void run(int64_t tasks, const TaskRef& task) {
     task_ = &task;
@@ -189,7 +203,16 @@ class Pool {
   uint32_t wait_for_epoch_after(uint32_t seen) {
     uint32_t state;
     const auto changed = [&] { return epoch_of(state = state_.load(std::memory_order_acquire)) != seen; };
-    if (changed() || (spin_.load(std::memory_order_relaxed) && spin_until(changed, kWorkerSpin))) return state;
+    if (changed()) return state;
+    if (spin_.load(std::memory_order_relaxed)) {
+      if (spin_until(changed, kWorkerSpin)) return state;
+      // A program's thread that builds the next operations meanwhile may have no other core.
+      for (; held_awake(); std::this_thread::yield())
+        for (int i = 0; i < 16; ++i) {
+          if (changed()) return state;
+          pause();
+        }
+    }
     // Either the caller sees this sleeper, or this thread sees the caller's job: both orders are sequentially
     // consistent.
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -208,6 +231,7 @@ class Pool {
   alignas(kCacheLine) std::atomic<uint32_t> wakes_{0};
   std::atomic<bool> stop_{false};
   std::atomic<bool> spin_{false};
+  std::atomic<int> holds_{0};  // of AwakeWorkers
 
   // Written by the owner of `busy_` before it publishes a job; read by workers inside it.
   const TaskRef* task_ = nullptr;
@@ -290,6 +314,26 @@ void parallel_for(int64_t tasks, TaskRef task) {
   if (!shared.try_acquire()) return run_inline(tasks, task);
   shared.resize(threads, threads <= cores());
   shared.run(tasks, task);
+}
+
+AwakeWorkers::AwakeWorkers() {
+  const int threads = thread_count();
+  if (threads == 1 || threads > cores() || inside_task) return;
+  Pool& shared = pool();
+  shared.hold_awake();
+  pool_ = &shared;
+  if (!shared.try_acquire()) return;  // they are awake
+  shared.resize(threads, true);
+  shared.wake();
+}
+
+AwakeWorkers::~AwakeWorkers() {
+  if (pool_) static_cast<Pool*>(pool_)->let_sleep();
+}
+
+bool workers_are_awake() {
+  const Pool* existing = process_pool.load(std::memory_order_acquire);
+  return existing && existing->held_awake();
 }
 
 }  // namespace mfa

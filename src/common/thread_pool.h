@@ -34,4 +34,19 @@ void set_thread_count(int count);
 // `thread` identifies the executing thread within this call, for per-thread scratch.
 void parallel_for(int64_t tasks, TaskRef task);
 
+// While one lives, workers without work look out for the next job instead of going to sleep: for a series of jobs too
+// short to wake a worker for, with other work between them. It wakes those that sleep. Does nothing where threads
+// outnumber cores.
+class AwakeWorkers {
+ public:
+  AwakeWorkers();
+  ~AwakeWorkers();
+  AwakeWorkers(const AwakeWorkers&) = delete;
+  AwakeWorkers& operator=(const AwakeWorkers&) = delete;
+
+ private:
+  void* pool_ = nullptr;
+};
+bool workers_are_awake();  // whether one lives
+
 }  // namespace mfa

@@ -8,6 +8,7 @@
 #include "backend/cpu/attention.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/scratch.h"
+#include "common/thread_pool.h"
 #include "layers/rms_norm.h"
 #include "layers/rope.h"
 #include "layers/swiglu.h"
@@ -162,6 +163,7 @@ void decoder_layer(const DecoderLayerProblem& p) {
   Intermediates(p, size);
   Arena arena(working_memory(size.bytes()));
   const Intermediates m(p, arena);
+  const AwakeWorkers awake;
 
   normalise(p, p.x, p.attention_norm, m.normed);
   multiply(p, std::array{Product{p.q, m.normed, m.q}, Product{p.k, m.normed, m.k}, Product{p.v, m.normed, m.v}});

@@ -216,3 +216,16 @@ def test_diagnostics_has_the_status(without_hooks):
     assert found["auto_hooks"] == mlx_mfa.hooks_status()
     assert not found["auto_hooks"]["installed"]
     assert set(found["linear_calls"]) == {"matmul", "quantized_matmul", "gather_mm", "gather_qmm"}
+
+
+def test_a_function_of_products_can_be_exported_and_the_hooks_stay_in_force(hooks, tmp_path):
+    x, w = mx.random.normal((6, 64)), mx.random.normal((32, 64))
+    codes = mx.quantize(w, 32, 4)
+
+    def layers(x):
+        return x @ w.T + mx.quantized_matmul(x, *codes, group_size=32, bits=4)
+
+    path = str(tmp_path / "layers.mlxfn")
+    mx.export_function(path, layers, x)
+    assert mlx_mfa.hooks_status()["installed"]
+    np.testing.assert_allclose(to_numpy(mx.import_function(path)(x)[0]), to_numpy(layers(x)), rtol=1e-4, atol=1e-4)

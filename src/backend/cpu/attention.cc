@@ -15,12 +15,14 @@
 namespace mfa::cpu {
 namespace {
 
-// Work below this many multiply-adds is done before a sleeping thread would have woken up.
-constexpr double kInlineWork = 2e6;
+// Work below this many multiply-adds is done before a sleeping thread would have woken up, or one that is awake has
+// taken its share.
+constexpr double kInlineWork = 2e6, kInlineWorkAwake = 2e5;
+bool runs_inline(double work) { return work < (workers_are_awake() ? kInlineWorkAwake : kInlineWork); }
 
 // Runs the tasks on the pool, or here when there is too little to share.
 void run(double work, int64_t tasks, TaskRef task) {
-  if (work < kInlineWork || tasks == 1) {
+  if (tasks == 1 || runs_inline(work)) {
     for (int64_t i = 0; i < tasks; ++i) task(i, 0);
   } else {
     parallel_for(tasks, task);
@@ -169,7 +171,7 @@ void attention_forward(std::span<const ForwardCall> calls) {
   const KernelTable& kernels = require_kernels();
   double work = 0;
   for (const ForwardCall& call : calls) work += forward_work(call.problem);
-  const int threads = work < kInlineWork ? 1 : thread_count();
+  const int threads = runs_inline(work) ? 1 : thread_count();
   std::vector<Forward> forwards;
   forwards.reserve(calls.size());
   for (const ForwardCall& call : calls) forwards.emplace_back(call, kernels, threads);

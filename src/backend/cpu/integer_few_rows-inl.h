@@ -111,23 +111,19 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
   }
 }
 
-// The same for all groups of a column of `bytes` bytes, or steps with a group g of wanted[g]. Up to kLanes dots past
-// the last are overwritten.
+// The same for all groups of a column of `bytes` bytes. Up to kLanes dots past the last are overwritten.
 template <int kBits, int kGroup, int R>
-HWY_INLINE void DotColumn(const uint8_t* codes, int bytes, const int16_t* x, ptrdiff_t x_stride, const uint8_t* wanted,
-                          int32_t* dots, ptrdiff_t dots_stride) {
+HWY_INLINE void DotColumn(const uint8_t* codes, int bytes, const int16_t* x, ptrdiff_t x_stride, int32_t* dots,
+                          ptrdiff_t dots_stride) {
   using C = CodeVectors<kBits, kGroup>;
   const uint8_t* end = codes + bytes;
   const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from) MFA_INLINE_LAMBDA {
     MFA_UNROLL
     for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine) __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
-    bool any = !wanted;
-    for (int g = 0; wanted && g < U * C::kGroups; ++g) any |= wanted[g];
-    if (any) DotUnits<kBits, kGroup, U, R>(from, x, x_stride, dots, dots_stride);
+    DotUnits<kBits, kGroup, U, R>(from, x, x_stride, dots, dots_stride);
     codes += U * C::kUnitBytes;
     x += U * C::kUnitCodes;
     dots += U * C::kGroups;
-    if (wanted) wanted += U * C::kGroups;
   };
   while (end - codes >= 4 * C::kUnitBytes) step(std::integral_constant<int, 4>(), codes);
   while (end - codes >= C::kUnitBytes) step(std::integral_constant<int, 1>(), codes);
@@ -191,25 +187,42 @@ class IntegerFewRows {
         plan_(job.plan),
         rows_(static_cast<int>(p_.M)),
         groups_(p_.K / kGroup),
-        dots_stride_(RoundUp(groups_, kLanes) + kLanes) {}
+        units_((p_.K + C::kUnitCodes - 1) / C::kUnitCodes),
+        dots_stride_(RoundUp(groups_, kLanes) + kLanes) {
+    if (job.rows) View(static_cast<char*>(const_cast<void*>(job.rows)));
+  }
+
+  // Of rows of x as integers, sorted for vectors of codes, with lists of the units that have rests.
+  size_t row_bytes() const {
+    return IntegerRows::Bytes(rows_, p_.K, groups_) + static_cast<size_t>(rows_ * (units_ + 1)) * sizeof(int32_t);
+  }
+  void Prepare(char* rows) {
+    View(rows);
+    for (int r = 0; r < rows_; ++r) {
+      const bool any_rest = QuantiseRow<kBits>(p_, r, 0, groups_, kGroup, x_, r);
+      Sort(x_.first + r * x_.stride);
+      int32_t& count = RestUnits(r)[0] = 0;
+      if (!any_rest) continue;
+      Sort(x_.rest + r * x_.stride);
+      for (int u = 0; u < units_; ++u) {
+        bool wanted = false;
+        for (int g = u * C::kGroups; g < Min(groups_, (u + 1) * C::kGroups); ++g) wanted |= x_.has_rest[x_.At(g, r)];
+        if (wanted) RestUnits(r)[++count] = u;
+      }
+    }
+  }
 
   size_t scratch_bytes() const {
     const ptrdiff_t row = (1 + 2 * kColumnLanes) * dots_stride_ + sums_stride();
-    return x_bytes() + static_cast<size_t>(rows_ * row) * sizeof(float);
+    return static_cast<size_t>(rows_ * row) * sizeof(float);
   }
 
   void Run(int64_t task, char* scratch) {
     const int n0 = static_cast<int>(task) * plan_.column_block, n1 = Min(n0 + plan_.column_block, p_.N);
-    x_ = IntegerRows(rows_, p_.K, groups_, false, scratch);
-    dots_ = reinterpret_cast<int32_t*>(scratch + x_bytes());
+    dots_ = reinterpret_cast<int32_t*>(scratch);
     products_ = reinterpret_cast<float*>(dots_ + rows_ * dots_stride_);
     rest_products_ = products_ + rows_ * kColumnLanes * dots_stride_;
     sums_ = rest_products_ + rows_ * kColumnLanes * dots_stride_;
-    for (int r = 0; r < rows_; ++r) {
-      has_rest_[r] = QuantiseRow<kBits>(p_, r, 0, groups_, kGroup, x_, r);
-      Sort(x_.first + r * x_.stride);
-      if (has_rest_[r]) Sort(x_.rest + r * x_.stride);
-    }
     static_assert(kDirectRowsInteger == 4);
     WithHalf(p_.dtype, [&]<class T>(T*) {
       if (rows_ == 1) return Multiply<1, T>(n0, n1);
@@ -224,7 +237,12 @@ class IntegerFewRows {
   }
 
  private:
-  size_t x_bytes() const { return IntegerRows::Bytes(rows_, p_.K, groups_); }
+  void View(char* rows) {
+    x_ = IntegerRows(rows_, p_.K, groups_, false, rows);
+    rest_units_ = reinterpret_cast<int32_t*>(rows + IntegerRows::Bytes(rows_, p_.K, groups_));
+  }
+  // How many units of row r have a rest, and which.
+  int32_t* RestUnits(int r) const { return rest_units_ + r * (units_ + 1); }
   ptrdiff_t sums_stride() const { return RoundUp(plan_.column_block, kLanes) + kLanes; }
 
   // Of whole vectors of codes.
@@ -251,13 +269,13 @@ class IntegerFewRows {
         }
         const auto* codes =
             reinterpret_cast<const uint8_t*>(static_cast<const uint32_t*>(p_.w.data) + column * p_.w.stride);
-        DotColumn<kBits, kGroup, R>(codes, bytes, x_.first, x_.stride, nullptr, dots_, dots_stride_);
+        DotColumn<kBits, kGroup, R>(codes, bytes, x_.first, x_.stride, dots_, dots_stride_);
         MFA_UNROLL
         for (int r = 0; r < R; ++r)
           ScaleDots<kBits>(scales, biases, groups_, dots_ + r * dots_stride_, x_.sum + x_.At(0, r),
                            Products(products_, r, c));
         for (int r = 0; r < R; ++r)
-          if (HWY_UNLIKELY(has_rest_[r])) DotRest(codes, scales, biases, r, c);
+          if (HWY_UNLIKELY(RestUnits(r)[0] > 0)) DotRest(codes, scales, biases, r, c);
       }
       AddGroups<R>(n - n0);
     }
@@ -265,9 +283,26 @@ class IntegerFewRows {
 
   template <class T>
   HWY_NOINLINE void DotRest(const uint8_t* codes, const T* scales, const T* biases, int r, int c) {
-    DotColumn<kBits, kGroup, 1>(codes, p_.K * kBits / 8, x_.rest + r * x_.stride, 0, x_.has_rest + x_.At(0, r), dots_,
-                                0);
-    ScaleDots<kBits>(scales, biases, groups_, dots_, x_.rest_sum + x_.At(0, r), Products(rest_products_, r, c));
+    const int bytes = p_.K * kBits / 8;
+    float* products = Products(rest_products_, r, c);
+    for (int i = 1; i <= RestUnits(r)[0]; ++i) {
+      const int unit = RestUnits(r)[i], first = unit * C::kUnitBytes;
+      const uint8_t* from = codes + first;
+      HWY_ALIGN uint8_t last[C::kUnitBytes] = {};
+      if (HWY_UNLIKELY(first + C::kUnitBytes > bytes)) {
+        std::memcpy(last, from, static_cast<size_t>(bytes - first));
+        from = last;
+      }
+      HWY_ALIGN int32_t dots[kLanes];
+      DotUnits<kBits, kGroup, 1, 1>(from, x_.rest + r * x_.stride + unit * C::kUnitCodes, 0, dots, 0);
+      for (int g = unit * C::kGroups; g < Min(groups_, (unit + 1) * C::kGroups); ++g) {
+        using One = hn::CappedTag<float, 1>;
+        const auto scale = LoadFloat(One(), scales + g), bias = LoadFloat(One(), biases + g);
+        const auto dot = hn::Set(hn::RebindToSigned<One>(), dots[g - unit * C::kGroups]);
+        const auto sum = hn::Set(hn::RebindToSigned<One>(), x_.rest_sum[x_.At(g, r)]);
+        products[g] = hn::GetLane(GroupProduct<kBits>(One(), scale, dot, CentreOf<kBits>(One(), scale, bias), sum));
+      }
+    }
   }
 
   // The sums of the columns whose products are made.
@@ -297,10 +332,10 @@ class IntegerFewRows {
 
   const MatmulProblem& p_;
   const MatmulPlan& plan_;
-  int rows_, groups_;
+  int rows_, groups_, units_;
   ptrdiff_t dots_stride_;
   IntegerRows x_;
-  bool has_rest_[kDirectRowsInteger] = {};
+  int32_t* rest_units_ = nullptr;
   int32_t* dots_ = nullptr;                               // [rows, groups], of one column
   float *products_ = nullptr, *rest_products_ = nullptr;  // [rows, kColumnLanes, groups]
   float* sums_ = nullptr;                                 // [rows, columns]

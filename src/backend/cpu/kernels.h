@@ -60,6 +60,7 @@ struct BackwardJob {
 struct MatmulJob {
   const MatmulProblem* problem;
   MatmulPlan plan;
+  const void* rows = nullptr;  // x as prepare() writes it, where tasks read it so; jobs with the same x may share it
 };
 
 // The matrix products of one instruction set, in a unit of their own.
@@ -67,6 +68,8 @@ struct MatmulTable {
   MatmulTraits traits;
   size_t (*scratch_bytes)(const MatmulJob&);
   void (*task)(const MatmulJob&, int64_t task, void* scratch);
+  size_t (*row_bytes)(const MatmulJob&);  // of what prepare() writes; 0: tasks read x itself
+  void (*prepare)(const MatmulJob&, void* rows);
   size_t (*packed_bytes)(const MatmulProblem&);                    // of the weights packed ahead; 0: they never are
   void (*pack)(const MatmulProblem&, int64_t task, void* packed);  // a task is traits.panel columns
 };

@@ -418,19 +418,30 @@ HWY_INLINE void WithDenseProduct(const MatmulJob& job, const F& f) {
   });
 }
 
+// Calls f with what computes the job's sums of integers by few rows.
+template <class F>
+HWY_INLINE void WithIntegerFewRows(const MatmulJob& job, const F& f) {
+  const AffineRef& affine = job.problem->w.affine;
+  const auto groups = [&]<int kBits>(std::integral_constant<int, kBits>) {
+    if (affine.group_size == 32) return f(IntegerFewRows<kBits, 32>(job));
+    if (affine.group_size == 64) return f(IntegerFewRows<kBits, 64>(job));
+    f(IntegerFewRows<kBits, 128>(job));
+  };
+  if (affine.bits == 4) return groups(std::integral_constant<int, 4>());
+  groups(std::integral_constant<int, 8>());
+}
+inline bool IsIntegerFewRows(const MatmulJob& job) {
+  return job.plan.kernel == MatmulKernel::direct && sums_integers(*job.problem);
+}
+
 // The same with whatever computes the job.
 template <class F>
 HWY_INLINE void WithProduct(const MatmulJob& job, const F& f) {
   const WeightRef& w = job.problem->w;
+  if (IsIntegerFewRows(job)) return WithIntegerFewRows(job, f);
   if (sums_integers(*job.problem)) {
-    const auto integers = [&]<int kBits>(std::integral_constant<int, kBits>) {
-      if (job.plan.kernel == MatmulKernel::tiled) return f(IntegerTiles<kBits>(job));
-      if (w.affine.group_size == 32) return f(IntegerFewRows<kBits, 32>(job));
-      if (w.affine.group_size == 64) return f(IntegerFewRows<kBits, 64>(job));
-      f(IntegerFewRows<kBits, 128>(job));
-    };
-    if (w.affine.bits == 4) return integers(std::integral_constant<int, 4>());
-    return integers(std::integral_constant<int, 8>());
+    if (w.affine.bits == 4) return f(IntegerTiles<4>(job));
+    return f(IntegerTiles<8>(job));
   }
   if (!w.quantised()) return WithDenseProduct(job, f);
   const auto run = [&]<bool kPairs, class Weights>(std::bool_constant<kPairs>, Weights*) {
@@ -467,6 +478,15 @@ size_t MatmulScratchBytes(const MatmulJob& job) {
 }
 void MatmulTask(const MatmulJob& job, int64_t task, void* scratch) {
   WithProduct(job, [&](auto&& product) { product.Run(task, static_cast<char*>(scratch)); });
+}
+
+size_t MatmulRowBytes(const MatmulJob& job) {
+  size_t bytes = 0;
+  if (IsIntegerFewRows(job)) WithIntegerFewRows(job, [&](auto&& product) { bytes = product.row_bytes(); });
+  return bytes;
+}
+void PrepareMatmulRows(const MatmulJob& job, void* rows) {
+  WithIntegerFewRows(job, [&](auto&& product) { product.Prepare(static_cast<char*>(rows)); });
 }
 
 size_t PackedWeightBytes(const MatmulProblem& p) {

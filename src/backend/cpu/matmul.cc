@@ -11,13 +11,44 @@
 namespace mfa::cpu {
 namespace {
 
-// Less work than this is done before another thread has taken its share and its caches have the operands.
-constexpr double kInlineSeconds = 30e-6;
+// Less work than this is done before another thread has woken up and taken its share, or, if it is awake, has taken it.
+constexpr double kInlineSeconds = 30e-6, kInlineSecondsAwake = 8e-6;
 
-void run_alone(const MatmulTable& kernels, const MatmulJob& job) {
+size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+void run_alone(const MatmulTable& kernels, MatmulJob job) {
   if (job.plan.tasks == 0) return;
-  void* scratch = thread_scratch(kernels.scratch_bytes(job));
-  for (int64_t task = 0; task < job.plan.tasks; ++task) kernels.task(job, task, scratch);
+  const size_t rows = round_up(kernels.row_bytes(job));
+  char* scratch = static_cast<char*>(thread_scratch(rows + kernels.scratch_bytes(job)));
+  if (rows > 0) {
+    kernels.prepare(job, scratch);
+    job.rows = scratch;
+  }
+  for (int64_t task = 0; task < job.plan.tasks; ++task) kernels.task(job, task, scratch + rows);
+}
+
+bool have_same_rows(const MatmulProblem& a, const MatmulProblem& b) {
+  return a.x.data == b.x.data && a.x.stride == b.x.stride && a.x.offsets == b.x.offsets && a.M == b.M && a.K == b.K &&
+         a.dtype == b.dtype && a.w.affine.bits == b.w.affine.bits && a.w.affine.group_size == b.w.affine.group_size;
+}
+
+// Prepares the rows of all jobs in memory of this thread, which stays valid until its next call.
+void prepare_rows(const MatmulTable& kernels, std::span<MatmulJob> jobs) {
+  static thread_local AlignedBuffer buffer;  // tasks of this thread have thread_scratch() to themselves
+  size_t bytes = 0;
+  for (const MatmulJob& job : jobs) bytes += round_up(kernels.row_bytes(job));
+  if (buffer.bytes() < bytes) buffer = AlignedBuffer(bytes);
+  char* rows = static_cast<char*>(buffer.data());
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    const size_t size = round_up(kernels.row_bytes(jobs[i]));
+    if (size == 0) continue;
+    for (size_t j = 0; j < i && !jobs[i].rows; ++j)
+      if (have_same_rows(*jobs[i].problem, *jobs[j].problem)) jobs[i].rows = jobs[j].rows;
+    if (jobs[i].rows) continue;
+    kernels.prepare(jobs[i], rows);
+    jobs[i].rows = rows;
+    rows += size;
+  }
 }
 
 }  // namespace
@@ -37,37 +68,34 @@ void matmul(std::span<const MatmulProblem> problems) {
   const MatmulTable& kernels = require_kernels().matmul();
   double seconds = 0;
   for (const MatmulProblem& p : problems) seconds += estimated_seconds(p);
-  const int threads = seconds < kInlineSeconds ? 1 : thread_count();
-  const auto plan = [&](const MatmulProblem& p, int share) {
-    return MatmulJob{&p, plan_matmul(p, kernels.traits, share)};
+  const int threads = seconds < (workers_are_awake() ? kInlineSecondsAwake : kInlineSeconds) ? 1 : thread_count();
+  const auto for_each = [threads](int64_t tasks, const auto& f) {
+    if (threads > 1) return parallel_for(tasks, [&](int64_t task, int) { f(task); });
+    for (int64_t task = 0; task < tasks; ++task) f(task);
   };
-  if (threads == 1) {
-    for (const MatmulProblem& p : problems) run_alone(kernels, plan(p, 1));
-    return;
+  // Many products: whole ones are the tasks as that keeps the threads evenly busy.
+  if (problems.size() >= 8 * static_cast<size_t>(threads)) {
+    return for_each(static_cast<int64_t>(problems.size()), [&](int64_t i) {
+      const MatmulProblem& p = problems[static_cast<size_t>(i)];
+      run_alone(kernels, {&p, plan_matmul(p, kernels.traits, 1)});
+    });
   }
-  if (problems.size() == 1) {
-    const MatmulJob job = plan(problems[0], threads);
-    if (job.plan.tasks == 0) return;
-    const size_t scratch = kernels.scratch_bytes(job);
-    parallel_for(job.plan.tasks, [&](int64_t task, int) { kernels.task(job, task, thread_scratch(scratch)); });
-    return;
-  }
-  // Many products: whole ones are the tasks as long as that keeps the threads evenly busy.
-  const int share = static_cast<int>(problems.size()) >= 8 * threads ? 1 : threads;
   std::vector<MatmulJob> jobs;
   std::vector<int64_t> first;  // task of each job
   jobs.reserve(problems.size());
   first.reserve(problems.size());
   int64_t tasks = 0;
+  size_t scratch = 0;
   for (const MatmulProblem& p : problems) {
-    jobs.push_back(plan(p, share));
+    jobs.push_back({&p, plan_matmul(p, kernels.traits, threads)});
     first.push_back(tasks);
-    tasks += share == 1 ? 1 : jobs.back().plan.tasks;
+    tasks += jobs.back().plan.tasks;
+    if (jobs.back().plan.tasks > 0) scratch = std::max(scratch, kernels.scratch_bytes(jobs.back()));
   }
-  parallel_for(tasks, [&](int64_t task, int) {
+  prepare_rows(kernels, jobs);
+  for_each(tasks, [&](int64_t task) {
     const size_t i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
-    if (share == 1) return run_alone(kernels, jobs[i]);
-    kernels.task(jobs[i], task - first[i], thread_scratch(kernels.scratch_bytes(jobs[i])));
+    kernels.task(jobs[i], task - first[i], thread_scratch(scratch));
   });
 }
 

@@ -28,6 +28,8 @@ constexpr MatmulTable kMatmulTable = {
     .traits = {.lanes = kLanes, .panel = kPanelColumns, .integer_panel = kIntegerPanel, .pairs = kNativeBf16},
     .scratch_bytes = MatmulScratchBytes,
     .task = MatmulTask,
+    .row_bytes = MatmulRowBytes,
+    .prepare = PrepareMatmulRows,
     .packed_bytes = PackedWeightBytes,
     .pack = PackWeightsTask,
 };

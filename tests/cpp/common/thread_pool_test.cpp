@@ -89,6 +89,42 @@ TEST_F(ThreadPool, WorkersThatSleepAreWokenAndShareTheWork) {
   }
 }
 
+TEST_F(ThreadPool, WorkersThatAreHeldAwakeShareJobsAndSleepAfterwards) {
+  EXPECT_FALSE(workers_are_awake());
+  set_thread_count(2);
+  for (int round = 0; round < 5; ++round) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // longer than a worker spins
+    const AwakeWorkers outer;
+    for (int jobs = 0; jobs < 20; ++jobs) {
+      const AwakeWorkers inner;
+      spend(std::chrono::microseconds(jobs * 20));
+      check_parallel_for(8);
+    }
+  }
+  EXPECT_FALSE(workers_are_awake());
+  set_thread_count(1);
+  const AwakeWorkers none;
+  EXPECT_FALSE(workers_are_awake());
+}
+
+TEST_F(ThreadPool, ManyThreadsMayHoldWorkersAwakeAtOnce) {
+  set_thread_count(2);
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([] {
+      for (int round = 0; round < 200; ++round) {
+        const AwakeWorkers awake;
+        std::atomic<int> done{0};
+        parallel_for(4, [&](int64_t, int) { done.fetch_add(1); });
+        EXPECT_EQ(done.load(), 4);
+        if (round % 50 == 0) set_thread_count(2 + round / 50 % 2);  // workers end while they are held awake
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_FALSE(workers_are_awake());
+}
+
 TEST_F(ThreadPool, TheCallerWaitsForLongTasksOfWorkers) {
   set_thread_count(2);
   for (int round = 0; round < 10; ++round) {
