@@ -16,8 +16,8 @@ int longest(std::optional<int> given, int rows, const char* name) {
   return given.value_or(rows);
 }
 
-AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const PackedSequences& sequences,
-                    const AttentionOptions& options, mx::StreamOrDevice stream_or_device, bool wants_lse) {
+std::vector<mx::array> run(const mx::array& q, const mx::array& k, const mx::array& v, const PackedSequences& sequences,
+                           const AttentionOptions& options, mx::StreamOrDevice stream_or_device, bool wants_lse) {
   const mx::Stream s = mx::to_stream(stream_or_device);
   check(q.ndim() == 4 && k.ndim() == 4, kFunction, "q and k must have 4 dimensions [1, H, packed rows, D]; got shapes ",
         q.shape(), " and ", k.shape());
@@ -40,22 +40,21 @@ AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, 
         {1, q.shape(1), std::min(packed.longest_query, q.shape(2)), std::min(packed.longest_key, k.shape(2))},
         kFunction);
   }
-  const WantedOutputs wanted{.lse = wants_lse};
-  auto outputs = launch(make_request(q, k, v, options, options.return_probs, s, sources), options.backend, wanted);
-  return {outputs[0], outputs[1], std::nullopt};
+  return launch(make_request(q, k, v, options, options.return_probs, s, sources), options.backend, {.lse = wants_lse});
 }
 
 }  // namespace
 
 mx::array attention_varlen(const mx::array& q, const mx::array& k, const mx::array& v, const PackedSequences& sequences,
                            const AttentionOptions& options, mx::StreamOrDevice s) {
-  return run(q, k, v, sequences, options, s, false).out;
+  return run(q, k, v, sequences, options, s, false)[0];
 }
 
 AttentionResult attention_varlen_with_lse(const mx::array& q, const mx::array& k, const mx::array& v,
                                           const PackedSequences& sequences, const AttentionOptions& options,
                                           mx::StreamOrDevice s) {
-  return run(q, k, v, sequences, options, s, true);
+  const auto outputs = run(q, k, v, sequences, options, s, true);
+  return {outputs[0], outputs[1], std::nullopt};
 }
 
 }  // namespace mfa
