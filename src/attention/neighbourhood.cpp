@@ -1,5 +1,6 @@
 #include "attention/neighbourhood.h"
 
+#include <limits>
 #include <string>
 
 #include "common/check.h"
@@ -22,6 +23,10 @@ void validate(const Neighbourhood& n, const char* function) {
           listed(&Axis::stride), " for ", listed(&Axis::window));
     check(a.dilation >= 1 && a.dilation <= a.size, function, "dilation must be 1 to seq_shape on each axis; got ",
           listed(&Axis::dilation), " for ", listed(&Axis::size));
+    // Sizes of interleaved sequences are rounded up.
+    check(int64_t{a.size} + a.dilation <= std::numeric_limits<int32_t>::max(), function,
+          "seq_shape plus dilation must be below 2^31 on each axis; got ", listed(&Axis::size), " and ",
+          listed(&Axis::dilation));
   }
 }
 

@@ -27,7 +27,7 @@ struct Neighbourhood {
 };
 
 // Throws std::invalid_argument, "[function] ...", unless there are 1 to 3 axes, sizes and windows are positive, strides
-// are 1 to the window and dilations 1 to the size.
+// are 1 to the window and dilations 1 to the size, and size and dilation together are below 2^31.
 void validate(const Neighbourhood& n, const char* function);
 
 // The keys [begin, end) of one of the interleaved sequences: key t is coordinate phase + t * dilation.

@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -47,6 +49,18 @@ std::vector<int32_t> keys_of(const Neighbourhood& n, int32_t i) {
   for (int32_t j = 0; j < tokens_of(n); ++j)
     if (neighbours(n, i, j)) keys.push_back(j);
   return keys;
+}
+
+TEST(Neighbourhood, SizesOfInterleavedSequencesMustFitTheirType) {
+  Neighbourhood n;
+  n.axes = 1;
+  constexpr int32_t kLargest = std::numeric_limits<int32_t>::max();
+  n.axis[0] = {.size = kLargest - 7, .window = 3, .dilation = 7};
+  EXPECT_NO_THROW(validate(n, "f"));
+  const AxisWindow last = axis_window(n, n.axis[0], n.axis[0].size - 1);
+  EXPECT_EQ(last.end, (n.axis[0].size - 1) / 7 + 1);
+  ++n.axis[0].size;
+  EXPECT_THROW(validate(n, "f"), std::invalid_argument);
 }
 
 TEST(GoldenNeighbourhood, KeysAlongOneAxisAreExact) {

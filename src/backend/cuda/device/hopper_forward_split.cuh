@@ -1,12 +1,13 @@
 // hopper_forward_split.cuh: softmax attention forward for float32 inputs on 16-bit matrix products.
 //
-// A float32 number, scaled into range by a power of two, is the sum of two float16 numbers up to 2^-24 of its size:
-// x = x0 + x1 has 2 * 11 significant bits and a sign between. A product of two such sums is taken as three products of
-// parts, the smallest first; the fourth is of the size of a float32 rounding. `split` writes the parts of q, k and v
-// beside each other once; `forward_split` is then the loop of hopper_forward.cuh with three products in the place of
-// one. Tensor cores cut what they add instead of rounding it, so long sums are made of short ones, which start from
-// zero and are added in registers: scores of a few columns, outputs of one key tile. Idea: Henry, Tang & Heinecke,
-// "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations", arXiv:1904.06376.
+// A float32 number, scaled into range by a power of two, is the sum of two float16 numbers, x = x0 + x1, but for at
+// most a unit in its last place: 2 * 11 significant bits and a sign between. A product of two such sums is taken as
+// three products of parts, the smallest first; the fourth is of the size of a float32 rounding. `split` writes the
+// parts of q, k and v beside each other once; `forward_split` is then the loop of hopper_forward.cuh with three
+// products in the place of one. Tensor cores cut what they add instead of rounding it, so long sums are made of short
+// ones, which start from zero and are added in registers: scores of 64 columns, outputs of one key tile. Idea: Henry,
+// Tang & Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations",
+// arXiv:1904.06376.
 //
 // Tiles of 64 rows are scaled as one, so that their greatest magnitude is near 2^15; what is 2^-16 of that still has
 // the bits of a float32. Rows that are smaller throughout are set apart, as are those with NaN, infinity or what may
