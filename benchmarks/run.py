@@ -147,19 +147,14 @@ def main() -> int:
         sections.append(cpu_section(json.loads(target.read_text()), title, work))
         print(sections[-1], flush=True)
     peers = ["--peers", args.peers]
-    if args.only in (None, "linear"):
-        target = args.out / "linear_mlx.json"
-        script = str(ROOT / "benchmarks" / "linear_mlx.py")
+    for only, name, section in (("linear", "linear_mlx", linear_section), ("mlx", "attention_mlx", mlx_section)):
+        if args.only not in (None, only):
+            continue
+        target = args.out / f"{name}.json"
+        script = str(ROOT / "benchmarks" / f"{name}.py")
         if status := run([sys.executable, script, "--json", str(target), *peers, *quick]):
             return status
-        sections.append(linear_section(json.loads(target.read_text())))
-        print(sections[-1], flush=True)
-    if args.only in (None, "mlx"):
-        target = args.out / "attention_mlx.json"
-        script = str(ROOT / "benchmarks" / "attention_mlx.py")
-        if status := run([sys.executable, script, "--json", str(target), *peers, *quick]):
-            return status
-        sections.append(mlx_section(json.loads(target.read_text())))
+        sections.append(section(json.loads(target.read_text())))
         print(sections[-1], flush=True)
     (args.out / "tables.md").write_text("\n".join(sections))
     print(f"JSON and tables.md are in {args.out}")

@@ -168,10 +168,13 @@ def test_weights_in_training_are_not_packed_and_leave_nothing_behind(optimizer, 
     model = nn.Sequential(nn.Linear(600, 300), nn.Linear(300, 200))
     model.set_dtype(dtype)
     mx.eval(model.parameters())
-    arrays, memory = train(model, optimizer(learning_rate=1e-2), USES + 4, rows(17, 64, 600).astype(dtype))
+    limit = mx.set_cache_limit(0)  # a cached buffer may be larger than what it is used for, and count as such
+    try:
+        arrays, memory = train(model, optimizer(learning_rate=1e-2), USES + 4, rows(17, 64, 600).astype(dtype))
+    finally:
+        mx.set_cache_limit(limit)
     assert arrays == [0] * (USES + 4)
-    # A stream lets go of its last arrays a moment after the values are there.
-    assert memory[-1] - memory[2] < model.layers[1].bias.nbytes
+    assert memory[-1] <= memory[2]
 
 
 def test_weights_that_training_stops_changing_are_packed_and_those_it_changes_again_let_go():

@@ -330,7 +330,7 @@ struct LeadingKey {
     }
   }
 
-  // Adds what the parts leave of that key's value to a row that is all but that value; l: the inverse of its sum.
+  // Adds what the parts leave of that key's value to a row that is all but that value. inverse_l: of the rows' sums.
   template <int columns>
   __device__ __forceinline__ void complete(float (&o)[columns / 2], const Problem& p, const SplitTileFacts* facts,
                                            const float* v, const float (&inverse_l)[2], float kept, int lane) const {

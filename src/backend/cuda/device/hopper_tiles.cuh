@@ -66,7 +66,7 @@ constexpr TileChoice forward_mask_tiles[] = {
     {64, 3, 112, 3, false}, {96, 2, 128, 2, false}, {128, 2, 128, 2, false},
     {192, 2, 96, 2, false}, {256, 2, 64, 2, false},
 };
-// The same for float32, each element three of bfloat16.
+// The same for float32, each element two of float16.
 constexpr TileChoice split_tiles[] = {
     {64, 3, 64, 3, false},
     {128, 2, 64, 2, false},
