@@ -122,6 +122,11 @@ __device__ __forceinline__ int load_acquire(const int* flag) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
   return x;
 }
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* counter) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_release(int* flag, int x) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
 }

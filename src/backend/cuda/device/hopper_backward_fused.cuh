@@ -40,13 +40,18 @@ __device__ __forceinline__ void feed_fused(const BackwardParams& params, const H
   Ring<2> slot;
   Ring<1> stay;
   Ring<Tile::stages> ring;
-  for (int id = blockIdx.x;; id = draw_tile(s)) {
+  // Members of a group need each other's parts, so none may wait in its block behind another: a block draws again when
+  // the whole group of its last tile has been drawn.
+  int group_end = 0;
+  for (int id = blockIdx.x;; id = draw_tile(s, group_end)) {
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
     const SharedWork w = shared.work(slot.stage());
     if (id >= s.tiles) {
       w.set_end();
     } else {
-      w.set_item(fused_item(s, p.B * p.Hkv, p.Hkv, id), Tile::rows);
+      const WorkItem item = fused_item(s, p.B * p.Hkv, p.Hkv, id);
+      group_end = fused_group_end(s, item.tile, id);
+      w.set_item(item, Tile::rows);
       w.set_visibility(visibility(p, w.b()));
       w.set_tiles(query_tiles<Tile::BN>(w.see(), p.Nq, w.row0(), Tile::rows, 0), p.G);
       w.set_dirty(0);
@@ -289,7 +294,7 @@ __device__ __forceinline__ void consume_fused(const BackwardParams& params, cons
   }
 }
 
-// Grid: at most one block an SM, no more than there are tiles; at least fused_group blocks must run at the same time.
+// Grid: at most one block an SM, no more than there are tiles; at least two groups of blocks must run at the same time.
 template <class Tile>
 __device__ __forceinline__ void backward_fused(const BackwardParams& params, const HopperSchedule& s,
                                                const BackwardMaps& maps) {

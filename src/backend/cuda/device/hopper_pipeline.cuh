@@ -41,8 +41,11 @@ __device__ __forceinline__ void init_ring(const Shared& shared, int full, int em
 __device__ uint32_t drawn_tiles[HopperSchedule::slots];
 
 // The next tile of this block. Each block stops at its first number past the end, so `tiles` draws happen in all when
-// there are at least as many tiles as blocks; the last one clears the counter.
-__device__ __forceinline__ int draw_tile(const HopperSchedule& s) {
+// there are at least as many tiles as blocks; the last one clears the counter. Draws when the tiles before `from` have
+// been drawn.
+__device__ __forceinline__ int draw_tile(const HopperSchedule& s, int from = 0) {
+  while (from > 0 && static_cast<int>(load_relaxed(&drawn_tiles[s.slot]) + gridDim.x) < from) {
+  }
   const uint32_t drawn = atomicAdd(&drawn_tiles[s.slot], 1u);
   if (drawn == static_cast<uint32_t>(s.tiles) - 1) drawn_tiles[s.slot] = 0;
   return static_cast<int>(drawn + gridDim.x);

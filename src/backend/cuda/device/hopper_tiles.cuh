@@ -249,6 +249,12 @@ MFA_HOST_DEVICE WorkItem fused_item(const HopperSchedule& s, int heads_in_all, i
   return {head / heads, head % heads, group * fused_group + within % members};
 }
 
+// The number after those of the group of key tile `tile`, whose own is `id`.
+MFA_HOST_DEVICE int fused_group_end(const HopperSchedule& s, int tile, int id) {
+  const int member = tile % fused_group, left = s.tiles_per_head - (tile - member);
+  return id - member + (left < fused_group ? left : fused_group);
+}
+
 // `head_bytes`: the passing tensors of one head. Heads share a section as long as their keys and values fill about half
 // of the L2 cache; with equal tiles one head at a time is best.
 inline HopperSchedule schedule(int heads_in_all, int tiles_per_head, int64_t head_bytes, bool unequal,

@@ -1,12 +1,13 @@
 #include "backend/cuda/plan.h"
 
 #include <gtest/gtest.h>
-#include <random>
-#include <set>
 
 #include <algorithm>
 #include <cstdint>
+#include <random>
+#include <set>
 #include <string>
+#include <tuple>
 
 #include "backend/cuda/tiles.h"
 
@@ -293,6 +294,16 @@ TEST(CudaPlanHopper, EveryKeyTileOfEveryHeadIsDrawnOnceInGroups) {
       seen.insert({item.b * 3 + item.h, item.tile});
       if (item.tile % hopper::fused_group > 0) {  // its group is being drawn
         EXPECT_EQ(hopper::fused_item(s, 6, 3, id - 1).tile, item.tile - 1);
+      }
+      const auto group_of = [&](int other) {
+        const hopper::WorkItem of = hopper::fused_item(s, 6, 3, other);
+        return std::tuple(of.b, of.h, of.tile / hopper::fused_group);
+      };
+      const int end = hopper::fused_group_end(s, item.tile, id);
+      EXPECT_GT(end, id);
+      EXPECT_EQ(group_of(end - 1), group_of(id));
+      if (end < s.tiles) {
+        EXPECT_NE(group_of(end), group_of(id));
       }
     }
     EXPECT_EQ(static_cast<int>(seen.size()), s.tiles);
