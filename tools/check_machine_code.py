@@ -24,7 +24,13 @@ MATRIX = (
 # Bytes of stack that a kernel may use: it keeps a few values of a step there rather than take smaller steps.
 STACK = {
     f"hopper_{stem}_{dtype}": 64
-    for stem in ("dkv_modified_96", "dkv_modified_128", "backward_fused_128") + ("dkv_shared_modified_192",)
+    for stem in (
+        "dkv_modified_96",
+        "dkv_modified_128",
+        "dkv_shared_modified_192",
+        "backward_fused_64",
+        "backward_fused_128",
+    )
     for dtype in ("bf16", "f16")
 }
 

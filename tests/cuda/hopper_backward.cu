@@ -21,6 +21,7 @@ struct Run : Inputs<T> {
     CUtensorMap q, k, v, d_o;
   };
   CUfunction prepare, finish = nullptr;
+  int finish_threads = 0;
   std::vector<Launch> launches;
   static constexpr bool half = std::is_same_v<T, __half>;
 
@@ -92,7 +93,7 @@ struct Run : Inputs<T> {
                                false, ++slot);
       launches.push_back(l);
     };
-    if (!c.modified() && columns == hopper::fused_choice.columns && !std::getenv("SEPARATE")) {
+    if (!c.modified() && (columns == 64 || columns == 128) && !std::getenv("SEPARATE")) {
       add_fused(fused, columns, type);
       return;
     }
@@ -101,7 +102,7 @@ struct Run : Inputs<T> {
   }
 
   void add_fused(const Kernels& kernels, int columns, const char* type) {
-    constexpr auto tile = hopper::fused_choice;
+    const auto tile = choose(hopper::fused_tiles, columns);
     const auto layout = hopper::fused_layout(tile);
     const std::string suffix = "_" + std::to_string(columns) + type;
     const size_t query_tiles = size_t(c.B) * c.Hq * hopper::fused_query_tiles(c.Nq);
@@ -109,6 +110,7 @@ struct Run : Inputs<T> {
     g.dq_turns = this->template take<int>(query_tiles);
     fill_value<<<256, 256>>>(g.dq_sums, query_tiles * tile.tile * columns, NAN);
     finish = kernels.get("hopper_backward_finish" + suffix, 0);
+    finish_threads = 2 * columns;
     Launch l;
     l.layout.threads = 128 * (tile.consumers + 1), l.layout.bytes = layout.bytes;
     l.f = kernels.get("hopper_backward_fused" + suffix, layout.bytes);
@@ -136,7 +138,8 @@ struct Run : Inputs<T> {
   void launch_finish() {
     if (!finish) return;
     void* args[] = {&g};
-    check(cuLaunchKernel(finish, c.Hq * hopper::fused_query_tiles(c.Nq), c.B, 1, 256, 1, 1, 0, nullptr, args, nullptr),
+    check(cuLaunchKernel(finish, c.Hq * hopper::fused_query_tiles(c.Nq), c.B, 1, finish_threads, 1, 1, 0, nullptr, args,
+                         nullptr),
           "finish");
   }
   void launch() {

@@ -39,9 +39,14 @@ bool has_unequal_tiles(const AttentionProblem& p, const CallTraits& call) {
   return p.causal || p.window_left >= 0 || p.window_right >= 0 || call.lengths;
 }
 
-// All gradients in one pass. Blocks wait for each other, a group at a time, so a device must run that many at once.
+// All gradients in one pass, where there is such a kernel. Blocks wait for each other, a group at a time, so a device
+// must run that many at once.
 void plan_fused(const AttentionProblem& p, const DeviceTraits& device, BackwardPlan& plan) {
-  constexpr hopper::TileChoice tile = hopper::fused_choice;
+  const auto* end = std::end(hopper::fused_tiles);
+  const auto* found =
+      std::find_if(std::begin(hopper::fused_tiles), end, [&](const auto& t) { return t.columns == columns_of(p); });
+  if (found == end || device.multiprocessors < 2 * hopper::fused_group) return;
+  const hopper::TileChoice tile = *found;
   const int tiles_per_head = static_cast<int>(ceil_div(p.Nk, 64 * tile.consumers));
   const HopperSchedule schedule{p.B * p.Hkv * tiles_per_head, tiles_per_head, 0, 0, 0};
   plan.fused = persistent(Kernel::hopper_backward_fused, p, device, schedule, 128 * (tile.consumers + 1),
@@ -52,7 +57,7 @@ void plan_fused(const AttentionProblem& p, const DeviceTraits& device, BackwardP
   plan.finish = Launch{Kernel::hopper_backward_finish, element_of(p.dtype), index_of(columns_of(p))};
   plan.finish.grid[0] = static_cast<uint32_t>(p.Hq * hopper::fused_query_tiles(p.Nq));
   plan.finish.grid[1] = static_cast<uint32_t>(p.B);
-  plan.finish.threads = 256;
+  plan.finish.threads = static_cast<uint32_t>(2 * tile.columns);
 }
 
 // Of a size that the kernels can number.
@@ -166,8 +171,7 @@ void plan_hopper_backward(const AttentionProblem& p, const CallTraits& call, con
                          dkv_layout.threads, dkv_layout.bytes);
   plan.keys.query_box = dkv.tile;
   plan.keys.key_box = 64;
-  if (!modified && columns_of(p) == hopper::fused_choice.columns && device.multiprocessors >= 2 * hopper::fused_group)
-    plan_fused(p, device, plan);
+  if (!modified) plan_fused(p, device, plan);
 }
 
 }  // namespace mfa::cuda

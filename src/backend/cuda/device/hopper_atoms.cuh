@@ -122,15 +122,18 @@ __device__ __forceinline__ int load_acquire(const int* flag) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
   return x;
 }
-__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* counter) {
-  uint32_t x;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(counter) : "memory");
+template <class Int>
+__device__ __forceinline__ Int load_relaxed(const Int* flag) {
+  Int x;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
   return x;
 }
-__device__ __forceinline__ void store_release(int* flag, int x) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
+__device__ __forceinline__ void store_relaxed(int* flag, int x) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(x) : "memory");
 }
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Orders what this thread has seen before its later copies to and from global memory.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- Warpgroups
 

@@ -32,7 +32,7 @@ constexpr TileChoice backward_choice(Gradient g, bool modified, int choice) {
 template <class T_, Gradient gradient, bool modified_, int choice>
 struct BackwardTile {
   using T = T_;
-  static constexpr bool modified = modified_, fused = false;
+  static constexpr bool modified = modified_;
   static constexpr bool keeps_queries = gradient == Gradient::dq;
   static constexpr bool values = !keeps_queries;  // sums dv as well
   static constexpr bool shared_keys = gradient == Gradient::dkv_shared;
@@ -190,24 +190,29 @@ __device__ __forceinline__ bool is_finite(const float (&x)[n]) {
   return sum[0] + sum[1] == 0.f;
 }
 
+// The warps that work on the same passing tiles meet.
+template <class Tile>
+__device__ __forceinline__ void sync_readers() {
+  constexpr int warps = Tile::consumer_warps;
+  named_sync(2 + (threadIdx.x / 32 - 4) / warps, 32 * warps);
+}
+
 // Zeroes the NaNs and infinities of a step's tiles whose rows are summed.
 template <class Tile>
 __device__ __noinline__ void clean_tiles(uint32_t at, int stage) {
   using T = typename Tile::T;
   constexpr int warps = Tile::consumer_warps, bytes = Tile::layout.pass_bytes;
-  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  const int warp = (threadIdx.x / 32 - 4) % warps, lane = threadIdx.x % 32;
   const BackwardShared<Tile> shared(at);
   clean_tile<T, bytes, warps>(shared.base + (shared.first(stage) - at), warp, lane);
   if constexpr (Tile::values) clean_tile<T, bytes, warps>(shared.base + (shared.second(stage) - at), warp, lane);
-  // The kernel that sums dq as well reads the keys' rows for that.
-  if constexpr (Tile::fused) clean_tile<T, Tile::consumers * Tile::layout.stay_bytes, warps>(shared.base, warp, lane);
   fence_async_shared();
-  named_sync(2, 32 * warps);
+  sync_readers<Tile>();
 }
 
 // What is not seen has weight 0, but 0 times NaN is NaN: where a tile has hidden elements, its NaNs and infinities
 // become zeros before its rows are summed. Passing queries are finite where their lse is, which every warp sees alike;
-// so all threads of both warpgroups come here together, and their products must be finished.
+// so all threads that work on the tile come here together, and their products must be finished.
 template <class Tile>
 __device__ __forceinline__ bool are_finite_queries(const BackwardShared<Tile>& shared, int stage, int lane) {
   float sum = 0.f;
@@ -218,7 +223,7 @@ __device__ __forceinline__ bool are_finite_queries(const BackwardShared<Tile>& s
 }
 template <class Tile>
 __device__ __forceinline__ void clean_step(const BackwardShared<Tile>& shared, int stage) {
-  named_sync(2, 32 * Tile::consumer_warps);
+  sync_readers<Tile>();
   clean_tiles<Tile>(shared.at, stage);
 }
 
@@ -237,7 +242,7 @@ template <class Tile>
 __device__ __forceinline__ void clean_as_voted(const BackwardShared<Tile>& shared, uint32_t parity, int stage) {
   barrier_wait(shared.barrier(Tile::voted), parity);
   if (!*shared.found(parity)) return;
-  named_sync(2, 32 * Tile::consumer_warps);
+  sync_readers<Tile>();
   *shared.found(parity) = 0;
   clean_tiles<Tile>(shared.at, stage);
 }

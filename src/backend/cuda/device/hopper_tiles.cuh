@@ -34,7 +34,7 @@ struct TileChoice {
   int consumers;          // warpgroups that multiply
   int tile;               // keys (forward, dq) or queries (dk, dv) a step
   int stages;             // of the rings of those tiles
-  bool alternate;         // warpgroups take turns at issuing products
+  bool alternate;         // warpgroups take turns, at issuing products (forward) or at the passing tiles (one pass)
   int value_columns = 0;  // of v and o, where they are fewer; 0: the same
   bool halves = false;    // two warpgroups work on the same 64 rows: each on half the keys and half of o's columns
 };
@@ -106,8 +106,12 @@ constexpr TileChoice dkv_shared_modified_tiles[] = {
     {256, 1, 48, 2, false},
 };
 
-// dq, dk and dv in one pass: keys and values stay, queries pass.
-constexpr TileChoice fused_choice = {128, 2, 64, 2, false};
+// dq, dk and dv in one pass: keys and values stay, queries pass. 128 keys, half of them a warpgroup's; all of them each
+// warpgroup's where they alternate.
+constexpr TileChoice fused_tiles[] = {
+    {64, 2, 64, 4, true},
+    {128, 2, 64, 2, false},
+};
 
 constexpr int shared_work_bytes = 64;              // what a block works on, twice
 constexpr int shared_bytes_of_block = 227 * 1024;  // the most that a block may have
@@ -190,13 +194,14 @@ constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false)
   return l;
 }
 
-// The same for the kernel that computes all three: all warpgroups' keys and values, also two tiles of dS, to which each
-// warpgroup gives its keys, and two of dq.
+// The same for kernels that compute all three: all keys and values, also two tiles of dS, of both warpgroups' keys or
+// of a warpgroup each, and tiles of dq. At a multiple of 1024 bytes.
 struct FusedLayout {
   int stay_bytes, pass_bytes, first_at, second_at, rows_at, ds_bytes, ds_at, dq_bytes, dq_at, barriers_at, work_at,
       bytes;
 };
-constexpr int fused_barriers(TileChoice c) { return 10 + 4 * c.stages; }
+constexpr int fused_parts(TileChoice c) { return c.alternate ? 6 : 2; }  // tiles of dq on their way
+constexpr int fused_barriers(TileChoice c) { return 6 + 2 * fused_parts(c) + 4 * c.stages; }
 constexpr FusedLayout fused_layout(TileChoice c) {
   FusedLayout l{};
   l.stay_bytes = chunks_of(c.columns) * 64 * 128;
@@ -207,10 +212,10 @@ constexpr FusedLayout fused_layout(TileChoice c) {
   l.ds_at = l.second_at + c.stages * l.pass_bytes;
   l.dq_bytes = c.tile * c.columns * 4;
   l.dq_at = l.ds_at + 2 * l.ds_bytes;
-  l.rows_at = l.dq_at + 2 * l.dq_bytes;
+  l.rows_at = l.dq_at + fused_parts(c) * l.dq_bytes;
   l.barriers_at = l.rows_at + c.stages * c.tile * 8;
   l.work_at = l.barriers_at + fused_barriers(c) * 8;
-  l.bytes = l.work_at + 2 * shared_work_bytes + 1024;
+  l.bytes = l.work_at + 2 * shared_work_bytes;
   return l;
 }
 
@@ -235,10 +240,10 @@ MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, in
 }
 
 // Kernels that compute dq, dk and dv in one pass: the key tiles of a head are worked on in groups of `fused_group`,
-// whose members walk the query tiles at some distance from each other, `fused_lag` tiles where visibility does not set
-// them apart. So parts of dq can be added in a fixed order without waiting, and meet what they are added to in the L2
-// cache.
-constexpr int fused_tile = fused_choice.tile, fused_group = 8, fused_lag = 2;
+// whose members walk the query tiles `fused_lag` tiles apart. So parts of dq can be added in a fixed order without
+// waiting, and meet what they are added to in the L2 cache.
+constexpr int fused_tile = 64, fused_keys = 128, fused_group = 8;
+constexpr int fused_lag(TileChoice c) { return c.alternate ? 4 : 2; }
 MFA_HOST_DEVICE int fused_query_tiles(int Nq) { return (Nq + fused_tile - 1) / fused_tile; }
 
 // A group of every head, then the next group.
@@ -347,9 +352,10 @@ MFA_HOST_DEVICE KeyTiles query_tiles(const Visibility& v, int Nq, int key_begin,
 }
 
 // Where a key tile of kernels that compute all gradients in one pass starts its walk over the query tiles [first,
-// last), which goes round.
-MFA_HOST_DEVICE int walk_start(const Visibility& see, int tile, int first, int last) {
-  return see.right >= 0 || last <= first ? first : first + fused_lag * (tile % fused_group) % (last - first);
+// last), which goes round. Visibility may have set the tiles of a group apart.
+MFA_HOST_DEVICE int walk_start(const Visibility& see, int tile, int first, int last, int lag) {
+  const int apart = see.right >= 0 ? fused_keys / fused_tile : 0;
+  return last <= first ? first : first + (lag - apart) * (tile % fused_group) % (last - first);
 }
 
 }  // namespace hopper

@@ -266,7 +266,7 @@ TEST(CudaPlanHopper, TheBackwardNamesItsKernels) {
   EXPECT_EQ(names(p, kTiled), "backward_rows_bf16 backward_queries_bf16_256 backward_keys_bf16_256");
 }
 
-TEST(CudaPlanHopper, AllGradientsComeInOnePassForUpTo128Columns) {
+TEST(CudaPlanHopper, AllGradientsComeInOnePassFor64And128Columns) {
   AttentionProblem p = shape(2, 16, 4, 1000, 3000, 104, DType::bf16);
   const BackwardPlan plan = plan_backward(p, {}, {}, kH100);
   EXPECT_EQ(name_of(plan.fused) + " " + name_of(plan.finish),
@@ -279,6 +279,12 @@ TEST(CudaPlanHopper, AllGradientsComeInOnePassForUpTo128Columns) {
   EXPECT_EQ(plan_backward(p, {}, {}, few).fused.threads, 0u);
   EXPECT_EQ(plan_backward(p, {.bias = true}, {}, kH100).fused.threads, 0u);
   p.D = p.Dv = 64;
+  const BackwardPlan narrow = plan_backward(p, {}, {}, kH100);
+  EXPECT_EQ(name_of(narrow.fused) + " " + name_of(narrow.finish),
+            "hopper_backward_fused_64_bf16 hopper_backward_finish_64_bf16");
+  EXPECT_LE(narrow.fused.shared_bytes, uint32_t(kH100.shared_bytes));
+  EXPECT_EQ(narrow.finish.threads, 128u);
+  p.D = p.Dv = 80;
   EXPECT_EQ(plan_backward(p, {}, {}, kH100).fused.threads, 0u);
 }
 

@@ -1,0 +1,205 @@
+// hopper_backward_parts.cuh: kernels that compute the gradients of q, k and v in one pass: their tiles, who feeds them,
+// and how the parts of dq become dq. hopper_backward_fused.cuh holds the kernels.
+//
+// Each key tile has a part of dQ. Parts are added in global memory, float32, in an order that depends on shapes and
+// visibility alone, so the bits are the same every time: a counter at each query tile says whose turn it is. Key tiles
+// are drawn in groups, and the members of a group walk the query tiles one behind the other, so that turns come without
+// waiting and what the members read and add to stays in the L2 cache. Source of adding dQ by copy engine: Shah et al.,
+// "FlashAttention-3", arXiv:2407.08608; the order is ours.
+#pragma once
+
+#include "hopper_backward.cuh"
+
+namespace mfa::cuda::hopper {
+
+template <class T_, int choice>
+struct FusedTile {
+  using T = T_;
+  static constexpr bool modified = false, keeps_queries = false, values = true;
+  static constexpr TileChoice c = fused_tiles[choice];
+  static constexpr int columns = c.columns, consumers = c.consumers, rows = 64 * consumers, BN = c.tile,
+                       stages = c.stages;
+  static constexpr FusedLayout layout = fused_layout(c);
+  static constexpr bool alternate = c.alternate;
+  static constexpr int consumer_warps = alternate ? 4 : 4 * consumers;  // that work on a tile of queries
+  static constexpr int threads = 128 * (consumers + 1), parts = fused_parts(c), lag = fused_lag(c);
+  static constexpr int adders = parts % 3 ? 2 : 3;  // each has its own of the parts' places
+  static constexpr int feeder_registers = 24, consumer_registers = 240;
+  static constexpr int dq_columns = 64;  // of each warpgroup, all rows of a tile
+  static_assert(consumers == 2 && rows == fused_keys && BN == fused_tile && stages % 2 == 0 &&
+                columns == (alternate ? 1 : 2) * dq_columns);
+  // Barriers, in order.
+  static constexpr int work_full = 0, work_empty = 2, stay_full = 4, stay_empty = 5, dq_full = 6,
+                       dq_empty = dq_full + parts, first_full = dq_empty + parts, second_full = first_full + stages,
+                       first_empty = second_full + stages, second_empty = first_empty + stages,
+                       barriers = second_empty + stages;
+  static_assert(barriers == fused_barriers(c));
+  static_assert(layout.bytes <= shared_bytes_of_block);
+};
+
+// The feeding warpgroup's first thread.
+template <class Tile>
+__device__ __forceinline__ void feed_fused(const BackwardParams& params, const HopperSchedule& s,
+                                           const BackwardShared<Tile>& shared, const BackwardMaps& maps) {
+  const Problem& p = params.p;
+  Ring<2> slot;
+  Ring<1> stay;
+  Ring<Tile::stages> ring;
+  // Members of a group need each other's parts, so none may wait in its block behind another: a block draws again when
+  // the whole group of its last tile has been drawn.
+  int group_end = 0;
+  for (int id = blockIdx.x;; id = draw_tile(s, group_end)) {
+    barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
+    const SharedWork w = shared.work(slot.stage());
+    if (id >= s.tiles) {
+      w.set_end();
+    } else {
+      const WorkItem item = fused_item(s, p.B * p.Hkv, p.Hkv, id);
+      group_end = fused_group_end(s, item.tile, id);
+      w.set_item(item, Tile::rows);
+      w.set_visibility(visibility(p, w.b()));
+      w.set_tiles(query_tiles<Tile::BN>(w.see(), p.Nq, w.row0(), Tile::rows, 0), p.G);
+      w.set_start(walk_start(w.see(), w.row0() / Tile::rows, w.first(), w.last(), Tile::lag));
+    }
+    barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
+    slot.advance();
+    if (w.b() < 0) break;
+    if (!w.passes()) continue;
+    bool kept = false;
+    for (int pass = 0; pass < w.passes(); ++pass) {
+      int n = w.start();
+      do {
+        load_pair<Tile>(params, shared, maps, w, ring, w.h() * p.G + pass, n * Tile::BN);
+        // The stationary tiles follow the first passing ones: those find room while the work before is still
+        // finishing.
+        if (!kept) {
+          kept = true;
+          const uint32_t stay_full = shared.barrier(Tile::stay_full);
+          barrier_wait(shared.barrier(Tile::stay_empty), stay.parity() ^ 1);
+          barrier_arrive_expect(stay_full, 2 * Tile::consumers * Tile::layout.stay_bytes);
+#pragma unroll 1
+          for (int i = 0; i < Tile::consumers; ++i) {
+            load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, stay_full, w.row0() + 64 * i, w.h(),
+                                         w.b());
+            load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, stay_full, w.row0() + 64 * i, w.h(),
+                                         w.b());
+          }
+          stay.advance();
+        }
+        if (++n == w.last()) n = w.first();
+      } while (n != w.start());
+    }
+  }
+}
+
+// What a block adds to the sums of dq of one tile of queries.
+struct Part {
+  int64_t at;  // the tile, of all
+  int turn;    // how many key tiles add to it before
+};
+
+// Others of the feeding warpgroup's warps, `adder` one of them: add the parts of dq, each when it is the key tile's
+// turn. Lanes stand for the members of the group of key tiles.
+template <class Tile>
+__device__ __forceinline__ void add_queries(const BackwardParams& params, const HopperSchedule& s,
+                                            const BackwardShared<Tile>& shared, int adder, int lane) {
+  const Problem& p = params.p;
+  constexpr int bytes = Tile::layout.dq_bytes;
+  Ring<2> slot;
+  uint32_t index = adder;  // of this warp's next part, of all that this block adds
+  uint32_t end = 0;        // of the parts of the work
+  for (;; slot.advance()) {
+    barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
+    const SharedWork work = shared.work(slot.stage());
+    if (work.b() < 0) break;
+    const int tile0 = work.row0() / Tile::rows / fused_group * fused_group, member = work.row0() / Tile::rows - tile0;
+    KeyTiles seen{0, 0, 0, 0};
+    int start = 0;
+    if (const int tile = tile0 + lane; lane < fused_group && tile < s.tiles_per_head) {
+      seen = query_tiles<Tile::BN>(work.see(), p.Nq, tile * Tile::rows, Tile::rows, 0);
+      start = walk_start(work.see(), tile, seen.first, seen.last, Tile::lag);
+    }
+    const int length = work.last() - work.first();
+    // Where a part of this work goes. Called by the whole warp.
+    const auto locate = [&](uint32_t number) {
+      const int pass = number / length, n_open = work.start() + number % length,
+                n = n_open < work.last() ? n_open : n_open - length;
+      const int when = n >= start ? n - start : n - start + seen.last - seen.first;
+      const int now = __shfl_sync(0xffffffffu, when, member);
+      const bool before = n >= seen.first && n < seen.last && (when < now || (when == now && lane < member));
+      const int earlier = max(tile0 - work.see().begin(n * Tile::BN) / Tile::rows, 0);
+      return Part{(int64_t{work.b()} * p.Hq + work.h() * p.G + pass) * fused_query_tiles(p.Nq) + n,
+                  earlier + __popc(__ballot_sync(0xffffffffu, before))};
+    };
+    const uint32_t begin = end;
+    if (work.passes()) end += work.passes() * length;
+    Part next{};
+    if (index < end) next = locate(index - begin);
+    int turn = -1;  // that the next part's tile is at, if it was read in advance
+    while (index < end) {
+      const Part part = next;
+      const uint32_t stage = index % Tile::parts, parity = index / Tile::parts & 1;
+      index += Tile::adders;
+      if (index < end) next = locate(index - begin);
+      if (lane == 0) {
+        while (turn != part.turn) turn = load_acquire(params.dq_turns + part.at);
+        fence_async_global();
+        barrier_wait(shared.barrier(Tile::dq_full + stage), parity);
+        float* to = params.dq_sums + part.at * (bytes / 4);
+        const uint32_t from = shared.at + Tile::layout.dq_at + stage * bytes;
+        if (part.turn == 0)
+          store_bytes(to, from, bytes);
+        else
+          add_floats(to, from, bytes);
+        stores_commit();
+        // Read while the stores are being completed.
+        turn = index < end ? load_relaxed(params.dq_turns + next.at) : -1;
+        stores_wait_read();
+        barrier_arrive(shared.barrier(Tile::dq_empty + stage));
+        stores_wait();
+        fence_device();  // what was stored is in place, and what was read came before
+        store_relaxed(params.dq_turns + part.at, part.turn + 1);
+      }
+      __syncwarp();
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
+  }
+}
+
+// dq from its sums. Grid: Hq * Nq_padded / BN, B blocks of 2 * columns; the last sums, which were written last, come
+// first.
+template <class Tile>
+__device__ __forceinline__ void finish_queries(const BackwardParams& params) {
+  using T = typename Tile::T;
+  const Problem& p = params.p;
+  const int n = (gridDim.x - 1 - blockIdx.x) / p.Hq, h = blockIdx.x % p.Hq, b = blockIdx.y;
+  if (n * Tile::BN >= p.Nq) return;
+  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
+  const KeyTiles tiles = key_tiles<Tile::rows>(visibility(p, b), n * Tile::BN, min((n + 1) * Tile::BN, p.Nq));
+  constexpr int columns = Tile::dq_columns;
+  float d[columns / 2] = {};
+  if (tiles.last > tiles.first) {
+    const int64_t at = (int64_t{b} * p.Hq + h) * fused_query_tiles(p.Nq) + n;
+    const float4* from = reinterpret_cast<const float4*>(params.dq_sums) + at * (Tile::layout.dq_bytes / 16) +
+                         warpgroup * columns * 16 + thread;
+#pragma unroll
+    for (int i = 0; i < columns / 8; ++i) {
+      const float4 x = from[128 * i];
+      d[4 * i] = x.x, d[4 * i + 1] = x.y, d[4 * i + 2] = x.z, d[4 * i + 3] = x.w;
+    }
+  }
+  const int column0 = columns * warpgroup;
+  const float weight[2] = {p.scale, p.scale};
+  T* row[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = n * Tile::BN + thread / 32 * 16 + lane / 4 + 8 * r;
+    row[r] = i < p.Nq ? static_cast<T*>(params.dq.data) + b * params.dq.stride[0] + h * params.dq.stride[1] +
+                            i * params.dq.stride[2] + column0
+                      : nullptr;
+  }
+  write_rows<T, columns>(d, weight, row, p.D - column0, lane);
+}
+
+}  // namespace mfa::cuda::hopper
