@@ -132,9 +132,9 @@ __device__ __forceinline__ void consume_together(const BackwardParams& params, c
       const uint32_t ds = shared.at + Tile::layout.ds_at + half * Tile::layout.ds_bytes;
       keep_score_gradients<Tile>(packed_ds, ds, warpgroup, thread);
       fence_async_shared();
-      products_wait<0>();
-      settle(dv);
       named_sync(1, 128 * Tile::consumers);
+      products_wait<0>();  // frees packed_p
+      settle(dv);
       float dq[Tile::dq_columns / 2];
       products_fence();
       multiply_queries<Tile>(dq, shared, ds, warpgroup);
