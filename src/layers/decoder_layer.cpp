@@ -6,6 +6,7 @@
 
 #include "attention/append.h"
 #include "backend/cpu/attention.h"
+#include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/scratch.h"
 #include "common/thread_pool.h"
@@ -80,44 +81,38 @@ void multiply(const DecoderLayerProblem& p, std::span<const Product> products) {
   cpu::matmul({problems.data(), count});
 }
 
-template <typename T, DType kDType>
-void add_rows(const void* a, const void* b, int64_t size, void* out) {
-  for (int64_t i = 0; i < size; ++i)
-    store_from_float(out, kDType, i, to_float(static_cast<const T*>(a)[i]) + to_float(static_cast<const T*>(b)[i]));
-}
-
 void add(const DecoderLayerProblem& p, const void* a, const void* b, void* out) {
-  const int64_t size = p.B * p.T * p.width;
-  if (p.dtype == DType::f32) {
-    add_rows<float, DType::f32>(a, b, size, out);
-  } else if (p.dtype == DType::f16) {
-    add_rows<float16, DType::f16>(a, b, size, out);
-  } else {
-    add_rows<bfloat16, DType::bf16>(a, b, size, out);
-  }
+  cpu::require_kernels().layers().add(p.dtype, a, b, p.B * p.T * p.width, out);
 }
 
-// [B, T, H * D] to [B, H, T, D].
-void turn(const DecoderLayerProblem& p, const void* x, int32_t H, void* out) {
-  RopeProblem rotation;
-  rotation.B = p.B;
-  rotation.H = H;
-  rotation.T = p.T;
-  rotation.D = p.D;
-  rotation.dims = p.rope_dims;
-  rotation.dtype = p.dtype;
-  rotation.x = x;
+// Of [B, T, H * D] to [B, H, T, D].
+RopeProblem rotation(const DecoderLayerProblem& p, const void* x, int32_t H, void* out) {
+  RopeProblem r;
+  r.B = p.B;
+  r.H = H;
+  r.T = p.T;
+  r.D = p.D;
+  r.dims = p.rope_dims;
+  r.dtype = p.dtype;
+  r.x = x;
   const int64_t row = int64_t{H} * p.D;
-  rotation.stride[0] = p.T * row;
-  rotation.stride[1] = p.D;
-  rotation.stride[2] = row;
-  rotation.out = out;
-  rotation.traditional = p.traditional;
-  rotation.scale = p.rope_scale;
-  rotation.base = p.rope_base;
-  rotation.periods = p.rope_periods;
-  rotation.offsets = &p.offset;
-  rope(rotation);
+  r.stride[0] = p.T * row;
+  r.stride[1] = p.D;
+  r.stride[2] = row;
+  r.out = out;
+  r.traditional = p.traditional;
+  r.scale = p.rope_scale;
+  r.base = p.rope_base;
+  r.periods = p.rope_periods;
+  r.offsets = &p.offset;
+  return r;
+}
+
+void turn(const DecoderLayerProblem& p, const Intermediates& m) {
+  const RopeProblem q = rotation(p, m.q, p.Hq, m.q_heads), k = rotation(p, m.k, p.Hkv, m.k_heads);
+  const RopeTurns turns(q);
+  rope(q, turns);
+  rope(k, turns);
 }
 
 // Writes the new rows, [B, Hkv, T, D] by their strides, into the cache.
@@ -167,8 +162,7 @@ void decoder_layer(const DecoderLayerProblem& p) {
 
   normalise(p, p.x, p.attention_norm, m.normed);
   multiply(p, std::array{Product{p.q, m.normed, m.q}, Product{p.k, m.normed, m.k}, Product{p.v, m.normed, m.v}});
-  turn(p, m.q, p.Hq, m.q_heads);
-  turn(p, m.k, p.Hkv, m.k_heads);
+  turn(p, m);
   const int64_t row = int64_t{p.Hkv} * p.D;
   append(p, m.k_heads, {row * p.T, p.T * p.D, p.D}, p.keys);
   append(p, m.v, {row * p.T, p.D, row}, p.values);
