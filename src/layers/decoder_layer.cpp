@@ -1,6 +1,7 @@
 #include "layers/decoder_layer.h"
 
 #include <array>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -108,11 +109,10 @@ RopeProblem rotation(const DecoderLayerProblem& p, const void* x, int32_t H, voi
   return r;
 }
 
-void turn(const DecoderLayerProblem& p, const Intermediates& m) {
-  const RopeProblem q = rotation(p, m.q, p.Hq, m.q_heads), k = rotation(p, m.k, p.Hkv, m.k_heads);
-  const RopeTurns turns(q);
-  rope(q, turns);
-  rope(k, turns);
+// Whether the tokens of both are turned alike.
+bool have_same_turns(const DecoderLayerProblem& a, const DecoderLayerProblem& b) {
+  return a.offset == b.offset && a.rope_dims == b.rope_dims && a.rope_scale == b.rope_scale &&
+         a.rope_base == b.rope_base && a.rope_periods == b.rope_periods;
 }
 
 // Writes the new rows, [B, Hkv, T, D] by their strides, into the cache.
@@ -151,30 +151,40 @@ void attend(const DecoderLayerProblem& p, const void* q, void* out) {
   cpu::attention_forward(a, o);
 }
 
-}  // namespace
-
-void decoder_layer(const DecoderLayerProblem& p) {
-  Arena size(nullptr);
-  Intermediates(p, size);
-  Arena arena(working_memory(size.bytes()));
-  const Intermediates m(p, arena);
-  const AwakeWorkers awake;
-
-  normalise(p, p.x, p.attention_norm, m.normed);
+void compute(const DecoderLayerProblem& p, const RopeTurns& turns, const Intermediates& m, const void* x, void* out) {
+  normalise(p, x, p.attention_norm, m.normed);
   multiply(p, std::array{Product{p.q, m.normed, m.q}, Product{p.k, m.normed, m.k}, Product{p.v, m.normed, m.v}});
-  turn(p, m);
+  rope(rotation(p, m.q, p.Hq, m.q_heads), turns);
+  rope(rotation(p, m.k, p.Hkv, m.k_heads), turns);
   const int64_t row = int64_t{p.Hkv} * p.D;
   append(p, m.k_heads, {row * p.T, p.T * p.D, p.D}, p.keys);
   append(p, m.v, {row * p.T, p.D, row}, p.values);
   attend(p, m.q_heads, m.attended);
   multiply(p, std::array{Product{p.o, m.attended, m.added}});
-  add(p, p.x, m.added, m.hidden);
+  add(p, x, m.added, m.hidden);
 
   normalise(p, m.hidden, p.mlp_norm, m.normed);
   multiply(p, std::array{Product{p.gate, m.normed, m.gate}, Product{p.up, m.normed, m.up}});
   swiglu({p.B * p.T * p.gate.N, p.dtype, m.gate, m.up, m.gate});
   multiply(p, std::array{Product{p.down, m.gate, m.added}});
-  add(p, m.hidden, m.added, p.out);
+  add(p, m.hidden, m.added, out);
+}
+
+}  // namespace
+
+void decoder_layers(std::span<const DecoderLayerProblem> layers, const void* x, void* out) {
+  const AwakeWorkers awake;
+  std::optional<RopeTurns> turns;
+  const DecoderLayerProblem* turned = nullptr;
+  for (const DecoderLayerProblem& p : layers) {
+    Arena size(nullptr);
+    Intermediates(p, size);
+    Arena arena(working_memory(size.bytes()));
+    if (!turned || !have_same_turns(p, *turned)) turns.emplace(rotation(p, nullptr, p.Hq, nullptr));
+    turned = &p;
+    compute(p, *turns, Intermediates(p, arena), x, out);
+    x = out;
+  }
 }
 
 }  // namespace mfa
