@@ -1,5 +1,5 @@
-# CpuKernels.cmake: one object library for each instruction set, src/backend/cpu/{kernels,matmul}_<isa>.cc, with its
-# own flags.
+# CpuKernels.cmake: one object library for each instruction set, src/backend/cpu/{kernels,matmul,layers}_<isa>.cc, with
+# its own flags.
 #
 # The units use Highway's headers only: static targets, chosen by the compiler flags, so nothing of Highway is linked.
 # Highway takes a target only if every feature it expects is enabled; AES, PCLMUL, BMI and F16C are listed for that.
@@ -21,7 +21,7 @@ endif()
 
 include(CheckCXXCompilerFlag)
 
-# Adds {kernels,matmul}_<isa>.cc to `target` if the first exists and the compiler knows its flags, and defines MFA_HAVE_<ISA>.
+# Adds {kernels,matmul,layers}_<isa>.cc to `target` if the first exists and the compiler knows its flags, and defines MFA_HAVE_<ISA>.
 function(mfa_add_cpu_kernels target isa)
   set(source "${PROJECT_SOURCE_DIR}/src/backend/cpu/kernels_${isa}.cc")
   string(TOUPPER "${isa}" ISA)
@@ -37,7 +37,8 @@ function(mfa_add_cpu_kernels target isa)
     endif()
   endif()
   set(unit mfa_kernels_${isa})
-  add_library(${unit} OBJECT "${source}" "${PROJECT_SOURCE_DIR}/src/backend/cpu/matmul_${isa}.cc")
+  add_library(${unit} OBJECT "${source}" "${PROJECT_SOURCE_DIR}/src/backend/cpu/matmul_${isa}.cc"
+                             "${PROJECT_SOURCE_DIR}/src/backend/cpu/layers_${isa}.cc")
   mfa_compile_options(${unit})
   target_include_directories(${unit} PRIVATE "${PROJECT_SOURCE_DIR}/src")
   target_include_directories(${unit} SYSTEM PRIVATE "${MFA_HIGHWAY_INCLUDE_DIR}")

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "mfa/api.h"
@@ -71,12 +72,22 @@ struct DecoderLayerWeights {
   std::array<ProjectionWeights, kProjections> projections;
 };
 
-// The layer's output, keys and values; or nullopt for anything that it does not cover: more than 8 tokens, a cache
-// without room for them, arrays that are being traced, weights that are not evaluated or not dense, shapes and dtypes
-// that do not fit each other, GPU streams. x [B, T, width]; keys and values [B, Hkv, capacity, D] are the whole cache
-// and are written in place where nothing else refers to them.
-MFA_API std::optional<std::array<mlx::core::array, 3>> decoder_layer(
-    const mlx::core::array& x, const mlx::core::array& keys, const mlx::core::array& values,
-    DecoderLayerWeights weights, const DecoderLayerShape& shape, mlx::core::StreamOrDevice s = {});
+struct CachedDecoderLayer {
+  mlx::core::array keys, values;  // the whole cache, [B, Hkv, capacity, D] each
+  DecoderLayerShape shape;
+  DecoderLayerWeights weights;
+};
+
+struct DecoderOutputs {
+  mlx::core::array x;                                                 // of the last layer
+  std::vector<std::pair<mlx::core::array, mlx::core::array>> caches;  // keys and values of every layer
+};
+
+// Layers that follow each other, of x [B, T, width]; or nullopt if there is anything that this does not cover: more
+// than 8 tokens, a cache without room for them, arrays that are being traced, weights that are not evaluated or not
+// dense, shapes and dtypes that do not fit each other, GPU streams. Caches are written in place where nothing else
+// refers to them.
+MFA_API std::optional<DecoderOutputs> decoder_layers(const mlx::core::array& x, std::vector<CachedDecoderLayer> layers,
+                                                     mlx::core::StreamOrDevice s = {});
 
 }  // namespace mfa

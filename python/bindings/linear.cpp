@@ -28,31 +28,40 @@ using Rotation = std::tuple<int, bool, std::optional<float>, float, OptionalArra
 using Norm = std::pair<mx::array, float>;
 using Weights = std::tuple<std::vector<mx::array>, int, int>;
 
-std::optional<std::array<mx::array, 3>> try_decoder_layer(const mx::array& x, const mx::array& keys,
-                                                          const mx::array& values, const std::array<int, 3>& heads,
-                                                          int offset, bool causal, float scale,
-                                                          const std::vector<Norm>& norms, const Rotation& rotation,
-                                                          std::vector<Weights> projections, mx::StreamOrDevice stream) {
-  const auto& [dims, traditional, base, rope_scale, freqs] = rotation;
-  if (base.has_value() == freqs.has_value() || norms.size() != 2 || projections.size() != kProjections)
-    return std::nullopt;
-  const DecoderLayerShape shape{.Hq = heads[0],
-                                .Hkv = heads[1],
-                                .D = heads[2],
-                                .offset = offset,
-                                .causal = causal,
-                                .scale = scale,
-                                .eps = {norms[0].second, norms[1].second},
-                                .rope_dims = dims,
-                                .traditional = traditional,
-                                .rope_base = base.value_or(0.f),
-                                .rope_scale = rope_scale};
-  DecoderLayerWeights weights{norms[0].first, norms[1].first, freqs, {}};
-  for (int i = 0; i < kProjections; ++i) {
-    auto& [arrays, bits, group_size] = projections[i];
-    weights.projections[i] = {std::move(arrays), bits, group_size};
+// keys, values, heads, offset, causal, scale, norms, rotation, projections
+using Layer = std::tuple<mx::array, mx::array, std::array<int, 3>, int, bool, float, std::vector<Norm>, Rotation,
+                         std::vector<Weights>>;
+using Outputs = std::pair<mx::array, std::vector<std::pair<mx::array, mx::array>>>;
+
+std::optional<Outputs> try_decoder_layers(const mx::array& x, std::vector<Layer> layers, mx::StreamOrDevice stream) {
+  std::vector<CachedDecoderLayer> described;
+  described.reserve(layers.size());
+  for (auto& [keys, values, heads, offset, causal, scale, norms, rotation, projections] : layers) {
+    const auto& [dims, traditional, base, rope_scale, freqs] = rotation;
+    if (base.has_value() == freqs.has_value() || norms.size() != 2 || projections.size() != kProjections)
+      return std::nullopt;
+    const DecoderLayerShape shape{.Hq = heads[0],
+                                  .Hkv = heads[1],
+                                  .D = heads[2],
+                                  .offset = offset,
+                                  .causal = causal,
+                                  .scale = scale,
+                                  .eps = {norms[0].second, norms[1].second},
+                                  .rope_dims = dims,
+                                  .traditional = traditional,
+                                  .rope_base = base.value_or(0.f),
+                                  .rope_scale = rope_scale};
+    DecoderLayerWeights weights{norms[0].first, norms[1].first, freqs, {}};
+    for (int i = 0; i < kProjections; ++i) {
+      auto& [arrays, bits, group_size] = projections[i];
+      weights.projections[i] = {std::move(arrays), bits, group_size};
+    }
+    described.push_back({std::move(keys), std::move(values), shape, std::move(weights)});
   }
-  return decoder_layer(x, keys, values, std::move(weights), shape, stream);
+  layers.clear();
+  auto outputs = decoder_layers(x, std::move(described), stream);
+  if (!outputs) return std::nullopt;
+  return Outputs{std::move(outputs->x), std::move(outputs->caches)};
 }
 
 }  // namespace
@@ -175,22 +184,18 @@ void bind_linear(nb::module_& m) {
   m.def("try_argmax", &try_argmax, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
         "stream"_a = nb::none(),
         "``argmax`` as one operation, or None if MLX should compute it or report what is wrong.");
-  m.def("try_decoder_layer", &try_decoder_layer, "x"_a, "keys"_a, "values"_a, "heads"_a, "offset"_a, "causal"_a,
-        "scale"_a, "norms"_a, "rotation"_a, "projections"_a, "stream"_a = nb::none(), R"(
-        A layer of a llama-like decoder as one operation, or None if it does not cover the call.
+  m.def("try_decoder_layers", &try_decoder_layers, "x"_a, "layers"_a, "stream"_a = nb::none(), R"(
+        Consecutive layers of a llama-like decoder as few operations, or None if one is not covered.
 
         Args:
             x (array): ``[B, T, width]``, the new tokens, 8 at most in all.
-            keys, values (array): The whole cache ``[B, Hkv, capacity, D]``.
-            heads (tuple): ``(Hq, Hkv, D)``.
-            offset (int): Tokens in the cache.
-            causal (bool): Whether a new token sees only those up to itself.
-            scale (float): Of scores.
-            norms (list): ``(weight, eps)`` of the two RMS norms.
-            rotation (tuple): ``(dims, traditional, base or None, scale, freqs or None)``.
-            projections (list): ``(arrays, bits, group_size)`` of q, k, v, o, gate, up and down: the weights
+            layers (list): Of each ``(keys, values, heads, offset, causal, scale, norms, rotation, projections)``:
+                keys and values are the whole cache ``[B, Hkv, capacity, D]``; heads ``(Hq, Hkv, D)``; offset the tokens
+                in the cache; causal whether a new token sees only those up to itself; scale that of scores; norms
+                ``(weight, eps)`` of the two RMS norms; rotation ``(dims, traditional, base or None, scale, freqs or
+                None)``; projections ``(arrays, bits, group_size)`` of q, k, v, o, gate, up and down, the weights
                 ``[out, in]`` with bits 0, or the three arrays of affine quantisation.
-        Returns: list of array or None: The output, and keys and values with the new rows.)");
+        Returns: tuple or None: The output, and for each layer keys and values with the new rows.)");
 
   m.def(
       "linear_counters",

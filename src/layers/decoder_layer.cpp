@@ -1,11 +1,13 @@
 #include "layers/decoder_layer.h"
 
 #include <array>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "attention/append.h"
 #include "backend/cpu/attention.h"
+#include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/scratch.h"
 #include "common/thread_pool.h"
@@ -80,44 +82,37 @@ void multiply(const DecoderLayerProblem& p, std::span<const Product> products) {
   cpu::matmul({problems.data(), count});
 }
 
-template <typename T, DType kDType>
-void add_rows(const void* a, const void* b, int64_t size, void* out) {
-  for (int64_t i = 0; i < size; ++i)
-    store_from_float(out, kDType, i, to_float(static_cast<const T*>(a)[i]) + to_float(static_cast<const T*>(b)[i]));
-}
-
 void add(const DecoderLayerProblem& p, const void* a, const void* b, void* out) {
-  const int64_t size = p.B * p.T * p.width;
-  if (p.dtype == DType::f32) {
-    add_rows<float, DType::f32>(a, b, size, out);
-  } else if (p.dtype == DType::f16) {
-    add_rows<float16, DType::f16>(a, b, size, out);
-  } else {
-    add_rows<bfloat16, DType::bf16>(a, b, size, out);
-  }
+  cpu::require_kernels().layers().add(p.dtype, a, b, p.B * p.T * p.width, out);
 }
 
-// [B, T, H * D] to [B, H, T, D].
-void turn(const DecoderLayerProblem& p, const void* x, int32_t H, void* out) {
-  RopeProblem rotation;
-  rotation.B = p.B;
-  rotation.H = H;
-  rotation.T = p.T;
-  rotation.D = p.D;
-  rotation.dims = p.rope_dims;
-  rotation.dtype = p.dtype;
-  rotation.x = x;
+// Of [B, T, H * D] to [B, H, T, D].
+RopeProblem rotation(const DecoderLayerProblem& p, const void* x, int32_t H, void* out) {
+  RopeProblem r;
+  r.B = p.B;
+  r.H = H;
+  r.T = p.T;
+  r.D = p.D;
+  r.dims = p.rope_dims;
+  r.dtype = p.dtype;
+  r.x = x;
   const int64_t row = int64_t{H} * p.D;
-  rotation.stride[0] = p.T * row;
-  rotation.stride[1] = p.D;
-  rotation.stride[2] = row;
-  rotation.out = out;
-  rotation.traditional = p.traditional;
-  rotation.scale = p.rope_scale;
-  rotation.base = p.rope_base;
-  rotation.periods = p.rope_periods;
-  rotation.offsets = &p.offset;
-  rope(rotation);
+  r.stride[0] = p.T * row;
+  r.stride[1] = p.D;
+  r.stride[2] = row;
+  r.out = out;
+  r.traditional = p.traditional;
+  r.scale = p.rope_scale;
+  r.base = p.rope_base;
+  r.periods = p.rope_periods;
+  r.offsets = &p.offset;
+  return r;
+}
+
+// Whether the tokens of both are turned alike.
+bool have_same_turns(const DecoderLayerProblem& a, const DecoderLayerProblem& b) {
+  return a.offset == b.offset && a.rope_dims == b.rope_dims && a.rope_scale == b.rope_scale &&
+         a.rope_base == b.rope_base && a.rope_periods == b.rope_periods;
 }
 
 // Writes the new rows, [B, Hkv, T, D] by their strides, into the cache.
@@ -156,31 +151,40 @@ void attend(const DecoderLayerProblem& p, const void* q, void* out) {
   cpu::attention_forward(a, o);
 }
 
-}  // namespace
-
-void decoder_layer(const DecoderLayerProblem& p) {
-  Arena size(nullptr);
-  Intermediates(p, size);
-  Arena arena(working_memory(size.bytes()));
-  const Intermediates m(p, arena);
-  const AwakeWorkers awake;
-
-  normalise(p, p.x, p.attention_norm, m.normed);
+void compute(const DecoderLayerProblem& p, const RopeTurns& turns, const Intermediates& m, const void* x, void* out) {
+  normalise(p, x, p.attention_norm, m.normed);
   multiply(p, std::array{Product{p.q, m.normed, m.q}, Product{p.k, m.normed, m.k}, Product{p.v, m.normed, m.v}});
-  turn(p, m.q, p.Hq, m.q_heads);
-  turn(p, m.k, p.Hkv, m.k_heads);
+  rope(rotation(p, m.q, p.Hq, m.q_heads), turns);
+  rope(rotation(p, m.k, p.Hkv, m.k_heads), turns);
   const int64_t row = int64_t{p.Hkv} * p.D;
   append(p, m.k_heads, {row * p.T, p.T * p.D, p.D}, p.keys);
   append(p, m.v, {row * p.T, p.D, row}, p.values);
   attend(p, m.q_heads, m.attended);
   multiply(p, std::array{Product{p.o, m.attended, m.added}});
-  add(p, p.x, m.added, m.hidden);
+  add(p, x, m.added, m.hidden);
 
   normalise(p, m.hidden, p.mlp_norm, m.normed);
   multiply(p, std::array{Product{p.gate, m.normed, m.gate}, Product{p.up, m.normed, m.up}});
   swiglu({p.B * p.T * p.gate.N, p.dtype, m.gate, m.up, m.gate});
   multiply(p, std::array{Product{p.down, m.gate, m.added}});
-  add(p, m.hidden, m.added, p.out);
+  add(p, m.hidden, m.added, out);
+}
+
+}  // namespace
+
+void decoder_layers(std::span<const DecoderLayerProblem> layers, const void* x, void* out) {
+  const AwakeWorkers awake;
+  std::optional<RopeTurns> turns;
+  const DecoderLayerProblem* turned = nullptr;
+  for (const DecoderLayerProblem& p : layers) {
+    Arena size(nullptr);
+    Intermediates(p, size);
+    Arena arena(working_memory(size.bytes()));
+    if (!turned || !have_same_turns(p, *turned)) turns.emplace(rotation(p, nullptr, p.Hq, nullptr));
+    turned = &p;
+    compute(p, *turns, Intermediates(p, arena), x, out);
+    x = out;
+  }
 }
 
 }  // namespace mfa

@@ -1,4 +1,4 @@
-// decoder_layer.h: a layer of a llama-like decoder, for a few tokens with a cache of the keys and values before them:
+// decoder_layer.h: layers of a llama-like decoder, for a few tokens with a cache of the keys and values before them:
 //
 //   h = x + o(attention(rope(q(n)), rope(k(n)), v(n))),   n = rms_norm(x)
 //   out = h + down(silu(gate(m)) * up(m)),                m = rms_norm(h)
@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 
 #include "attention/problem.h"
 #include "linear/problem.h"
@@ -31,8 +32,6 @@ struct DecoderLayerProblem {
   int32_t width = 0;     // of x and out
   int32_t Hq = 0, Hkv = 0, D = 0;
   DType dtype = DType::f32;
-  const void* x = nullptr;  // [B, T, width] dense
-  void* out = nullptr;      // likewise
   RmsNormWeights attention_norm, mlp_norm;
   Projection q, k, v, o, gate, up, down;
   // Of q and k, as in RopeProblem; the first new token has position `offset`.
@@ -46,7 +45,8 @@ struct DecoderLayerProblem {
   bool causal = false;  // else every token sees all keys
 };
 
+// Layers that follow each other, of the same B, T and width: x and out are [B, T, width], dense, and may be the same.
 // Runs on the process's thread pool. Throws std::bad_alloc if there is no memory to work in.
-void decoder_layer(const DecoderLayerProblem& p);
+void decoder_layers(std::span<const DecoderLayerProblem> layers, const void* x, void* out);
 
 }  // namespace mfa

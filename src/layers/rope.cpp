@@ -5,14 +5,11 @@
 #include <numbers>
 #include <vector>
 
+#include "backend/cpu/isa.h"
 #include "common/thread_pool.h"
 
 namespace mfa {
 namespace {
-
-struct Turn {
-  float cosine, sine;
-};
 
 std::vector<double> frequencies(const RopeProblem& p) {
   std::vector<double> out(static_cast<size_t>(p.dims / 2));
@@ -21,55 +18,74 @@ std::vector<double> frequencies(const RopeProblem& p) {
   return out;
 }
 
-// The turns of the token `t` of batch entry `b`. The angle is reduced in float64; a turn is then exact enough in
-// float32.
-void turns_of(const RopeProblem& p, const std::vector<double>& frequency, int64_t b, int64_t t, Turn* out) {
+// Cosines and sines of the token `t` of batch entry `b`. The angle is reduced in float64; a turn is then exact enough
+// in float32.
+void turns_of(const RopeProblem& p, const std::vector<double>& frequency, int64_t b, int64_t t, float* cosine,
+              float* sine) {
   constexpr double kCircle = 2 * std::numbers::pi;
   const double position = p.scale * static_cast<double>(p.offsets[p.offset_each ? b : 0] + t);
   for (size_t i = 0; i < frequency.size(); ++i) {
     const double angle = position * frequency[i];
     const auto reduced = static_cast<float>(angle - kCircle * std::nearbyint(angle / kCircle));
-    out[i] = {std::cos(reduced), std::sin(reduced)};
+    cosine[i] = std::cos(reduced);
+    sine[i] = std::sin(reduced);
   }
 }
 
-template <typename T, DType kDType>
-void turn_row(const RopeProblem& p, const T* x, const Turn* turns, T* out) {
-  const int half = p.dims / 2, apart = p.traditional ? 1 : half, step = p.traditional ? 2 : 1;
-  for (int i = 0; i < half; ++i) {
-    const float a = to_float(x[i * step]), b = to_float(x[i * step + apart]);
-    store_from_float(out, kDType, i * step, a * turns[i].cosine - b * turns[i].sine);
-    store_from_float(out, kDType, i * step + apart, a * turns[i].sine + b * turns[i].cosine);
+// Pairs of neighbours.
+void turn_neighbours(const RopeProblem& p, const char* x, const float* cosine, const float* sine, char* out) {
+  for (int i = 0; i < p.dims / 2; ++i) {
+    const float a = load_as_float(x, p.dtype, 2 * i), b = load_as_float(x, p.dtype, 2 * i + 1);
+    store_from_float(out, p.dtype, 2 * i, a * cosine[i] - b * sine[i]);
+    store_from_float(out, p.dtype, 2 * i + 1, a * sine[i] + b * cosine[i]);
   }
-  std::copy(x + p.dims, x + p.D, out + p.dims);
 }
 
-template <typename T, DType kDType>
-void turn_heads(const RopeProblem& p, const std::vector<double>& frequency, int64_t token, std::vector<Turn>& turns) {
-  const int64_t b = token / p.T, t = token % p.T;
-  turns_of(p, frequency, b, t, turns.data());
-  for (int64_t h = 0; h < p.H; ++h)
-    turn_row<T, kDType>(p, static_cast<const T*>(p.x) + b * p.stride[0] + h * p.stride[1] + t * p.stride[2],
-                        turns.data(), static_cast<T*>(p.out) + ((b * p.H + h) * p.T + t) * p.D);
+void turn_heads(const RopeProblem& p, const cpu::LayerTable& kernels, int64_t token, const float* cosine,
+                const float* sine) {
+  const int64_t b = token / p.T, t = token % p.T, size = static_cast<int64_t>(size_of(p.dtype));
+  for (int64_t h = 0; h < p.H; ++h) {
+    const char* x = static_cast<const char*>(p.x) + (b * p.stride[0] + h * p.stride[1] + t * p.stride[2]) * size;
+    char* out = static_cast<char*>(p.out) + ((b * p.H + h) * p.T + t) * p.D * size;
+    if (p.traditional) {
+      turn_neighbours(p, x, cosine, sine, out);
+    } else {
+      kernels.turn_row(p.dtype, x, cosine, sine, p.dims / 2, out);
+    }
+    std::copy(x + p.dims * size, x + p.D * size, out + p.dims * size);
+  }
 }
 
 }  // namespace
 
+RopeTurns::RopeTurns(const RopeProblem& p) {
+  const std::vector<double> frequency = frequencies(p);
+  const int64_t tokens = p.B * p.T, half = p.dims / 2;
+  cosine.resize(static_cast<size_t>(tokens * half));
+  sine.resize(cosine.size());
+  for (int64_t token = 0; token < tokens; ++token)
+    turns_of(p, frequency, token / p.T, token % p.T, cosine.data() + token * half, sine.data() + token * half);
+}
+
+void rope(const RopeProblem& p, const RopeTurns& turns) {
+  const cpu::LayerTable& kernels = cpu::require_kernels().layers();
+  for (int64_t token = 0; token < p.B * p.T; ++token) {
+    const int64_t at = token * (p.dims / 2);
+    turn_heads(p, kernels, token, turns.cosine.data() + at, turns.sine.data() + at);
+  }
+}
+
 void rope(const RopeProblem& p) {
+  const cpu::LayerTable& kernels = cpu::require_kernels().layers();
   const std::vector<double> frequency = frequencies(p);
   const int64_t tokens = p.B * p.T;
-  const int64_t chunk = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, p.H * p.D));  // about 10 us of work
+  const int64_t chunk = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, p.H * p.D));  // about 10 us of work
   const auto task = [&](int64_t index, int) {
-    std::vector<Turn> turns(frequency.size());
+    std::vector<float> cosine(frequency.size()), sine(frequency.size());
     const int64_t end = std::min(tokens, (index + 1) * chunk);
     for (int64_t token = index * chunk; token < end; ++token) {
-      if (p.dtype == DType::f32) {
-        turn_heads<float, DType::f32>(p, frequency, token, turns);
-      } else if (p.dtype == DType::f16) {
-        turn_heads<float16, DType::f16>(p, frequency, token, turns);
-      } else {
-        turn_heads<bfloat16, DType::bf16>(p, frequency, token, turns);
-      }
+      turns_of(p, frequency, token / p.T, token % p.T, cosine.data(), sine.data());
+      turn_heads(p, kernels, token, cosine.data(), sine.data());
     }
   };
   const int64_t tasks = (tokens + chunk - 1) / chunk;

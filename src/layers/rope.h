@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/dtype.h"
 
@@ -25,5 +26,13 @@ struct RopeProblem {
 
 // Runs on the process's thread pool. Angles are float64, so that they hold for any position.
 void rope(const RopeProblem& p);
+
+// What the rotation of every token is made of, for several problems that differ in x and H alone.
+struct RopeTurns {
+  explicit RopeTurns(const RopeProblem& p);
+  std::vector<float> cosine, sine;  // [B, T, dims / 2]
+};
+// As rope(), on the calling thread.
+void rope(const RopeProblem& p, const RopeTurns& turns);
 
 }  // namespace mfa

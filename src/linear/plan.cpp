@@ -19,8 +19,9 @@ constexpr TiledLimits kPlainLimits = {768, 336, 8, 12};
 constexpr TiledLimits kPackedLimits = {104, 1056, 4, 0};
 // Sums of integers: rows of x and sums share the second cache.
 constexpr TiledLimits kIntegerLimits = {192, 336, 4, 4};
-// Weights of a direct task: less than this is read in the time it takes to hand out a task.
-constexpr int64_t kMinDirectBytes = 32 << 10;
+// Weights of a direct task: less than this is read in the time it takes to hand out a task, and of so much the streams
+// in which it is read are long.
+constexpr int64_t kMinDirectBytes = 32 << 10, kLongDirectBytes = 512 << 10;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -35,10 +36,11 @@ bool goes_direct(const MatmulProblem& p) {
 
 void plan_direct(const MatmulProblem& p, const MatmulTraits& cpu, int threads, MatmulPlan& plan) {
   // Four vectors of columns are in flight at a time. Several tasks a thread, since neighbours of this process may hold
-  // one of them up.
+  // one of them up: four of large weights, two of those that take some 20 us.
   const int64_t unit = 4 * cpu.lanes;
   const int64_t bytes_a_column = std::max<int64_t>(1, weight_bytes(p) / p.N);
-  const int64_t wanted = threads == 1 ? p.N : ceil_div(p.N, 4 * threads);
+  const int64_t few = std::min(ceil_div(p.N, 2 * threads), kLongDirectBytes / bytes_a_column);
+  const int64_t wanted = threads == 1 ? p.N : std::max(ceil_div(p.N, 4 * threads), few);
   const int64_t columns = std::max(wanted, ceil_div(kMinDirectBytes, bytes_a_column));
   plan.row_block = static_cast<int32_t>(p.M);
   plan.row_blocks = 1;

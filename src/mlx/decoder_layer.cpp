@@ -20,6 +20,8 @@ namespace {
 
 // More tokens keep the operations busy enough, and many of them have packed weights.
 constexpr int kMostTokens = 8;
+// Layers of one operation. Each of its outputs refers to all others and to all inputs.
+constexpr size_t kLayersAtOnce = 8;
 
 bool has_shape(const mx::array& x, const mx::Shape& shape, mx::Dtype dtype) {
   return x.dtype() == dtype && x.shape() == shape;
@@ -105,73 +107,95 @@ void take_over(mx::array cache, mx::array& out, std::vector<Copy>& copies, mx::S
   copies.push_back({cache.data<char>(), out.data<char>(), out.nbytes()});
 }
 
+DecoderLayerProblem problem(const DecoderLayers::Layer& layer, const mx::array& x, mx::array& keys, mx::array& values) {
+  const auto& [s, weights] = layer;
+  DecoderLayerProblem p;
+  p.B = x.shape(0);
+  p.T = x.shape(1);
+  p.width = x.shape(2);
+  p.Hq = s.Hq;
+  p.Hkv = s.Hkv;
+  p.D = s.D;
+  p.dtype = to_dtype(x.dtype());
+  p.attention_norm = {weights.attention_norm.data<void>(), s.eps[0]};
+  p.mlp_norm = {weights.mlp_norm.data<void>(), s.eps[1]};
+  p.rope_dims = s.rope_dims;
+  p.traditional = s.traditional;
+  p.rope_scale = s.rope_scale;
+  p.rope_base = s.rope_base;
+  if (weights.freqs) p.rope_periods = weights.freqs->data<float>();
+  p.keys = mutable_tensor_ref(keys);
+  p.values = mutable_tensor_ref(values);
+  p.offset = s.offset;
+  p.scale = s.scale;
+  p.causal = s.causal;
+  const std::array<Projection*, kProjections> projections = {&p.q, &p.k, &p.v, &p.o, &p.gate, &p.up, &p.down};
+  for (int i = 0; i < kProjections; ++i) *projections[i] = projection(weights.projections[i]);
+  return p;
+}
+
 }  // namespace
 
-void DecoderLayer::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  const DecoderLayerShape& s = shape_;
+void DecoderLayers::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   allocate(outputs[0]);
   // Each output has a list of the inputs, but the one that is being evaluated speaks for all: without the others' only
-  // the program itself may refer to the cache.
+  // the program itself may refer to the caches.
   for (mx::array& out : outputs)
     if (&out.inputs() != &inputs && !out.is_tracer()) out.inputs().clear();
   // Work in flight, as that of the token before, holds on to its outputs: waiting for it costs less than a copy.
-  if (!is_writable(inputs[1]) || !is_writable(inputs[2])) mx::synchronize(stream());
+  if (!std::all_of(inputs.begin() + 1, inputs.end(), is_writable)) mx::synchronize(stream());
   std::vector<Copy> copies;
-  for (const size_t i : {1, 2}) {
+  for (size_t i = 1; i < inputs.size(); ++i) {
     if (is_writable(inputs[i])) {
       outputs[i].copy_shared_buffer(inputs[i]);
     } else {
       take_over(inputs[i], outputs[i], copies, stream());
     }
   }
-
-  DecoderLayerProblem p;
-  p.B = inputs[0].shape(0);
-  p.T = inputs[0].shape(1);
-  p.width = inputs[0].shape(2);
-  p.Hq = s.Hq;
-  p.Hkv = s.Hkv;
-  p.D = s.D;
-  p.dtype = to_dtype(inputs[0].dtype());
-  p.x = with_dense_rows(inputs[0], stream()).data<void>();
-  p.out = outputs[0].data<void>();
-  p.attention_norm = {weights_->attention_norm.data<void>(), s.eps[0]};
-  p.mlp_norm = {weights_->mlp_norm.data<void>(), s.eps[1]};
-  p.rope_dims = s.rope_dims;
-  p.traditional = s.traditional;
-  p.rope_scale = s.rope_scale;
-  p.rope_base = s.rope_base;
-  if (weights_->freqs) p.rope_periods = weights_->freqs->data<float>();
-  p.keys = mutable_tensor_ref(outputs[1]);
-  p.values = mutable_tensor_ref(outputs[2]);
-  p.offset = s.offset;
-  p.scale = s.scale;
-  p.causal = s.causal;
-  const std::array<Projection*, kProjections> projections = {&p.q, &p.k, &p.v, &p.o, &p.gate, &p.up, &p.down};
-  for (int i = 0; i < kProjections; ++i) *projections[i] = projection(weights_->projections[i]);
-  mx::cpu::get_command_encoder(stream()).dispatch([p, copies = std::move(copies), weights = weights_] {
-    for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
-    decoder_layer(p);
-  });
+  const void* x = with_dense_rows(inputs[0], stream()).data<void>();
+  std::vector<DecoderLayerProblem> problems;
+  for (size_t i = 0; i < layers_->size(); ++i)
+    problems.push_back(problem((*layers_)[i], inputs[0], outputs[1 + 2 * i], outputs[2 + 2 * i]));
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [x, out = outputs[0].data<void>(), problems = std::move(problems), copies = std::move(copies), layers = layers_] {
+        for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
+        decoder_layers(problems, x, out);
+      });
 }
 
-void DecoderLayer::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+void DecoderLayers::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(concat("[", name(), "::eval_gpu] this primitive runs on CPU streams only"));
 }
 
-std::optional<std::array<mx::array, 3>> decoder_layer(const mx::array& x, const mx::array& keys,
-                                                      const mx::array& values, DecoderLayerWeights weights,
-                                                      const DecoderLayerShape& shape, mx::StreamOrDevice stream) {
+std::optional<DecoderOutputs> decoder_layers(const mx::array& x, std::vector<CachedDecoderLayer> layers,
+                                             mx::StreamOrDevice stream) {
   const mx::Stream s = mx::to_stream(stream);
-  if (s.device != mx::Device::cpu || !cpu::kernel_traits() || !all_fit(x, keys, values, weights, shape))
-    return std::nullopt;
-  // The layer has no derivative, and sees only weights that are there.
-  if (x.is_tracer() || keys.is_tracer() || values.is_tracer() || !are_readable(weights)) return std::nullopt;
-  auto primitive =
-      std::make_shared<DecoderLayer>(s, shape, std::make_shared<const DecoderLayerWeights>(std::move(weights)));
-  auto outputs = mx::array::make_arrays({x.shape(), keys.shape(), values.shape()}, {x.dtype(), x.dtype(), x.dtype()},
-                                        std::move(primitive), {x, keys, values});
-  return std::array<mx::array, 3>{outputs[0], outputs[1], outputs[2]};
+  if (s.device != mx::Device::cpu || !cpu::kernel_traits() || x.is_tracer()) return std::nullopt;
+  for (const CachedDecoderLayer& layer : layers) {
+    if (!all_fit(x, layer.keys, layer.values, layer.weights, layer.shape)) return std::nullopt;
+    // There is no derivative, and weights are read as they are now.
+    if (layer.keys.is_tracer() || layer.values.is_tracer() || !are_readable(layer.weights)) return std::nullopt;
+  }
+  DecoderOutputs result{x, {}};
+  for (size_t first = 0; first < layers.size(); first += kLayersAtOnce) {
+    const size_t end = std::min(layers.size(), first + kLayersAtOnce);
+    std::vector<mx::array> inputs = {result.x};
+    std::vector<mx::Shape> shapes = {x.shape()};
+    std::vector<DecoderLayers::Layer> constants;
+    for (size_t i = first; i < end; ++i) {
+      for (const mx::array& cache : {layers[i].keys, layers[i].values}) {
+        shapes.push_back(cache.shape());
+        inputs.push_back(cache);
+      }
+      constants.push_back({layers[i].shape, std::move(layers[i].weights)});
+    }
+    const std::vector<mx::Dtype> dtypes(shapes.size(), x.dtype());
+    const auto outputs = mx::array::make_arrays(
+        std::move(shapes), dtypes, std::make_shared<DecoderLayers>(s, std::move(constants)), std::move(inputs));
+    result.x = outputs[0];
+    for (size_t i = 1; i < outputs.size(); i += 2) result.caches.emplace_back(outputs[i], outputs[i + 1]);
+  }
+  return result;
 }
 
 }  // namespace mfa

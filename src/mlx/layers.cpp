@@ -26,7 +26,7 @@ using OptionalArray = std::optional<mx::array>;
 
 bool is_supported(mx::Dtype dtype) { return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16; }
 
-bool on_cpu(const mx::Stream& s) { return s.device == mx::Device::cpu; }
+bool on_cpu(const mx::Stream& s) { return s.device == mx::Device::cpu && cpu::kernel_traits().has_value(); }
 
 }  // namespace
 

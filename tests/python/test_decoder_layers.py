@@ -1,4 +1,4 @@
-"""test_decoder_layers.py: a layer of a llama model as one operation has the bits of its parts, and steps aside."""
+"""test_decoder_layers.py: layers of a llama model as one operation have the bits of their parts, and step aside."""
 
 import copy
 import itertools
@@ -65,19 +65,20 @@ def filled(model, length=19, batch=1):
 
 @pytest.fixture
 def one_operation(monkeypatch):
-    """Counts the layers that are one operation; with `allowed` false there are none."""
+    """Counts the layers that are part of one operation, and the calls; with `allowed` false there are none."""
 
     class Switch:
-        allowed, taken = True, 0
+        allowed, taken, calls = True, 0, 0
 
-    original = _ext.try_decoder_layer
+    original = _ext.try_decoder_layers
 
-    def counted(*args):
-        result = original(*args) if Switch.allowed else None
-        Switch.taken += result is not None
+    def counted(x, layers):
+        result = original(x, layers) if Switch.allowed else None
+        Switch.taken += len(layers) if result is not None else 0
+        Switch.calls += result is not None
         return result
 
-    monkeypatch.setattr(_ext, "try_decoder_layer", counted)
+    monkeypatch.setattr(_ext, "try_decoder_layers", counted)
     return Switch
 
 
@@ -95,7 +96,7 @@ def steps(model, cache, chunks, batch=1):
 def assert_same_bits_as_parts(model, switch, chunks, batch=1, length=19):
     fused_cache, cache = filled(model, length, batch), filled(model, length, batch)
     fused = steps(model, fused_cache, chunks, batch)
-    assert switch.taken == len(chunks) * len(model.layers)
+    assert (switch.taken, switch.calls) == (len(chunks) * len(model.layers), len(chunks))
     switch.allowed = False
     parts = steps(model, cache, chunks, batch)
     for a, b in zip(fused, parts, strict=True):
@@ -131,6 +132,18 @@ def test_same_bits_in_batches(one_operation):
 
 def test_same_bits_over_many_keys(one_operation):
     assert_same_bits_as_parts(make_model(mx.float32), one_operation, [1, 5], length=700)
+
+
+@pytest.mark.parametrize("layers", [1, 8, 9, 17])
+def test_same_bits_of_any_number_of_layers(one_operation, layers):
+    assert_same_bits_as_parts(make_model(num_hidden_layers=layers), one_operation, [1, 3])
+
+
+def test_layers_with_rotations_of_their_own(one_operation):
+    model = make_model(num_hidden_layers=3)
+    model.layers[1].self_attn.rope = nn.RoPE(32, base=777.0)
+    model.layers[2].self_attn.rope = nn.RoPE(32, base=777.0, traditional=True)
+    assert_same_bits_as_parts(model, one_operation, [1, 2])
 
 
 def test_projections_of_different_kinds(one_operation):
@@ -236,6 +249,41 @@ def test_other_parts_run_one_by_one(one_operation, change):
     assert one_operation.taken == 0
 
 
+def test_beside_a_layer_that_does_not_qualify_each_other_is_an_operation(one_operation):
+    model = make_model(num_hidden_layers=3)
+    model.layers[1].self_attn.q_proj.bias = mx.ones((128,), mx.bfloat16)
+    cache, again = filled(model), filled(model)
+    out = steps(model, cache, [1])
+    assert (one_operation.taken, one_operation.calls) == (2, 2)
+    one_operation.allowed = False
+    for a, b in zip(out, steps(model, again, [1]), strict=True):
+        assert mx.array_equal(a, b).item()
+
+
+def test_a_layer_that_someone_else_computes_is_called(one_operation, monkeypatch):
+    model = make_model()
+    cache = filled(model)
+    calls = []
+    ours = llama.TransformerBlock.__call__
+
+    def listening(self, *args, **kwargs):
+        calls.append(self)
+        return ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(llama.TransformerBlock, "__call__", listening)
+    steps(model, cache, [1])
+    assert (calls, one_operation.calls) == (model.layers, 2)
+
+
+def test_embeddings_may_be_given(one_operation):
+    model = make_model()
+    tokens = mx.array([[5]])
+    out = model(tokens, cache=filled(model))
+    given = model(None, cache=filled(model), input_embeddings=model.model.embed_tokens(tokens))
+    assert mx.array_equal(out, given).item()
+    assert one_operation.taken == 4
+
+
 @pytest.mark.parametrize(
     ("cache", "mask"),
     [
@@ -302,12 +350,13 @@ def test_layers_count_as_calls_of_attention():
     assert get_patch_stats()["mfa_calls"] - before == 4
 
 
-def test_unpatching_gives_the_class_its_function_back():
+@pytest.mark.parametrize("kind", [llama.TransformerBlock, llama.LlamaModel])
+def test_unpatching_gives_the_class_its_function_back(kind):
     unpatch_mlx_lm()
-    stock = llama.TransformerBlock.__call__
+    stock = kind.__call__
     with patched_mlx_lm():
-        assert llama.TransformerBlock.__call__ is not stock
-    assert llama.TransformerBlock.__call__ is stock
+        assert kind.__call__ is not stock
+    assert kind.__call__ is stock
 
 
 def test_code_that_is_not_known_is_left_alone(monkeypatch):
@@ -318,6 +367,6 @@ def test_code_that_is_not_known_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(llama.MLP, "__call__", other)
     stock = llama.TransformerBlock.__call__
-    assert decoder_layers.decoder_layers(lambda: True, lambda: None) is None
+    assert decoder_layers.decoder_layers(lambda: True, lambda _count: None) is None
     with patched_mlx_lm():
         assert llama.TransformerBlock.__call__ is stock

@@ -1,8 +1,9 @@
-"""Layers of mlx-lm's llama models as one operation each, where a few tokens meet a cache with room for them.
+"""Layers of mlx-lm's llama models as few operations, where a few tokens meet a cache with room for them.
 
 A token of such a model is some thirty operations a layer, each of which costs more to build and to hand to MLX's thread
-than to compute. A layer whose parts are all of the kinds named here, and whose code is that of a version of mlx-lm that
-this module knows, is one operation with the same bits; any other runs part by part as before.
+than to compute. Layers whose parts are all of the kinds named here, and whose code is that of a version of mlx-lm that
+this module knows, are one operation for several of them, with the same bits. In a model with another layer, and where a
+layer is called by itself, each that qualifies is one operation; anything else runs part by part as before.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import mlx.nn as nn
 
 from mlx_mfa import _ext, hooks
 
-# Of the code of TransformerBlock, Attention and MLP that the operation computes.
-_KNOWN_CODE = frozenset({"ec8fa0088a207462"})
+# Of the code of LlamaModel, TransformerBlock, Attention and MLP that the operation computes.
+_KNOWN_CODE = frozenset({"82dfd8852fd99d48"})
 
 
 def fingerprint(llama: Any) -> str:
-    """What identifies the code of a layer in mlx-lm's module ``llama``, whatever its comments and line breaks."""
-    classes = (llama.TransformerBlock, llama.Attention, llama.MLP)
+    """What identifies the code of a model in mlx-lm's module ``llama``, whatever its comments and line breaks."""
+    classes = (llama.LlamaModel, llama.TransformerBlock, llama.Attention, llama.MLP)
     sources = (textwrap.dedent(inspect.getsource(c.__call__)) for c in classes)
     return hashlib.sha256("\n".join(ast.unparse(ast.parse(s)) for s in sources).encode()).hexdigest()[:16]
 
@@ -48,76 +49,106 @@ def _norm(module: Any) -> tuple[mx.array, float]:
 
 
 class DecoderLayers:
-    """The replacement of one version of ``llama.TransformerBlock.__call__``, while installed.
+    """The replacements of one version of ``llama.LlamaModel.__call__`` and ``TransformerBlock.__call__``.
 
     Args:
         llama: mlx-lm's module.
         in_force: Whether attention and the activation of the model's module are this package's.
-        count: Called for each layer that becomes one operation.
+        count: Called with the number of layers that become an operation.
     """
 
-    def __init__(self, llama: Any, in_force: Callable[[], bool], count: Callable[[], None]) -> None:
+    def __init__(self, llama: Any, in_force: Callable[[], bool], count: Callable[[int], None]) -> None:
         from mlx_lm.models.cache import KVCache
         from mlx_lm.models.rope_utils import Llama3RoPE
 
         self._block = llama.TransformerBlock
-        self._parts = [(c, c.__call__) for c in (llama.Attention, llama.MLP)]
         self._cache_kind, self._llama3_rope = KVCache, Llama3RoPE
         self._in_force, self._count = in_force, count
-        self._original = original = llama.TransformerBlock.__call__
+        layer_code, model_code = llama.TransformerBlock.__call__, llama.LlamaModel.__call__
 
-        def __call__(layer: Any, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None) -> mx.array:
-            if type(cache) is KVCache:
-                result = self._one_operation(layer, x, mask, cache)
+        def layer_call(
+            layer: Any, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None
+        ) -> mx.array:
+            if cache is not None:
+                result = self._as_operations([layer], x, mask, [cache])
                 if result is not None:
                     return result
-            return original(layer, x, mask, cache)
+            return layer_code(layer, x, mask, cache)
 
-        self._replacement = __call__
+        def model_call(
+            model: Any, inputs: mx.array, cache: list[Any] | None = None, input_embeddings: mx.array | None = None
+        ) -> mx.array:
+            if cache is not None and model.swa_idx is None and self._block.__call__ is layer_call:
+                if input_embeddings is None:
+                    input_embeddings = model.embed_tokens(inputs)
+                mask = llama.create_attention_mask(input_embeddings, cache[model.fa_idx])
+                result = self._as_operations(model.layers, input_embeddings, mask, cache)
+                if result is not None:
+                    return model.norm(result)
+            return model_code(model, inputs, cache, input_embeddings)
+
+        # Classes, their own code and ours; parts that are computed without being called.
+        self._replaced = [(llama.TransformerBlock, layer_code, layer_call), (llama.LlamaModel, model_code, model_call)]
+        self._parts = [(c, c.__call__) for c in (llama.Attention, llama.MLP)]
 
     def install(self) -> None:
-        """Put the replacement in force."""
-        self._block.__call__ = self._replacement
+        """Put the replacements in force."""
+        for kind, _, replacement in self._replaced:
+            kind.__call__ = replacement
 
     def remove(self) -> None:
-        """Give the class its own function back, unless someone else has replaced it since."""
-        if self._block.__call__ is self._replacement:
-            self._block.__call__ = self._original
+        """Give the classes their own functions back, unless someone else has replaced them since."""
+        for kind, original, replacement in self._replaced:
+            if kind.__call__ is replacement:
+                kind.__call__ = original
 
-    def _one_operation(self, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array | None:
-        """The layer's output, its cache updated; None if it must run part by part, nothing being changed then."""
-        keys, offset = cache.keys, cache.offset
-        if keys is None or not hooks.installed() or not self._in_force():
+    def _as_operations(self, layers: list[Any], x: mx.array, mask: Any, caches: list[Any]) -> mx.array | None:
+        """The last layer's output, caches updated; None if they must run one by one, nothing being changed then."""
+        if not hooks.installed() or not self._in_force() or len(layers) != len(caches):
             return None
         if mask is not None and not (isinstance(mask, str) and mask == "causal"):
             return None
         if any(c.__call__ is not code for c, code in self._parts):
             return None
         try:
-            attention, mlp = layer["self_attn"], layer["mlp"]
-            outputs = _ext.try_decoder_layer(
-                x,
-                keys,
-                cache.values,
-                (attention.n_heads, attention.n_kv_heads, attention.head_dim),
-                offset,
-                mask is not None,
-                attention.scale,
-                (_norm(layer["input_layernorm"]), _norm(layer["post_attention_layernorm"])),
-                self._rotation(attention["rope"]),
-                [
-                    *(_projection(attention[name]) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-                    *(_projection(mlp[name]) for name in ("gate_proj", "up_proj", "down_proj")),
-                ],
-            )
+            described = [self._describe(*pair, mask is not None) for pair in zip(layers, caches, strict=True)]
+            outputs = _ext.try_decoder_layers(x, described)
         except (AttributeError, LookupError, TypeError):  # another kind of layer
             return None
         if outputs is None:
             return None
-        out, cache.keys, cache.values = outputs
-        cache.offset = offset + x.shape[1]
-        self._count()
-        return out
+        result, contents = outputs
+        tokens = x.shape[1]
+        for cache, (keys, values) in zip(caches, contents, strict=True):
+            cache.keys, cache.values = keys, values
+            cache.offset += tokens
+        self._count(len(layers))
+        return result
+
+    def _describe(self, layer: Any, cache: Any, causal: bool) -> tuple[Any, ...]:
+        """What ``_ext.try_decoder_layers`` takes of a layer; raises LookupError for one of another kind."""
+        if type(layer) is not self._block or type(cache) is not self._cache_kind or cache.keys is None:
+            raise LookupError
+        attention, mlp = layer["self_attn"], layer["mlp"]
+        return (
+            cache.keys,
+            cache.values,
+            (attention.n_heads, attention.n_kv_heads, attention.head_dim),
+            cache.offset,
+            causal,
+            attention.scale,
+            [_norm(layer["input_layernorm"]), _norm(layer["post_attention_layernorm"])],
+            self._rotation(attention["rope"]),
+            [
+                _projection(attention["q_proj"]),
+                _projection(attention["k_proj"]),
+                _projection(attention["v_proj"]),
+                _projection(attention["o_proj"]),
+                _projection(mlp["gate_proj"]),
+                _projection(mlp["up_proj"]),
+                _projection(mlp["down_proj"]),
+            ],
+        )
 
     def _rotation(self, rope: Any) -> tuple[int, bool, float | None, float, mx.array | None]:
         if type(rope) is nn.RoPE:
@@ -127,7 +158,7 @@ class DecoderLayers:
         raise LookupError
 
 
-def decoder_layers(in_force: Callable[[], bool], count: Callable[[], None]) -> DecoderLayers | None:
+def decoder_layers(in_force: Callable[[], bool], count: Callable[[int], None]) -> DecoderLayers | None:
     """For the mlx-lm that is installed; None if its layers are not those that this module knows."""
     try:
         from mlx_lm.models import llama

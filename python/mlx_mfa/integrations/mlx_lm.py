@@ -143,9 +143,9 @@ def _layers_are_ours() -> bool:
     )
 
 
-def _count_layer() -> None:
+def _count_layers(layers: int) -> None:
     with _patch.lock:
-        _patch.routed += 1
+        _patch.routed += layers
 
 
 def rebind(old: Any, new: Any, name: str = NAME) -> list[str]:
@@ -228,7 +228,7 @@ def patch_mlx_lm(verbose: bool = True) -> bool:
         if (activation := _swiglu()) is not None:
             _patch.swiglu = (activation, _make_swiglu(activation))
             rebind(*_patch.swiglu, "swiglu")
-        if (layers := decoder_layers(_layers_are_ours, _count_layer)) is not None:
+        if (layers := decoder_layers(_layers_are_ours, _count_layers)) is not None:
             _patch.layers = layers
             layers.install()
         _patch.active = True

@@ -24,6 +24,7 @@ struct CodeVectors {
   static constexpr int kShifts = 16 / kBits;                 // codes of a 16-bit lane
   static constexpr int kUnitBytes = kPerGroup * kBytes;      // of whole vectors that are whole groups
   static constexpr int kUnitCodes = Max(kGroup, kCodes);
+  static constexpr int kUnits = kLanes / kGroups;  // whose sums fill a vector
 };
 
 // Sorts a row of IntegerRows for vectors of codes: what the codes at one place of all words are multiplied with lies
@@ -51,19 +52,33 @@ HWY_INLINE void SortForVectors(int16_t* x, int terms) {
 
 // In: in each 128-bit block of v[i], lanes of one group, kGroups groups a vector. Out: the sums of the groups in order.
 template <int kGroups>
-HWY_INLINE VI SumsOfGroups(const VI (&v)[4]) {
-  constexpr int kBlocks = kLanes / 4, kEach = kBlocks / kGroups;
+HWY_INLINE VI SumsOfGroups(const VI (&v)[kLanes / kGroups]) {
+  constexpr int kBlocks = kLanes / 4, kEach = kBlocks / kGroups;  // blocks of a group, and quadruples of vectors
   const hn::Repartition<int64_t, DI> d64;
-  const VI ab = hn::Add(hn::InterleaveLower(di, v[0], v[1]), hn::InterleaveUpper(di, v[0], v[1]));
-  const VI cd = hn::Add(hn::InterleaveLower(di, v[2], v[3]), hn::InterleaveUpper(di, v[2], v[3]));
-  const auto low = hn::InterleaveLower(d64, hn::BitCast(d64, ab), hn::BitCast(d64, cd));
-  const auto high = hn::InterleaveUpper(d64, hn::BitCast(d64, ab), hn::BitCast(d64, cd));
-  VI sum = hn::Add(hn::BitCast(di, low), hn::BitCast(di, high));  // lane i of block b: block b of v[i]
-  if constexpr (kEach >= 2) sum = hn::Add(sum, hn::SwapAdjacentBlocks(sum));
-  if constexpr (kEach >= 4) sum = hn::Add(sum, hn::ReverseBlocks(di, sum));
-  if constexpr (kGroups > 1) {
+  VI sums[kEach];
+  MFA_UNROLL
+  for (int i = 0; i < kEach; ++i) {
+    const VI* q = v + 4 * i;
+    const VI ab = hn::Add(hn::InterleaveLower(di, q[0], q[1]), hn::InterleaveUpper(di, q[0], q[1]));
+    const VI cd = hn::Add(hn::InterleaveLower(di, q[2], q[3]), hn::InterleaveUpper(di, q[2], q[3]));
+    const auto low = hn::InterleaveLower(d64, hn::BitCast(d64, ab), hn::BitCast(d64, cd));
+    const auto high = hn::InterleaveUpper(d64, hn::BitCast(d64, ab), hn::BitCast(d64, cd));
+    sums[i] = hn::Add(hn::BitCast(di, low), hn::BitCast(di, high));  // lane j of block b: block b of q[j]
+    if constexpr (kEach >= 2) sums[i] = hn::Add(sums[i], hn::SwapAdjacentBlocks(sums[i]));
+  }
+  VI sum = sums[0];
+  if constexpr (kEach == 2) {
+    sum = hn::OddEvenBlocks(sums[1], sums[0]);
+  } else if constexpr (kEach == 4) {
+    const VI a = hn::OddEvenBlocks(sums[1], sums[0]), b = hn::OddEvenBlocks(sums[3], sums[2]);
+    sum = hn::Add(hn::ConcatLowerLower(di, b, a), hn::ConcatUpperUpper(di, b, a));
+  }
+  if constexpr (kGroups > 1) {  // now group g of v[4 * i + j] is lane j of block g * kEach + i
     HWY_ALIGN int32_t from[kLanes];
-    for (int j = 0; j < kLanes; ++j) from[j] = (j % kGroups * kEach * 4 + j / kGroups) % kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int vector = lane / kGroups;
+      from[lane] = (lane % kGroups * kEach + vector / 4) * 4 + vector % 4;
+    }
     sum = hn::TableLookupLanes(sum, hn::SetTableIndices(di, from));
   }
   return sum;
@@ -76,7 +91,7 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
   using C = CodeVectors<kBits, kGroup>;
   const hn::RebindToUnsigned<D16> du16;
   const auto mask = hn::Set(du16, (1 << kBits) - 1);
-  VI sums[R][4];
+  VI sums[R][C::kUnits];
   MFA_UNROLL
   for (int u = 0; u < U; ++u) {
     PairSums acc[R];
@@ -106,7 +121,7 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
   MFA_UNROLL
   for (int r = 0; r < R; ++r) {
     MFA_UNROLL
-    for (int u = U; u < 4; ++u) sums[r][u] = hn::Zero(di);
+    for (int u = U; u < C::kUnits; ++u) sums[r][u] = hn::Zero(di);
     hn::StoreU(SumsOfGroups<C::kGroups>(sums[r]), di, dots + r * dots_stride);
   }
 }
@@ -125,7 +140,7 @@ HWY_INLINE void DotColumn(const uint8_t* codes, int bytes, const int16_t* x, ptr
     x += U * C::kUnitCodes;
     dots += U * C::kGroups;
   };
-  while (end - codes >= 4 * C::kUnitBytes) step(std::integral_constant<int, 4>(), codes);
+  while (end - codes >= C::kUnits * C::kUnitBytes) step(std::integral_constant<int, C::kUnits>(), codes);
   while (end - codes >= C::kUnitBytes) step(std::integral_constant<int, 1>(), codes);
   if (codes < end) {  // groups that fill no vector; x is zero past them
     HWY_ALIGN uint8_t last[C::kUnitBytes] = {};
@@ -151,30 +166,27 @@ HWY_INLINE void LoadGroups(const T* const (&in)[kColumnLanes], int start, int co
     for (int i = 0; i < count; ++i) to[i][c] = to_float(in[c][start + i]);
 }
 
-// products[g] = GroupProduct() of group g of a column, lanes being groups.
+// products[g] = GroupProduct() of group g of a column, lanes being groups. What comes after the last group may be read
+// and written, but of scales and biases it is read only if they are `followed` by others. Vectors do not overlap: a
+// load of what two stores wrote waits until both have left the processor.
 template <int kBits, class T>
-HWY_INLINE void ScaleDots(const T* scales, const T* biases, int groups, const int32_t* dots, const int32_t* sums,
-                          float* products) {
-  const auto scale_dots = [&](const T* s, const T* b, const int32_t* dot, const int32_t* sum, float* to) {
+HWY_INLINE void ScaleDots(const T* scales, const T* biases, int groups, bool followed, const int32_t* dots,
+                          const int32_t* sums, float* products) {
+  const auto scale_dots = [&](const T* s, const T* b, int g) MFA_INLINE_LAMBDA {
     const VCol scale = LoadFloat(dcol, s), centre = CentreOf<kBits>(dcol, scale, LoadFloat(dcol, b));
-    hn::StoreU(GroupProduct<kBits>(dcol, scale, hn::LoadU(dcoli, dot), centre, hn::LoadU(dcoli, sum)), dcol, to);
+    const auto dot = hn::LoadU(dcoli, dots + g), sum = hn::LoadU(dcoli, sums + g);
+    hn::StoreU(GroupProduct<kBits>(dcol, scale, dot, centre, sum), dcol, products + g);
   };
   int g = 0;
-  for (; g + kColumnLanes <= groups; g += kColumnLanes)
-    scale_dots(scales + g, biases + g, dots + g, sums + g, products + g);
+  for (; g + kColumnLanes <= groups; g += kColumnLanes) scale_dots(scales + g, biases + g, g);
   if (g == groups) return;
-  if (groups >= kColumnLanes) {
-    g = groups - kColumnLanes;
-    return scale_dots(scales + g, biases + g, dots + g, sums + g, products + g);
-  }
+  if (HWY_LIKELY(followed)) return scale_dots(scales + g, biases + g, g);
   T s[kColumnLanes] = {}, b[kColumnLanes] = {};
-  int32_t sum[kColumnLanes] = {};
-  for (int i = 0; i < groups; ++i) {
-    s[i] = scales[i];
-    b[i] = biases[i];
-    sum[i] = sums[i];
+  for (int i = 0; g + i < groups; ++i) {
+    s[i] = scales[g + i];
+    b[i] = biases[g + i];
   }
-  scale_dots(s, b, dots, sum, products);
+  scale_dots(s, b, g);
 }
 
 template <int kBits, int kGroup>
@@ -263,6 +275,7 @@ class IntegerFewRows {
         const int column = Min(n + c, n1 - 1);
         const T* scales = static_cast<const T*>(a.scales) + column * a.scale_stride;
         const T* biases = static_cast<const T*>(a.biases) + column * a.bias_stride;
+        const bool followed = (p_.N - 1 - column) * std::min(a.scale_stride, a.bias_stride) >= kColumnLanes;
         for (int g = 0; g < groups_; g += static_cast<int>(kCacheLine / sizeof(T))) {
           __builtin_prefetch(scales + kColumnLanes * a.scale_stride + g, 0, 3);
           __builtin_prefetch(biases + kColumnLanes * a.bias_stride + g, 0, 3);
@@ -272,7 +285,7 @@ class IntegerFewRows {
         DotColumn<kBits, kGroup, R>(codes, bytes, x_.first, x_.stride, dots_, dots_stride_);
         MFA_UNROLL
         for (int r = 0; r < R; ++r)
-          ScaleDots<kBits>(scales, biases, groups_, dots_ + r * dots_stride_, x_.sum + x_.At(0, r),
+          ScaleDots<kBits>(scales, biases, groups_, followed, dots_ + r * dots_stride_, x_.sum + x_.At(0, r),
                            Products(products_, r, c));
         for (int r = 0; r < R; ++r)
           if (HWY_UNLIKELY(RestUnits(r)[0] > 0)) DotRest(codes, scales, biases, r, c);
@@ -312,11 +325,18 @@ class IntegerFewRows {
     for (int r = 0; r < R; ++r) {
       const float* from[kColumnLanes];
       for (int c = 0; c < kColumnLanes; ++c) from[c] = Products(products_, r, c);
+      const bool any_rest = RestUnits(r)[0] > 0;
       VCol total = hn::Zero(dcol);
       for (int g0 = 0; g0 < groups_; g0 += kColumnLanes) {
         const int count = Min(kColumnLanes, groups_ - g0);
         HWY_ALIGN float products[kColumnLanes][kColumnLanes];
         LoadGroups(from, g0, kColumnLanes, products);  // whole vectors: the buffer is padded
+        if (HWY_LIKELY(!any_rest)) {
+          const float* scales = x_.scale + x_.At(g0, r);
+          for (int i = 0; i < count; ++i)
+            total = hn::MulAdd(hn::Set(dcol, scales[i]), hn::Load(dcol, products[i]), total);
+          continue;
+        }
         for (int i = 0; i < count; ++i) {
           const int at = x_.At(g0 + i, r);
           total = hn::MulAdd(hn::Set(dcol, x_.scale[at]), hn::Load(dcol, products[i]), total);

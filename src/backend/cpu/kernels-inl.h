@@ -1,6 +1,6 @@
 // kernels-inl.h: the body of every kernels_<isa>.cc: one source, compiled once for each instruction set. The including
-// file defines MFA_ISA (the namespace), MFA_ISA_NAME, MFA_ISA_TABLE and MFA_ISA_MATMUL (the tables' functions) and
-// MFA_ISA_TARGET (Highway's static target).
+// file defines MFA_ISA (the namespace), MFA_ISA_NAME, MFA_ISA_TABLE, MFA_ISA_MATMUL and MFA_ISA_LAYERS (the tables'
+// functions) and MFA_ISA_TARGET (Highway's static target).
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/scratch.h"
 
@@ -124,6 +124,7 @@ constexpr KernelTable kTable = {
     .peak_flops = PeakFlops,
     .read_sum = ReadSum,
     .matmul = MFA_ISA_MATMUL,
+    .layers = MFA_ISA_LAYERS,
 };
 
 }  // namespace

@@ -74,6 +74,16 @@ struct MatmulTable {
   void (*pack)(const MatmulProblem&, int64_t task, void* packed);  // a task is traits.panel columns
 };
 
+// Small layers of one instruction set, on dense rows; an output may be an input.
+struct LayerTable {
+  // out = x / sqrt(mean(x^2) + eps) * weight, [D] each; the weight may be null.
+  void (*norm_row)(DType dtype, const void* x, const void* weight, int D, float eps, void* out);
+  void (*swiglu)(DType dtype, const void* gate, const void* x, int64_t size, void* out);
+  void (*add)(DType dtype, const void* a, const void* b, int64_t size, void* out);
+  // Turns pairs (i, i + half) of x, i < half.
+  void (*turn_row)(DType dtype, const void* x, const float* cosine, const float* sine, int half, void* out);
+};
+
 // The entry points of one instruction set. `scratch` is 64-byte aligned and has the size that *_scratch_bytes says.
 struct KernelTable {
   CpuKernelTraits traits;
@@ -96,23 +106,28 @@ struct KernelTable {
   double (*read_sum)(const float* data,
                      size_t count);  // a sequential read of `count` floats
   const MatmulTable& (*matmul)();
+  const LayerTable& (*layers)();
 };
 
 #if defined(MFA_HAVE_AVX2)
 const KernelTable& kernels_avx2();
 const MatmulTable& matmul_avx2();
+const LayerTable& layers_avx2();
 #endif
 #if defined(MFA_HAVE_AVX512)
 const KernelTable& kernels_avx512();
 const MatmulTable& matmul_avx512();
+const LayerTable& layers_avx512();
 #endif
 #if defined(MFA_HAVE_AVX512_BF16)
 const KernelTable& kernels_avx512_bf16();
 const MatmulTable& matmul_avx512_bf16();
+const LayerTable& layers_avx512_bf16();
 #endif
 #if defined(MFA_HAVE_NEON)
 const KernelTable& kernels_neon();
 const MatmulTable& matmul_neon();
+const LayerTable& layers_neon();
 #endif
 
 }  // namespace mfa::cpu

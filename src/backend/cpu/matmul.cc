@@ -1,6 +1,7 @@
 #include "backend/cpu/matmul.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <vector>
 
@@ -51,6 +52,32 @@ void prepare_rows(const MatmulTable& kernels, std::span<MatmulJob> jobs) {
   }
 }
 
+// As parallel_for(), but each thread has a stretch of neighbouring tasks, and helps others after that. For tasks that
+// ask for codes ahead of time: what one asks for past its end is then read by the same thread.
+template <typename F>
+void for_each_in_stretches(int64_t tasks, int threads, const F& f) {
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t count = std::min<int64_t>(threads, tasks);
+  std::vector<Stretch> stretches(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    stretches[i].next.store(i * tasks / count, std::memory_order_relaxed);
+    stretches[i].end = (i + 1) * tasks / count;
+  }
+  parallel_for(count, [&](int64_t own, int) {
+    for (int64_t i = 0; i < count; ++i) {
+      Stretch& stretch = stretches[(own + i) % count];
+      for (int64_t task; (task = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) f(task);
+    }
+  });
+}
+
+bool asks_for_codes(const MatmulJob& job) {
+  return job.plan.kernel == MatmulKernel::direct && sums_integers(*job.problem);
+}
+
 }  // namespace
 
 MatmulTraits matmul_traits() { return require_kernels().matmul().traits; }
@@ -93,10 +120,15 @@ void matmul(std::span<const MatmulProblem> problems) {
     if (jobs.back().plan.tasks > 0) scratch = std::max(scratch, kernels.scratch_bytes(jobs.back()));
   }
   prepare_rows(kernels, jobs);
-  for_each(tasks, [&](int64_t task) {
+  const auto run = [&](int64_t task) {
     const size_t i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), task) - first.begin()) - 1;
     kernels.task(jobs[i], task - first[i], thread_scratch(scratch));
-  });
+  };
+  if (threads > 1 && std::ranges::all_of(jobs, asks_for_codes)) {
+    for_each_in_stretches(tasks, threads, run);
+  } else {
+    for_each(tasks, run);
+  }
 }
 
 }  // namespace mfa::cpu

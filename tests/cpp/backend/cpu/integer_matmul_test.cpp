@@ -1,9 +1,13 @@
 // Products with codes whose groups are sums of integers: rows of unequal, tiny and infinite elements, infinite scales.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -216,6 +220,69 @@ TEST(CpuIntegerMatmul, HugeScalesOfTinyElementsAreFinite) {
       check_classes(c);
     });
   }
+}
+
+// A copy of some bytes that ends where memory that may not be touched begins.
+class AtTheEndOfMemory {
+ public:
+  AtTheEndOfMemory(const void* data, size_t bytes) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t before = (bytes + page - 1) / page * page;
+    mapped_ = before + page;
+    region_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (region_ == MAP_FAILED || mprotect(region_ + before, page, PROT_NONE) != 0) throw std::bad_alloc();
+    data_ = region_ + before - bytes;
+    std::memcpy(data_, data, bytes);
+  }
+  ~AtTheEndOfMemory() { munmap(region_, mapped_); }
+  AtTheEndOfMemory(const AtTheEndOfMemory&) = delete;
+  AtTheEndOfMemory& operator=(const AtTheEndOfMemory&) = delete;
+  const void* data() const { return data_; }
+
+ private:
+  char *region_, *data_;
+  size_t mapped_;
+};
+
+TEST(CpuIntegerMatmul, NothingIsReadPastTheEndOfWeights) {
+  constexpr int32_t kColumns = 19;
+  for (const int32_t bits : {4, 8})
+    for (const int32_t group_size : {32, 64, 128})
+      for (const int32_t groups : {1, 2, 5, 8, 9, 18}) {
+        const int32_t K = groups * group_size;
+        Random random(12);
+        std::vector<uint32_t> codes(static_cast<size_t>(kColumns * K * bits / 32));
+        std::vector<bfloat16> scales(static_cast<size_t>(kColumns * groups)), biases(scales.size()),
+            x(static_cast<size_t>(K)), expected(kColumns), got(kColumns);
+        for (uint32_t& word : codes) word = static_cast<uint32_t>(random.bits());
+        for (auto* values : {&scales, &biases, &x})
+          for (bfloat16& value : *values) value = to_bfloat16(random.normal());
+        const AtTheEndOfMemory last_codes(codes.data(), codes.size() * sizeof(uint32_t)),
+            last_scales(scales.data(), scales.size() * sizeof(bfloat16)),
+            last_biases(biases.data(), biases.size() * sizeof(bfloat16));
+        scales.resize(scales.size() + 64);  // so that what is read past the end is not the same
+        biases.resize(biases.size() + 64);
+        MatmulProblem p;
+        p.M = 1;
+        p.N = kColumns;
+        p.K = K;
+        p.dtype = DType::bf16;
+        p.x = {x.data(), K, nullptr};
+        p.w.transposed = true;
+        p.w.stride = K * bits / 32;
+        testing::for_each_isa([&](const std::string& isa) {
+          SCOPED_TRACE(isa + " bits " + std::to_string(bits) + " groups " + std::to_string(groups));
+          p.w.data = codes.data();
+          p.w.affine = {bits, group_size, scales.data(), biases.data(), groups, groups};
+          p.out = expected.data();
+          cpu::matmul({&p, 1});
+          p.w.data = last_codes.data();
+          p.w.affine = {bits, group_size, last_scales.data(), last_biases.data(), groups, groups};
+          p.out = got.data();
+          cpu::matmul({&p, 1});
+          EXPECT_EQ(std::memcmp(expected.data(), got.data(), kColumns * sizeof(bfloat16)), 0);
+        });
+      }
 }
 
 }  // namespace
