@@ -84,6 +84,7 @@ class TiledForward {
         const int width = Min(kGroupRows, tile_width_ - g0);
         for (int r = 0; r < width; r += kLanes) {
           float* to = x_.q + static_cast<ptrdiff_t>(g0) * p_.D + r;
+          FetchRows<T>(p_.q, p_.D, g0 + r + kRowsAhead);
           if (RotatesQueries(p_)) {
             const float* rotated[kLanes];
             for (int i = 0; i < kLanes; ++i) {
@@ -101,6 +102,17 @@ class TiledForward {
         }
       }
     });
+  }
+
+  // Asks for rows [r, r + kLanes) of the tile: those of a whole tile are too many to come all with its last keys.
+  static constexpr int kRowsAhead = 2 * kLanes;
+  template <class T, class Ref>
+  HWY_INLINE void FetchRows(const Ref& x, int width, int r) const {
+    for (const int end = Min(r + kLanes, x_.tile.count); r < end; ++r) {
+      const auto* row = reinterpret_cast<const char*>(QueryRow<T>(p_, x, x_.tile.b, x_.tile.head[r], x_.tile.query[r]));
+      for (size_t i = 0; i < static_cast<size_t>(width) * sizeof(T); i += 64)
+        __builtin_prefetch(row + i, std::is_same_v<Ref, MutableTensorRef>, 3);
+    }
   }
 
   // Pairs of channels keep their bits; the scale is applied to the scores.
@@ -257,6 +269,7 @@ class TiledForward {
           T* rows[kLanes];
           for (int i = 0; i < real; ++i)
             rows[i] = QueryRow<T>(p_, job_.out->o, t.b, t.head[g0 + r + i], t.query[g0 + r + i]);
+          FetchRows<T>(job_.out->o, p_.Dv, g0 + r + kRowsAhead);
           upcoming_.Fetch(FinishWork(kLanes));
           UnpackTransposed(o + r, width, p_.Dv, inverse + g0 + r, rows, real);
         }
@@ -462,13 +475,18 @@ class TiledForward {
     for (int c = 0; c < NR; ++c) {  // one vector of rows after the other leaves registers for the constants
       const VF m = safe[c];
       VF l = sum[c];
-      MFA_UNROLL_4
-      for (int k = lo; k < hi; ++k) {
+      ForRowTiles<4>(lo, hi, [&]<int N>(int k) HWY_ATTR {
         float* at = S + k * kWidth + c * kLanes;
-        const VF e = Exp2<kHalf>(hn::Sub(hn::Load(df, at), m));
-        l = hn::Add(l, e);
-        hn::Store(e, df, at);
-      }
+        VF e[N];
+        MFA_UNROLL
+        for (int i = 0; i < N; ++i) e[i] = hn::Sub(hn::Load(df, at + i * kWidth), m);
+        Exp2All<kHalf>(e);
+        MFA_UNROLL
+        for (int i = 0; i < N; ++i) {
+          l = hn::Add(l, e[i]);
+          hn::Store(e[i], df, at + i * kWidth);
+        }
+      });
       sum[c] = l;
     }
   }
