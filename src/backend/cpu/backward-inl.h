@@ -35,7 +35,7 @@ class Backward {
     const int64_t last = Min<int64_t>(key_rows_, first + partition_keys);
     for (float* rows : {job_.dslope_rows, job_.ds_rows})
       for (int h = 0; rows && h < p_.Hq / p_.Hkv; ++h)
-        __builtin_memset(RowTerms(rows, partition_) + row_index(p_, b_, kv_head_ * (p_.Hq / p_.Hkv) + h, 0), 0,
+        __builtin_memset(RowTerms(p_, rows, partition_) + row_index(p_, b_, kv_head_ * (p_.Hq / p_.Hkv) + h, 0), 0,
                          static_cast<size_t>(query_count(p_, b_)) * sizeof(float));
     // Where lists or neighbourhoods leave out most tiles, the partials start as zeros.
     const bool clears = first >= last || steps_.cuts;
@@ -59,7 +59,7 @@ class Backward {
         hn::Store(part == 0 ? x : hn::Add(hn::Load(df, sum + i), x), df, sum + i);
       }
     }
-    if (job_.ds_rows) CorrectQueries(sum);
+    if (job_.ds_rows) CorrectQueries(job_, x_.tile, width_, x_.q, sum);
     alignas(64) float scale[kLanes];
     for (float& f : scale) f = p_.scale;
     const RowTile& t = x_.tile;
@@ -133,8 +133,6 @@ class Backward {
                                      : RoundUp(job_.plan.row_tile, kLanes);
     __builtin_memset(PartialTile(partition_, tile), 0, static_cast<size_t>(rows * p_.D) * sizeof(float));
   }
-  // The part of one partition of an array [key_partitions, rows of lse].
-  float* RowTerms(float* rows, int partition) const { return rows + partition * row_count(p_); }
 
   // Returns whether the tile has rows.
   bool FillTile(int64_t tile) {
@@ -292,8 +290,9 @@ class Backward {
     for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0);
     const int32_t* key_of = x_.block.list.key;
     const auto key_in_block = [this](int c) { return BlockKey(c); };
-    if (job_.dslope_rows) AccumulateSlopes(seen);
-    if (job_.ds_rows) AccumulateRowSums(seen);
+    if (job_.dslope_rows)
+      AddSlopeTerms(p_, x_.tile, x_.block.list, seen, x_.dp, RowTerms(p_, job_.dslope_rows, partition_));
+    if (job_.ds_rows) AddRowSums(p_, x_.tile, width_, seen, x_.dp, RowTerms(p_, job_.ds_rows, partition_));
     if (job_.out->dv.data) {
       if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, key_of, seen.lo, seen.hi, x_.s, kBackwardRowTile);
       AddKeyGradients(x_.s, {x_.d_o, d_o_stride_, width_, p_.Dv}, seen, hides, key_in_block, x_.dv);
@@ -416,53 +415,6 @@ class Backward {
                       static_cast<size_t>(rows * p_.D) * sizeof(float));
     }
     upcoming_.Spread((width_ + kGroupRows - 1) / kGroupRows * (keys.hi - keys.lo));
-  }
-
-  void AccumulateSlopes(const BlockKeys& keys) {
-    const RowTile& t = x_.tile;
-    float* rows = RowTerms(job_.dslope_rows, partition_);
-    for (int r = 0; r < t.count; ++r) {
-      float sum = 0.f;
-      for (int k = keys.lo; k < keys.hi; ++k)
-        sum += x_.dp[k * kBackwardRowTile + r] * static_cast<float>(x_.block.list.key[k] - t.pos[r]);
-      rows[row_index(p_, t.b, t.head[r], t.query[r])] += sum;
-    }
-  }
-
-  void AccumulateRowSums(const BlockKeys& keys) {
-    const RowTile& t = x_.tile;
-    float* rows = RowTerms(job_.ds_rows, partition_);
-    alignas(64) float sums[kLanes];
-    for (int r = 0; r < width_; r += kLanes) {
-      VF sum = hn::Zero(df);
-      for (int k = keys.lo; k < keys.hi; ++k) sum = hn::Add(sum, hn::Load(df, x_.dp + k * kBackwardRowTile + r));
-      hn::Store(sum, df, sums);
-      for (int i = 0; i < Min(kLanes, t.count - r); ++i)
-        rows[row_index(p_, t.b, t.head[r + i], t.query[r + i])] += sums[i];
-    }
-  }
-
-  // Takes from dQ^T what the rounding of the output has put into it: see key_mean-inl.h.
-  void CorrectQueries(float* sum) {
-    const RowTile& t = x_.tile;
-    for (int r = 0; r < t.count; ++r) {
-      const int64_t index = row_index(p_, t.b, t.head[r], t.query[r]);
-      const float lse = job_.in->lse[index];
-      if (t.begin[r] >= t.end[r] || lse == -kInf) continue;
-      float total = 0.f;
-      for (int part = 0; part < job_.plan.key_partitions; ++part) total += RowTerms(job_.ds_rows, part)[index];
-      const float to_natural = job_.in->lse_base2 ? 0.6931471805599453f : 1.f;
-      const float sink = p_.sinks ? ::expf(p_.sinks[t.head[r]] - lse * to_natural) : 0.f;
-      const float expected = (job_.in->dlse ? job_.in->dlse[index] : 0.f) + job_.delta[index] * sink;
-      const float excess = (total - expected) * (1.f - sink);
-      float* mean = x_.q;
-      bool any = false;
-      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR { any = MeanOfVisibleKeys<T>(p_, t, r, mean); });
-      if (!any) continue;
-      const int g0 = r / kGroupRows * kGroupRows, width = Min(kGroupRows, width_ - g0);
-      float* column = sum + static_cast<ptrdiff_t>(g0) * p_.D + (r - g0);
-      for (int d = 0; d < p_.D; ++d) column[d * width] -= excess * mean[d];
-    }
   }
 
   // dQ^T[d][r] += sum_k K[k][d] dS[k][r]

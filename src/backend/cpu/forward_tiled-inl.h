@@ -71,7 +71,7 @@ class TiledForward {
     }
     for (int g = 0; g < kMostGroups; ++g) holds_[g] = false;
     written_ = false;
-    if (job_.out && job_.out->probs) HideAllProbabilities();
+    if (job_.out && job_.out->probs) HideAllProbabilities(job_, x_.tile);
     return true;
   }
 
@@ -251,7 +251,7 @@ class TiledForward {
     for (int r = 0; r < x_.tile.count; ++r) {
       const float lse2 = x_.state.l[r] == 0.f ? -kInf : x_.state.m[r] + ::log2f(x_.state.l[r]);
       if (job_.out->lse) job_.out->lse[LseIndex(r)] = job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
-      if (job_.out->probs) NormaliseProbabilities(r, lse2);
+      if (job_.out->probs) NormaliseProbabilities(job_, x_.tile, r, lse2);
     }
   }
 
@@ -348,7 +348,7 @@ class TiledForward {
       }
     }
     if (HWY_UNLIKELY(job_.floors != nullptr)) return selector_.Add<NR>(S, g0, lo, hi);
-    if (job_.out->probs) StoreScores(g0, lo, hi, kWidth);
+    if (job_.out->probs) StoreScores(job_, x_.tile, reader_.block().list, g0, lo, hi, S, kWidth);
     if constexpr (kPairs) {  // the other halves of odd bounds see nothing
       for (int c = 0; c < NR; ++c) {
         if (pair_lo < lo) hn::Store(hn::Set(df, -kInf), df, S + pair_lo * kWidth + c * kLanes);
@@ -385,9 +385,9 @@ class TiledForward {
         }
       }
     } else if (p_.dtype == DType::f32) {
-      Exponentials<NR, false>(S, lo, hi, safe, block_l);
+      BlockExponentials<NR, false>(S, lo, hi, safe, block_l);
     } else {
-      Exponentials<NR, true>(S, lo, hi, safe, block_l);
+      BlockExponentials<NR, true>(S, lo, hi, safe, block_l);
     }
     if (drops) {
       ApplyDropout(p_, x_.tile, g0, kWidth, reader_.block().list.key, lo, hi, S, kWidth);
@@ -468,55 +468,9 @@ class TiledForward {
     written_ = true;
   }
 
-  // S becomes exp2(S - safe); adds the sums in the order of the keys.
-  template <int NR, bool kHalf>
-  static HWY_INLINE void Exponentials(float* S, int lo, int hi, const VF (&safe)[NR], VF (&sum)[NR]) {
-    constexpr int kWidth = NR * kLanes;
-    for (int c = 0; c < NR; ++c) {  // one vector of rows after the other leaves registers for the constants
-      const VF m = safe[c];
-      VF l = sum[c];
-      ForRowTiles<4>(lo, hi, [&]<int N>(int k) HWY_ATTR {
-        float* at = S + k * kWidth + c * kLanes;
-        VF e[N];
-        MFA_UNROLL
-        for (int i = 0; i < N; ++i) e[i] = hn::Sub(hn::Load(df, at + i * kWidth), m);
-        Exp2All<kHalf>(e);
-        MFA_UNROLL
-        for (int i = 0; i < N; ++i) {
-          l = hn::Add(l, e[i]);
-          hn::Store(e[i], df, at + i * kWidth);
-        }
-      });
-      sum[c] = l;
-    }
-  }
-
   int64_t PartialIndex(int block) const { return tile_index_ * job_.partials.blocks + block; }
 
   int64_t LseIndex(int r) const { return row_index(p_, x_.tile.b, x_.tile.head[r], x_.tile.query[r]); }
-  float* ProbabilityRow(int r) const { return job_.out->probs + LseIndex(r) * p_.Nk; }
-
-  void HideAllProbabilities() {
-    for (int r = 0; r < x_.tile.count; ++r) {
-      float* row = ProbabilityRow(r);
-      for (int k = 0; k < p_.Nk; ++k) row[k] = -kInf;
-    }
-  }
-  void StoreScores(int g0, int lo, int hi, int width) {
-    const KeyList& list = reader_.block().list;
-    for (int r = 0; r < width && g0 + r < x_.tile.count; ++r) {
-      float* row = ProbabilityRow(g0 + r);
-      for (int k = lo; k < hi; ++k)
-        if (!list.has_padding || !list.padding[k]) row[list.key[k]] = x_.s[k * width + r];
-    }
-  }
-  void NormaliseProbabilities(int r, float lse2) {
-    float* row = ProbabilityRow(r);
-    const VF shift = hn::Set(df, lse2 == -kInf ? 0.f : lse2);
-    int k = 0;
-    for (; k + kLanes <= p_.Nk; k += kLanes) hn::StoreU(Exp2(hn::Sub(hn::LoadU(df, row + k), shift)), df, row + k);
-    for (; k < p_.Nk; ++k) row[k] = hn::GetLane(Exp2(hn::Sub(hn::Set(df, row[k]), shift)));
-  }
 
   const ForwardJob& job_;
   const AttentionProblem& p_;
