@@ -35,7 +35,7 @@ class Backward {
     const int64_t last = Min<int64_t>(key_rows_, first + partition_keys);
     for (float* rows : {job_.dslope_rows, job_.ds_rows})
       for (int h = 0; rows && h < p_.Hq / p_.Hkv; ++h)
-        __builtin_memset(RowTerms(rows, partition_) + row_index(p_, b_, kv_head_ * (p_.Hq / p_.Hkv) + h, 0), 0,
+        __builtin_memset(RowTerms(p_, rows, partition_) + row_index(p_, b_, kv_head_ * (p_.Hq / p_.Hkv) + h, 0), 0,
                          static_cast<size_t>(query_count(p_, b_)) * sizeof(float));
     // Where lists or neighbourhoods leave out most tiles, the partials start as zeros.
     const bool clears = first >= last || steps_.cuts;
@@ -59,7 +59,7 @@ class Backward {
         hn::Store(part == 0 ? x : hn::Add(hn::Load(df, sum + i), x), df, sum + i);
       }
     }
-    if (job_.ds_rows) CorrectQueries(sum);
+    if (job_.ds_rows) CorrectQueries(job_, x_.tile, width_, x_.q, sum);
     alignas(64) float scale[kLanes];
     for (float& f : scale) f = p_.scale;
     const RowTile& t = x_.tile;
@@ -103,7 +103,8 @@ class Backward {
     finder_.Select(x_.tile);
     finder_.Find(x_.tile, width_, k0, keys, x_.block);
     if (x_.block.all.empty()) return;
-    first_row_ = p_.Hq * int64_t{p_.Nq};  // no tile follows
+    upcoming_.Clear();
+    upcoming_.Spread(1);  // nothing follows
     LoadRows();
     LoadKeys(k0, keys);
     SelectKeys();
@@ -132,8 +133,6 @@ class Backward {
                                      : RoundUp(job_.plan.row_tile, kLanes);
     __builtin_memset(PartialTile(partition_, tile), 0, static_cast<size_t>(rows * p_.D) * sizeof(float));
   }
-  // The part of one partition of an array [key_partitions, rows of lse].
-  float* RowTerms(float* rows, int partition) const { return rows + partition * row_count(p_); }
 
   // Returns whether the tile has rows.
   bool FillTile(int64_t tile) {
@@ -287,11 +286,13 @@ class Backward {
     if (hides && nonfinite_ <= 0) {
       hides = AnyNonFinite(x_.q, q_stride_, width_, p_.D) || AnyNonFinite(x_.d_o, d_o_stride_, width_, p_.Dv);
     }
+    AddNextTile(seen);
     for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0);
     const int32_t* key_of = x_.block.list.key;
     const auto key_in_block = [this](int c) { return BlockKey(c); };
-    if (job_.dslope_rows) AccumulateSlopes(seen);
-    if (job_.ds_rows) AccumulateRowSums(seen);
+    if (job_.dslope_rows)
+      AddSlopeTerms(p_, x_.tile, x_.block.list, seen, x_.dp, RowTerms(p_, job_.dslope_rows, partition_));
+    if (job_.ds_rows) AddRowSums(p_, x_.tile, width_, seen, x_.dp, RowTerms(p_, job_.ds_rows, partition_));
     if (job_.out->dv.data) {
       if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, key_of, seen.lo, seen.hi, x_.s, kBackwardRowTile);
       AddKeyGradients(x_.s, {x_.d_o, d_o_stride_, width_, p_.Dv}, seen, hides, key_in_block, x_.dv);
@@ -341,7 +342,7 @@ class Backward {
     const float* qt = x_.qt + static_cast<ptrdiff_t>(g0) * p_.D;
     const float* dot = x_.dot + static_cast<ptrdiff_t>(g0) * p_.Dv;
     ForRowTiles<kTileRows>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
-      PrefetchRows(g0, k, MR, keys);
+      upcoming_.Fetch(MR);
       MultiplyTile<MR, NR>(k_ + k * k_stride_, StepsAdjacent{k_stride_}, qt, kWidth, p_.D,
                            [&](int r, int c, VF s)
                                HWY_ATTR { hn::Store(s, df, S + (k + r) * kBackwardRowTile + c * kLanes); });
@@ -371,91 +372,49 @@ class Backward {
       lse[c] = hn::Load(df, x_.lse + g0 + c * kLanes);
       delta[c] = hn::Load(df, x_.delta + g0 + c * kLanes);
     }
+    MFA_NO_UNROLL
     for (int k = lo; k < hi; ++k) {
+      float *s_at = S + k * kBackwardRowTile, *dp_at = dP + k * kBackwardRowTile;
+      VF s[NR], prob[NR];
       MFA_UNROLL
       for (int c = 0; c < NR; ++c) {
-        float *s_at = S + k * kBackwardRowTile + c * kLanes, *dp_at = dP + k * kBackwardRowTile + c * kLanes;
-        const VF s = hn::Load(df, s_at);
-        const VF prob = Exp2(hn::Sub(s, lse[c]));
-        const VF ds = hn::Mul(prob, hn::Sub(hn::Load(df, dp_at), delta[c]));
+        s[c] = hn::Load(df, s_at + c * kLanes);
+        prob[c] = hn::Sub(s[c], lse[c]);
+      }
+      Exp2All(prob);
+      MFA_UNROLL
+      for (int c = 0; c < NR; ++c) {
+        const VF ds = hn::Mul(prob[c], hn::Sub(hn::Load(df, dp_at + c * kLanes), delta[c]));
         // Of a hidden key dP may be NaN, and P too where the row's lse is: both count as zero.
-        const MF hidden = hn::Eq(s, hn::Set(df, -kInf));
-        hn::Store(hn::IfThenZeroElse(hidden, prob), df, s_at);
-        hn::Store(hn::IfThenZeroElse(hidden, ds), df, dp_at);
+        const MF hidden = hn::Eq(s[c], hn::Set(df, -kInf));
+        hn::Store(hn::IfThenZeroElse(hidden, prob[c]), df, s_at + c * kLanes);
+        hn::Store(hn::IfThenZeroElse(hidden, ds), df, dp_at + c * kLanes);
       }
     }
   }
 
-  // Fetches the share of the next tile's rows, and of its dQ, that falls to tile [k, k + count) of the group's
-  // products: a few lines at a time, as more would fill the queue of outstanding misses.
-  HWY_INLINE void PrefetchRows(int g0, int k, int count, const BlockKeys& keys) const {
+  // The rows of the next tile, and its dQ, come in during the products of this one.
+  void AddNextTile(const BlockKeys& keys) {
+    upcoming_.Clear();
     const int G = p_.Hq / p_.Hkv;
     const int64_t next = first_row_ + job_.plan.row_tile;
     const int rows = static_cast<int>(Min<int64_t>(job_.plan.row_tile, int64_t{query_count(p_, b_)} * G - next));
-    if (rows <= 0 || steps_.cuts) return;
-    const int slots = (width_ + kGroupRows - 1) / kGroupRows * (keys.hi - keys.lo);
-    const int slot = g0 / kGroupRows * (keys.hi - keys.lo) + k - keys.lo;
-    const int size = p_.dtype == DType::f32 ? 4 : 2;
-    const auto row = [&](const TensorRef& x, int head, int64_t query, int bytes) HWY_ATTR {
-      const char* at = static_cast<const char*>(x.data) + query_element(p_, x.stride, x_.tile.b, head, query) * size;
-      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-    };
-    for (int r = rows * slot / slots; r < rows * (slot + count) / slots; ++r) {
-      const int head = x_.tile.kv_head * G + static_cast<int>((next + r) % G);
-      row(p_.q, head, (next + r) / G, p_.D * size);
-      row(job_.in->d_o, head, (next + r) / G, p_.Dv * size);
+    if (rows > 0 && !steps_.cuts) {
+      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+        const auto add = [&](const TensorRef& x, int width) {
+          constexpr auto kSize = static_cast<ptrdiff_t>(sizeof(T));
+          for (int r = 0; r < Min(rows, G); ++r)  // head by head
+            upcoming_.Add(QueryRow<T>(p_, x, b_, kv_head_ * G + static_cast<int>((next + r) % G), (next + r) / G),
+                          (rows - r + G - 1) / G, x.stride[2] * kSize, static_cast<size_t>(width * kSize));
+        };
+        add(p_.q, p_.D);
+        add(job_.in->d_o, p_.Dv);
+      });
+      if (job_.out->dq.data)
+        upcoming_.Add(PartialTile(partition_, next / job_.plan.row_tile), 1, 0,
+                      static_cast<size_t>(rows * p_.D) * sizeof(float));
     }
-    if (!job_.out->dq.data) return;
-    const int lines = rows * p_.D / 16;
-    const char* dq = reinterpret_cast<const char*>(PartialTile(partition_, next / job_.plan.row_tile));
-    for (int i = lines * slot / slots; i < lines * (slot + count) / slots; ++i) __builtin_prefetch(dq + i * 64, 1, 2);
-  }
-
-  void AccumulateSlopes(const BlockKeys& keys) {
-    const RowTile& t = x_.tile;
-    float* rows = RowTerms(job_.dslope_rows, partition_);
-    for (int r = 0; r < t.count; ++r) {
-      float sum = 0.f;
-      for (int k = keys.lo; k < keys.hi; ++k)
-        sum += x_.dp[k * kBackwardRowTile + r] * static_cast<float>(x_.block.list.key[k] - t.pos[r]);
-      rows[row_index(p_, t.b, t.head[r], t.query[r])] += sum;
-    }
-  }
-
-  void AccumulateRowSums(const BlockKeys& keys) {
-    const RowTile& t = x_.tile;
-    float* rows = RowTerms(job_.ds_rows, partition_);
-    alignas(64) float sums[kLanes];
-    for (int r = 0; r < width_; r += kLanes) {
-      VF sum = hn::Zero(df);
-      for (int k = keys.lo; k < keys.hi; ++k) sum = hn::Add(sum, hn::Load(df, x_.dp + k * kBackwardRowTile + r));
-      hn::Store(sum, df, sums);
-      for (int i = 0; i < Min(kLanes, t.count - r); ++i)
-        rows[row_index(p_, t.b, t.head[r + i], t.query[r + i])] += sums[i];
-    }
-  }
-
-  // Takes from dQ^T what the rounding of the output has put into it: see key_mean-inl.h.
-  void CorrectQueries(float* sum) {
-    const RowTile& t = x_.tile;
-    for (int r = 0; r < t.count; ++r) {
-      const int64_t index = row_index(p_, t.b, t.head[r], t.query[r]);
-      const float lse = job_.in->lse[index];
-      if (t.begin[r] >= t.end[r] || lse == -kInf) continue;
-      float total = 0.f;
-      for (int part = 0; part < job_.plan.key_partitions; ++part) total += RowTerms(job_.ds_rows, part)[index];
-      const float to_natural = job_.in->lse_base2 ? 0.6931471805599453f : 1.f;
-      const float sink = p_.sinks ? ::expf(p_.sinks[t.head[r]] - lse * to_natural) : 0.f;
-      const float expected = (job_.in->dlse ? job_.in->dlse[index] : 0.f) + job_.delta[index] * sink;
-      const float excess = (total - expected) * (1.f - sink);
-      float* mean = x_.q;
-      bool any = false;
-      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR { any = MeanOfVisibleKeys<T>(p_, t, r, mean); });
-      if (!any) continue;
-      const int g0 = r / kGroupRows * kGroupRows, width = Min(kGroupRows, width_ - g0);
-      float* column = sum + static_cast<ptrdiff_t>(g0) * p_.D + (r - g0);
-      for (int d = 0; d < p_.D; ++d) column[d * width] -= excess * mean[d];
-    }
+    upcoming_.Spread((width_ + kGroupRows - 1) / kGroupRows * (keys.hi - keys.lo));
   }
 
   // dQ^T[d][r] += sum_k K[k][d] dS[k][r]
@@ -510,6 +469,7 @@ class Backward {
   const int d_padded_, dv_padded_, q_stride_, d_o_stride_;
   BlockFinder finder_;
   BackwardScratch x_;
+  UpcomingRows upcoming_;
   int b_ = 0, kv_head_ = 0;
   int64_t tiles_ = 0, keys_ = 0, key_rows_ = 0;  // of the sequence
   int64_t first_row_ = 0;

@@ -179,7 +179,8 @@ class DecodeForward {
     const bool masked = steps_.Masked(p_, x_.tile, 0, rows_, x_.block, seen);
     const bool hidden = !seen.full || masked || steps_.hides();
     for (int g = 0; g < rows_; ++g) {
-      if (!seen.full || masked || steps_.any()) ApplySteps(g, masked, lo, hi);
+      if (!seen.full || masked || steps_.any())
+        ApplyRowSteps(p_, steps_, x_.tile, g, x_.block, masked, lo, hi, scores_at(g, 0));
       m[g] = RowMax(scores_at(g, 0), lo, hi);
     }
     const bool skip_hidden = hidden && NonFiniteValues(v, lo, hi);
@@ -302,62 +303,6 @@ class DecodeForward {
   }
 
   float* scores_at(int g, int k) { return x_.s + g * kScoreStride + k; }
-
-  // The steps of ApplyScoreSteps with lanes = keys: the same operations in the same order.
-  void ApplySteps(int g, bool masked, int lo, int hi) {
-    const ScoreTerms terms(p_);
-    const RowTile& t = x_.tile;
-    const int32_t* key_of = x_.block.list.key;
-    const VI begin = hn::Set(di, t.begin[g]), end = hn::Set(di, t.end[g]), pos = hn::Set(di, t.pos[g]);
-    alignas(64) float bias[kLanes];
-    alignas(64) int32_t mask[kLanes];
-    for (int k = lo; k < hi; k += kLanes) {
-      const int n = Min(kLanes, hi - k);
-      const VI key = hn::LoadU(di, key_of + k);
-      VF s = hn::LoadU(df, scores_at(g, k));
-      if (steps_.softcap) s = hn::Mul(Tanh(hn::Mul(s, terms.inverse_softcap)), terms.softcap);
-      if (steps_.alibi) s = hn::MulAdd(hn::Set(df, t.slope[g]), hn::ConvertTo(df, hn::Sub(key, pos)), s);
-      auto visible = hn::AndNot(hn::Lt(key, begin), hn::Lt(key, end));
-      if (steps_.bias) {
-        const int64_t at = t.b * p_.bias.stride[0] + t.head[g] * p_.bias.stride[1] + t.query[g] * p_.bias.stride[2];
-        for (int i = 0; i < kLanes; ++i)
-          bias[i] = i < n && !(x_.block.list.has_padding && x_.block.list.padding[k + i])
-                        ? load_as_float(p_.bias.data, p_.bias.dtype, at + key_of[k + i] * p_.bias.stride[3]) * kLog2e
-                        : 0.f;
-        const VF term = hn::Load(df, bias);
-        s = hn::Add(s, term);
-        visible = hn::And(visible, hn::RebindMask(di, hn::Ne(term, hn::Set(df, -kInf))));
-      }
-      if (masked) {
-        for (int i = 0; i < kLanes; ++i) mask[i] = i < n && Shows(g, k + i) ? -1 : 0;
-        visible = hn::And(visible, hn::MaskFromVec(hn::Load(di, mask)));
-      }
-      if (steps_.floor) visible = hn::AndNot(hn::RebindMask(di, hn::Lt(s, hn::Set(df, t.floor[g]))), visible);
-      s = hn::IfThenElse(hn::RebindMask(df, visible), s, hn::Set(df, -kInf));
-      if (n == kLanes) {
-        hn::StoreU(s, df, scores_at(g, k));
-      } else {
-        alignas(64) float out[kLanes];
-        hn::Store(s, df, out);
-        for (int i = 0; i < n; ++i) scores_at(g, k)[i] = out[i];
-      }
-    }
-  }
-
-  // Whether lists, neighbourhood and boolean mask show entry c to row g.
-  bool Shows(int g, int c) const {
-    const RowTile& t = x_.tile;
-    const TileBlock& block = x_.block;
-    if (block.list.has_padding && block.list.padding[c]) return false;
-    const int32_t key = block.list.key[c];
-    for (int x = 0; x < p_.neighbourhood.axes; ++x) {
-      const int32_t u = block.position[x][c];
-      if (u < t.from[x][g] || u >= t.to[x][g]) return false;
-    }
-    if (p_.blocks.offsets && block.uneven && !lists_show(p_, t.b, t.head[g], t.query[g], key)) return false;
-    return !steps_.mask || p_.mask.data[t.b * p_.mask.stride[0] + t.head[g] * p_.mask.stride[1] +
-                                        t.query[g] * p_.mask.stride[2] + key * p_.mask.stride[3]] != 0;
-  }
 
   static float RowMax(const float* S, int lo, int hi) {
     VF max = hn::Set(df, -kInf);

@@ -71,7 +71,7 @@ class TiledForward {
     }
     for (int g = 0; g < kMostGroups; ++g) holds_[g] = false;
     written_ = false;
-    if (job_.out && job_.out->probs) HideAllProbabilities();
+    if (job_.out && job_.out->probs) HideAllProbabilities(job_, x_.tile);
     return true;
   }
 
@@ -84,6 +84,7 @@ class TiledForward {
         const int width = Min(kGroupRows, tile_width_ - g0);
         for (int r = 0; r < width; r += kLanes) {
           float* to = x_.q + static_cast<ptrdiff_t>(g0) * p_.D + r;
+          FetchRows<T>(p_.q, p_.D, g0 + r + kRowsAhead);
           if (RotatesQueries(p_)) {
             const float* rotated[kLanes];
             for (int i = 0; i < kLanes; ++i) {
@@ -101,6 +102,17 @@ class TiledForward {
         }
       }
     });
+  }
+
+  // Asks for rows [r, r + kLanes) of the tile: those of a whole tile are too many to come all with its last keys.
+  static constexpr int kRowsAhead = 2 * kLanes;
+  template <class T, class Ref>
+  HWY_INLINE void FetchRows(const Ref& x, int width, int r) const {
+    for (const int end = Min(r + kLanes, x_.tile.count); r < end; ++r) {
+      const auto* row = reinterpret_cast<const char*>(QueryRow<T>(p_, x, x_.tile.b, x_.tile.head[r], x_.tile.query[r]));
+      for (size_t i = 0; i < static_cast<size_t>(width) * sizeof(T); i += 64)
+        __builtin_prefetch(row + i, std::is_same_v<Ref, MutableTensorRef>, 3);
+    }
   }
 
   // Pairs of channels keep their bits; the scale is applied to the scores.
@@ -239,7 +251,7 @@ class TiledForward {
     for (int r = 0; r < x_.tile.count; ++r) {
       const float lse2 = x_.state.l[r] == 0.f ? -kInf : x_.state.m[r] + ::log2f(x_.state.l[r]);
       if (job_.out->lse) job_.out->lse[LseIndex(r)] = job_.out->lse_base2 ? lse2 : NaturalLse(lse2);
-      if (job_.out->probs) NormaliseProbabilities(r, lse2);
+      if (job_.out->probs) NormaliseProbabilities(job_, x_.tile, r, lse2);
     }
   }
 
@@ -257,6 +269,7 @@ class TiledForward {
           T* rows[kLanes];
           for (int i = 0; i < real; ++i)
             rows[i] = QueryRow<T>(p_, job_.out->o, t.b, t.head[g0 + r + i], t.query[g0 + r + i]);
+          FetchRows<T>(job_.out->o, p_.Dv, g0 + r + kRowsAhead);
           upcoming_.Fetch(FinishWork(kLanes));
           UnpackTransposed(o + r, width, p_.Dv, inverse + g0 + r, rows, real);
         }
@@ -335,7 +348,7 @@ class TiledForward {
       }
     }
     if (HWY_UNLIKELY(job_.floors != nullptr)) return selector_.Add<NR>(S, g0, lo, hi);
-    if (job_.out->probs) StoreScores(g0, lo, hi, kWidth);
+    if (job_.out->probs) StoreScores(job_, x_.tile, reader_.block().list, g0, lo, hi, S, kWidth);
     if constexpr (kPairs) {  // the other halves of odd bounds see nothing
       for (int c = 0; c < NR; ++c) {
         if (pair_lo < lo) hn::Store(hn::Set(df, -kInf), df, S + pair_lo * kWidth + c * kLanes);
@@ -372,9 +385,9 @@ class TiledForward {
         }
       }
     } else if (p_.dtype == DType::f32) {
-      Exponentials<NR, false>(S, lo, hi, safe, block_l);
+      BlockExponentials<NR, false>(S, lo, hi, safe, block_l);
     } else {
-      Exponentials<NR, true>(S, lo, hi, safe, block_l);
+      BlockExponentials<NR, true>(S, lo, hi, safe, block_l);
     }
     if (drops) {
       ApplyDropout(p_, x_.tile, g0, kWidth, reader_.block().list.key, lo, hi, S, kWidth);
@@ -455,50 +468,9 @@ class TiledForward {
     written_ = true;
   }
 
-  // S becomes exp2(S - safe); adds the sums in the order of the keys.
-  template <int NR, bool kHalf>
-  static HWY_INLINE void Exponentials(float* S, int lo, int hi, const VF (&safe)[NR], VF (&sum)[NR]) {
-    constexpr int kWidth = NR * kLanes;
-    for (int c = 0; c < NR; ++c) {  // one vector of rows after the other leaves registers for the constants
-      const VF m = safe[c];
-      VF l = sum[c];
-      MFA_UNROLL_4
-      for (int k = lo; k < hi; ++k) {
-        float* at = S + k * kWidth + c * kLanes;
-        const VF e = Exp2<kHalf>(hn::Sub(hn::Load(df, at), m));
-        l = hn::Add(l, e);
-        hn::Store(e, df, at);
-      }
-      sum[c] = l;
-    }
-  }
-
   int64_t PartialIndex(int block) const { return tile_index_ * job_.partials.blocks + block; }
 
   int64_t LseIndex(int r) const { return row_index(p_, x_.tile.b, x_.tile.head[r], x_.tile.query[r]); }
-  float* ProbabilityRow(int r) const { return job_.out->probs + LseIndex(r) * p_.Nk; }
-
-  void HideAllProbabilities() {
-    for (int r = 0; r < x_.tile.count; ++r) {
-      float* row = ProbabilityRow(r);
-      for (int k = 0; k < p_.Nk; ++k) row[k] = -kInf;
-    }
-  }
-  void StoreScores(int g0, int lo, int hi, int width) {
-    const KeyList& list = reader_.block().list;
-    for (int r = 0; r < width && g0 + r < x_.tile.count; ++r) {
-      float* row = ProbabilityRow(g0 + r);
-      for (int k = lo; k < hi; ++k)
-        if (!list.has_padding || !list.padding[k]) row[list.key[k]] = x_.s[k * width + r];
-    }
-  }
-  void NormaliseProbabilities(int r, float lse2) {
-    float* row = ProbabilityRow(r);
-    const VF shift = hn::Set(df, lse2 == -kInf ? 0.f : lse2);
-    int k = 0;
-    for (; k + kLanes <= p_.Nk; k += kLanes) hn::StoreU(Exp2(hn::Sub(hn::LoadU(df, row + k), shift)), df, row + k);
-    for (; k < p_.Nk; ++k) row[k] = hn::GetLane(Exp2(hn::Sub(hn::Set(df, row[k]), shift)));
-  }
 
   const ForwardJob& job_;
   const AttentionProblem& p_;

@@ -13,10 +13,13 @@ struct TileRows {
 template <int NR, class KeyOf>
 HWY_NOINLINE void AddKeyColumns(const float* weights, const TileRows& rows, int c0, const BlockKeys& keys,
                                 const KeyOf& key_of, float* out, int padded) {
-  ForRowTiles<kChannelRows>(keys.lo, keys.hi, [&]<int MR>(int k) HWY_ATTR {
+  ForRowTiles<kChannelRows>(keys.lo, keys.hi, [&]<int MR>(int k) MFA_INLINE_LAMBDA {
+    float* to[MR];  // looked up at once: the compiler must take it that a stored vector changes what key_of reads
+    MFA_UNROLL
+    for (int r = 0; r < MR; ++r) to[r] = out + key_of(k + r) * padded + c0;
     MultiplyTile<MR, NR>(weights + k * kBackwardRowTile, StepsAdjacent{kBackwardRowTile}, rows.data + c0, rows.stride,
                          rows.count, [&](int r, int c, VF acc) HWY_ATTR {
-                           float* at = out + key_of(k + r) * padded + c0 + c * kLanes;
+                           float* at = to[r] + c * kLanes;
                            hn::Store(hn::Add(hn::Load(df, at), acc), df, at);
                          });
   });
@@ -65,7 +68,7 @@ template <int NR>
 HWY_NOINLINE void AddQueryGradients(const float* weights, const BlockKeys& keys, const float* panels, int D, bool first,
                                     float* out) {
   constexpr int kWidth = NR * kLanes;
-  ForRowTiles<kTileRows>(0, D, [&]<int MR>(int d) HWY_ATTR {
+  ForRowTiles<kTileRows>(0, D, [&]<int MR>(int d) MFA_INLINE_LAMBDA {
     const float* k = panels + d / kTileRows * kKeyPanel + keys.lo * kTileRows + d % kTileRows;
     MultiplyTile<MR, NR>(k, RowsAdjacent{kTileRows}, weights + keys.lo * kBackwardRowTile, kBackwardRowTile,
                          keys.hi - keys.lo, [&](int r, int c, VF acc) HWY_ATTR {

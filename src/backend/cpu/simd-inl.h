@@ -221,42 +221,56 @@ HWY_INLINE void UnpackTransposed(const float* in, ptrdiff_t ld, int n, const flo
 
 // ---- functions
 // --------------------------------------------------------------------------------------------------
-// 2^x by a minimax polynomial on [-1/2, 1/2], exact at 0: relative error 1e-7,
-// or 3e-6 with `kHalf`, which is enough for results in 16 bits. Results below
-// 2^-126 and x = -inf give 0; NaN stays NaN (the order of the operands of Max
-// matters for that on x86).
-template <bool kHalf = false>
-HWY_INLINE VF Exp2(VF x) {
+// 2^x of each vector by a minimax polynomial on [-1/2, 1/2], exact at 0: relative error 1e-7, or 3e-6 with `kHalf`,
+// which is enough for results in 16 bits. Results below 2^-126 and x = -inf give 0; NaN stays NaN (the order of the
+// operands of Max matters for that on x86). Several vectors go step by step: one alone is a chain of dependent
+// operations, longer than the processor looks ahead to the next.
+template <bool kHalf = false, int N>
+HWY_INLINE void Exp2All(VF (&x)[N]) {
+  static constexpr float kTerms[] = {0.001326472731307149f, 0.009671512991189957f, 0.05550733581185341f,
+                                     0.24022242426872253f,  0.6931470036506653f,   1.f};
+  static constexpr float kHalfTerms[] = {0.009582852944731712f, 0.055906426161527634f, 0.24024099111557007f,
+                                         0.6931241750717163f, 1.f};
+  constexpr const float* kTerm = kHalf ? kHalfTerms : kTerms;
+  constexpr int kDegree = kHalf ? 4 : 5;
+  VF f[N], p[N];
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
   // -inf has the remainder 0, so the polynomial stays finite.
-  const VF f{_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  MFA_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = VF{_mm512_reduce_ps(x[i].raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 #else
   const VF magic = hn::Set(df, 12582912.f + 127.f);  // 1.5 * 2^23 rounds to an integer; 127 is the exponent's bias
-  x = hn::Max(hn::Set(df, -127.f), x);
-  const VF shifted = hn::Add(x, magic);
-  const VF f = hn::Sub(x, hn::Sub(shifted, magic));
+  VF shifted[N];
+  MFA_UNROLL
+  for (int i = 0; i < N; ++i) x[i] = hn::Max(hn::Set(df, -127.f), x[i]);
+  MFA_UNROLL
+  for (int i = 0; i < N; ++i) shifted[i] = hn::Add(x[i], magic);
+  MFA_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = hn::Sub(x[i], hn::Sub(shifted[i], magic));
 #endif
-  VF p;
-  if constexpr (kHalf) {
-    p = hn::Set(df, 0.009582852944731712f);
-    p = hn::MulAdd(p, f, hn::Set(df, 0.055906426161527634f));
-    p = hn::MulAdd(p, f, hn::Set(df, 0.24024099111557007f));
-    p = hn::MulAdd(p, f, hn::Set(df, 0.6931241750717163f));
-  } else {
-    p = hn::Set(df, 0.001326472731307149f);
-    p = hn::MulAdd(p, f, hn::Set(df, 0.009671512991189957f));
-    p = hn::MulAdd(p, f, hn::Set(df, 0.05550733581185341f));
-    p = hn::MulAdd(p, f, hn::Set(df, 0.24022242426872253f));
-    p = hn::MulAdd(p, f, hn::Set(df, 0.6931470036506653f));
+  MFA_UNROLL
+  for (int i = 0; i < N; ++i) p[i] = hn::Set(df, kTerm[0]);
+  MFA_UNROLL
+  for (int j = 1; j <= kDegree; ++j) {
+    MFA_UNROLL
+    for (int i = 0; i < N; ++i) p[i] = hn::MulAdd(p[i], f[i], hn::Set(df, kTerm[j]));
   }
-  p = hn::MulAdd(p, f, hn::Set(df, 1.f));
+  MFA_UNROLL
+  for (int i = 0; i < N; ++i) {
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
-  const __mmask16 normal = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
-  return VF{_mm512_maskz_scalef_ps(normal, p.raw, hn::Sub(x, f).raw)};
+    const __mmask16 normal = _mm512_cmp_ps_mask(x[i].raw, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+    x[i] = VF{_mm512_maskz_scalef_ps(normal, p[i].raw, hn::Sub(x[i], f[i]).raw)};
 #else
-  // 127 + n sits in the low bits of `shifted`: in the exponent field it makes 2^n, and 0 for n = -127.
-  return hn::Mul(p, hn::BitCast(df, hn::ShiftLeft<23>(hn::BitCast(di, shifted))));
+    // 127 + n sits in the low bits of `shifted`: in the exponent field it makes 2^n, and 0 for n = -127.
+    x[i] = hn::Mul(p[i], hn::BitCast(df, hn::ShiftLeft<23>(hn::BitCast(di, shifted[i]))));
 #endif
+  }
+}
+template <bool kHalf = false>
+HWY_INLINE VF Exp2(VF x) {
+  VF one[1] = {x};
+  Exp2All<kHalf>(one);
+  return one[0];
 }
 
 // tanh to 1.2e-7 relative: an odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel.
