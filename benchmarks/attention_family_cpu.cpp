@@ -31,7 +31,7 @@
 namespace mfa::bench {
 namespace {
 
-// A problem with its data: [batch, heads, rows, D] tensors filled with unit normals.
+// A problem with its data: [batch, heads, rows, D] tensors, pools of pages [pages, rows, heads, D], unit normals.
 class Subject {
  public:
   Subject(DType dtype, int32_t heads, int32_t queries, int32_t keys, int32_t D) {
@@ -52,8 +52,9 @@ class Subject {
     const int64_t key_batches = p.pages.table ? p.pages.pages : p.key_starts ? 1 : p.B;
     const int64_t key_rows = p.pages.table ? p.pages.page_size : p.key_starts ? p.packed_keys : p.Nk;
     p.q = tensor(q_, batches, p.Hq, rows, p.D, 1);
-    p.k = tensor(k_, key_batches, p.Hkv, key_rows, p.D, 2);
-    p.v = tensor(v_, key_batches, p.Hkv, key_rows, p.Dv, 3);
+    const bool tokens_first = p.pages.table && !heads_first;
+    p.k = tensor(k_, key_batches, p.Hkv, key_rows, p.D, 2, tokens_first);
+    p.v = tensor(v_, key_batches, p.Hkv, key_rows, p.Dv, 3, tokens_first);
     const TensorRef o = tensor(o_, batches, p.Hq, rows, p.Dv, 4);
     out_.o = {const_cast<void*>(o.data), {o.stride[0], o.stride[1], o.stride[2]}};
     lse_.resize(static_cast<size_t>(row_count(p)));
@@ -106,13 +107,14 @@ class Subject {
 
   AttentionProblem p;
   int32_t keep = 0;
+  bool heads_first = false;  // a view of pools [pages, heads, rows, D]
   std::vector<int32_t> query_starts, key_starts, table, key_ids, query_ids;
   std::vector<int64_t> offsets, transposed_offsets;
   std::vector<float> cosines, sines;
 
  private:
   TensorRef tensor(std::vector<uint8_t>& storage, int64_t batches, int64_t heads, int64_t rows, int64_t width,
-                   uint32_t seed) const {
+                   uint32_t seed, bool tokens_first = false) const {
     const int64_t count = batches * heads * rows * width;
     storage.resize(static_cast<size_t>(count) * size_of(p.dtype));
     std::mt19937 random(seed);
@@ -123,6 +125,7 @@ class Subject {
       if (i % width == 0) at = static_cast<int64_t>(random() % pool.size());  // rows differ
       store_from_float(storage.data(), p.dtype, i, pool[static_cast<size_t>(at + i % width) % pool.size()]);
     }
+    if (tokens_first) return {storage.data(), {heads * rows * width, width, heads * width}};
     return {storage.data(), {heads * rows * width, rows * width, width}};
   }
 
@@ -211,8 +214,10 @@ SubjectPtr packed(DType dtype, int32_t heads, const std::vector<int32_t>& length
   return s;
 }
 
-SubjectPtr paged(DType dtype, int32_t heads, int32_t queries, int32_t keys, int32_t D, int32_t page_size) {
+SubjectPtr paged(DType dtype, int32_t heads, int32_t queries, int32_t keys, int32_t D, int32_t page_size,
+                 bool heads_first) {
   auto s = std::make_unique<Subject>(dtype, heads, queries, keys, D);
+  s->heads_first = heads_first;
   s->p.pages.page_size = page_size;
   s->p.pages.pages = (keys + page_size - 1) / page_size;
   s->table.resize(static_cast<size_t>(s->p.pages.pages));
@@ -311,15 +316,19 @@ std::vector<Row> all_rows() {
         concat("packed 4096 x 16 f32 D ", D), true, 0.4,
         [=] { return packed(DType::f32, 8, std::vector<int32_t>(4096, 16), D); },
         [=] { return dense(DType::f32, 8, 1024, 1024, D); });
-  for (const int32_t page : {16, 64})
-    add(
-        concat("paged decode bf16 32k, page ", page), true, 0.9,
-        [=] { return paged(DType::bf16, 8, 1, 32768, 128, page); },
-        [] { return dense(DType::bf16, 8, 1, 32768, 128); });
-  for (const DType type : {DType::f32, DType::bf16})
-    add(
-        concat("paged prefill ", name_of(type), " D 64, page 16"), true, 0.93,
-        [=] { return paged(type, 8, 2048, 2048, 64, 16); }, [=] { return dense(type, 8, 2048, 2048, 64); });
+  for (const bool heads_first : {false, true}) {
+    const char* order = heads_first ? ", heads first" : "";
+    for (const int32_t page : {16, 64})
+      add(
+          concat("paged decode bf16 32k, page ", page, order), true, 0.9,
+          [=] { return paged(DType::bf16, 8, 1, 32768, 128, page, heads_first); },
+          [] { return dense(DType::bf16, 8, 1, 32768, 128); });
+    for (const DType type : {DType::f32, DType::bf16})
+      add(
+          concat("paged prefill ", name_of(type), " D 64, page 16", order), true, 0.93,
+          [=] { return paged(type, 8, 2048, 2048, 64, 16, heads_first); },
+          [=] { return dense(type, 8, 2048, 2048, 64); });
+  }
   for (const DType type : {DType::f32, DType::bf16})
     add(
         concat("rope ", name_of(type), " D 64, N 2048"), false, 1.05, [=] { return rotated(type, 8, 2048, 64); },
