@@ -137,6 +137,14 @@ __device__ __forceinline__ void load_pair(const BackwardParams& params, const Ba
   ring.advance();
 }
 
+// Loads the i-th 64 rows of both stationary tiles.
+template <class Tile>
+__device__ __forceinline__ void load_stationary(const BackwardShared<Tile>& shared, const BackwardMaps& maps,
+                                                const SharedWork& w, int i, uint32_t full) {
+  load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, full, w.row0() + 64 * i, w.h(), w.b());
+  load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, full, w.row0() + 64 * i, w.h(), w.b());
+}
+
 // The feeding warpgroup's first thread.
 template <class Tile>
 __device__ __forceinline__ void feed(const BackwardParams& params, const HopperSchedule& s,
@@ -166,8 +174,7 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
           const uint32_t full = shared.barrier(Tile::stay_full + i);
           barrier_wait(shared.barrier(Tile::stay_empty + i), stay.parity() ^ 1);
           barrier_arrive_expect(full, 2 * Tile::layout.stay_bytes);
-          load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, full, w.row0() + 64 * i, w.h(), w.b());
-          load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, full, w.row0() + 64 * i, w.h(), w.b());
+          load_stationary(shared, maps, w, i, full);
         }
         stay.advance();
       }

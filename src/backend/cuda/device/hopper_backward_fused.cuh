@@ -58,6 +58,33 @@ __device__ __forceinline__ void clean_keys(const BackwardShared<Tile>& shared) {
   named_sync(1, 32 * warps);
 }
 
+// Of 64 keys and tile n of the queries: x, S before, becomes P and is added to dv; y, dP once its products are
+// finished, becomes dS. Both are left packed too. The products of dv are under way afterwards.
+template <class Tile>
+__device__ __forceinline__ void differentiate(float (&x)[Tile::BN / 2], float (&y)[Tile::BN / 2],
+                                              float (&dv)[Tile::columns / 2], uint32_t (&packed_p)[Tile::BN / 4],
+                                              uint32_t (&packed_ds)[Tile::BN / 4], const BackwardShared<Tile>& shared,
+                                              uint32_t stage, const Problem& p, const SharedWork& work, int row_in_tile,
+                                              int n, bool partial, int lane) {
+  using T = typename Tile::T;
+  constexpr int BN = Tile::BN;
+  const float none[2] = {};
+  exponents<Tile>(x, none, shared, stage, p.scale_log2, lane);
+  if (partial) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
+  pack_fragment<T, BN>(x, packed_p);
+  settle(packed_p);
+  products_fence();
+  multiply_rows<T, Tile::columns, BN, BN>(dv, packed_p, shared.second(stage), 1);
+  products_commit();
+  settle(x);
+  products_wait<1>();
+  settle(y);
+  subtract_delta<Tile>(y, none, shared, stage, lane);
+  score_gradients<BN>(x, y, partial);
+  pack_fragment<T, BN>(y, packed_ds);
+  settle(packed_ds);
+}
+
 // Each warpgroup keeps 64 of the keys, and both work on every tile of queries.
 template <class Tile>
 __device__ __forceinline__ void consume_together(const BackwardParams& params, const BackwardShared<Tile>& shared,
@@ -114,21 +141,7 @@ __device__ __forceinline__ void consume_together(const BackwardParams& params, c
         settle(y);
         clean_step(shared, stage);
       }
-      const float none[2] = {};
-      exponents<Tile>(x, none, shared, stage, p.scale_log2, lane);
-      if (partial) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
-      pack_fragment<T, BN>(x, packed_p);
-      settle(packed_p);
-      products_fence();
-      multiply_rows<T, columns, BN, BN>(dv, packed_p, shared.second(stage), 1);
-      products_commit();
-      settle(x);
-      products_wait<1>();
-      settle(y);
-      subtract_delta<Tile>(y, none, shared, stage, lane);
-      score_gradients<BN>(x, y, partial);
-      pack_fragment<T, BN>(y, packed_ds);
-      settle(packed_ds);
+      differentiate<Tile>(x, y, dv, packed_p, packed_ds, shared, stage, p, work, row_in_tile, n, partial, lane);
       const uint32_t ds = shared.at + Tile::layout.ds_at + half * Tile::layout.ds_bytes;
       keep_score_gradients<Tile>(packed_ds, ds, warpgroup, thread);
       fence_async_shared();
@@ -221,30 +234,16 @@ __device__ __forceinline__ void consume_alternate(const BackwardParams& params, 
         products_wait<0>();
         clean_step(shared, stage);
       }
-      // From x and y of 64 keys: dv, and dS packed and in shared memory.
-      const auto differentiate = [&](float (&dv)[columns / 2], int keys) {
+      const auto differentiate_keys = [&](float (&dv)[columns / 2], int keys) {
         products_wait<1>();
         settle(x);
-        const float none[2] = {};
-        exponents<Tile>(x, none, shared, stage, p.scale_log2, lane);
-        if (partial) keep_seen<Tile>(x, work, p.Nq, row_in_tile + 64 * keys, n * BN, lane);
-        pack_fragment<T, BN>(x, packed_p);
-        settle(packed_p);
-        products_fence();
-        multiply_rows<T, columns, BN, BN>(dv, packed_p, shared.second(stage), 1);
-        products_commit();
-        settle(x);
-        products_wait<1>();
-        settle(y);
-        subtract_delta<Tile>(y, none, shared, stage, lane);
-        score_gradients<BN>(x, y, partial);
-        pack_fragment<T, BN>(y, packed_ds);
-        settle(packed_ds);
+        differentiate<Tile>(x, y, dv, packed_p, packed_ds, shared, stage, p, work, row_in_tile + 64 * keys, n, partial,
+                            lane);
         keep_score_gradients<Tile>(packed_ds, ds, keys, thread);
         products_wait<0>();  // frees packed_p
         settle(dv);
       };
-      differentiate(dv[0], 0);
+      differentiate_keys(dv[0], 0);
       products_fence();
       multiply_rows<T, columns, BN, BN>(dk[0], packed_ds, shared.first(stage), 1);
       multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 1), shared.first(stage));
@@ -252,7 +251,7 @@ __device__ __forceinline__ void consume_alternate(const BackwardParams& params, 
       products_fence();
       multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, 1), shared.second(stage));
       products_commit();
-      differentiate(dv[1], 1);
+      differentiate_keys(dv[1], 1);
       settle(dk[0]);
       fence_async_shared();
       sync_readers<Tile>();

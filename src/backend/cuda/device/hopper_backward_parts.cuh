@@ -78,12 +78,7 @@ __device__ __forceinline__ void feed_fused(const BackwardParams& params, const H
           barrier_wait(shared.barrier(Tile::stay_empty), stay.parity() ^ 1);
           barrier_arrive_expect(stay_full, 2 * Tile::consumers * Tile::layout.stay_bytes);
 #pragma unroll 1
-          for (int i = 0; i < Tile::consumers; ++i) {
-            load_tile<64, Tile::columns>(shared.stay(0, i), maps.stay_first, stay_full, w.row0() + 64 * i, w.h(),
-                                         w.b());
-            load_tile<64, Tile::columns>(shared.stay(1, i), maps.stay_second, stay_full, w.row0() + 64 * i, w.h(),
-                                         w.b());
-          }
+          for (int i = 0; i < Tile::consumers; ++i) load_stationary(shared, maps, w, i, stay_full);
           stay.advance();
         }
         if (++n == w.last()) n = w.first();
