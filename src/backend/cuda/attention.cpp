@@ -372,7 +372,7 @@ class CudaAttention final : public GpuAttention {
     if (fused) {
       const int tiles = hopper::fused_query_tiles(p.Nq);
       sums = scratch({p.B * p.Hq, tiles * hopper::fused_tile, plan.fused_columns}, mx::float32, stream, call.encoder);
-      turns = scratch({p.B * p.Hq, tiles}, mx::int32, stream, call.encoder);
+      turns = scratch({p.B * p.Hq * tiles + 1}, mx::int32, stream, call.encoder);
       f.dq_sums = pointer<float>(*sums);
       f.dq_turns = pointer<int32_t>(*turns);
     }
@@ -395,14 +395,9 @@ class CudaAttention final : public GpuAttention {
       if (fused) {
         call.use(*turns);
         call.encoder.set_output_array(*sums);
+        f.dq = call.output(*output(Gradient::q));
       }
       launch_backward(call, fused ? plan.fused : plan.keys, f);
-      next();
-    }
-    if (fused) {
-      call.use(*sums);
-      f.dq = call.output(*output(Gradient::q));
-      call.launch(plan.finish, f);
       next();
     }
     if (mx::array* dbias = output(Gradient::bias); dbias && dbias->size() > 0) {

@@ -78,7 +78,6 @@ Family family_of(const Launch& launch) {
     case Kernel::hopper_dkv_shared:
       return hopper_backward;
     case Kernel::hopper_backward_fused:
-    case Kernel::hopper_backward_finish:
       return hopper_backward_fused;
     case Kernel::hopper_dq_modified:
     case Kernel::hopper_dkv_modified:

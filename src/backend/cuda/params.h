@@ -106,7 +106,8 @@ struct BackwardParams {
   float* lse2;
   int32_t Nq_padded;
   // Of the kernel that computes dq, dk and dv in one pass, or null: sums of dq by tiles of 64 queries, as fragments,
-  // and how many key tiles have added to each, [B, Hq, ceil(Nq / 64)], zeroed by the preprocess kernel.
+  // and how many key tiles have added to each, [B, Hq, ceil(Nq / 64)], then how many of the tiles have been drawn to be
+  // finished; zeroed by the preprocess kernel.
   float* dq_sums;
   int32_t* dq_turns;
 

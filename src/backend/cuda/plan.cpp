@@ -129,8 +129,6 @@ const char* stem_of(Kernel kernel) {
       return "hopper_dkv_shared_modified";
     case Kernel::hopper_backward_fused:
       return "hopper_backward_fused";
-    case Kernel::hopper_backward_finish:
-      return "hopper_backward_finish";
     case Kernel::count:
       break;
   }

@@ -50,7 +50,6 @@ enum class Kernel : uint8_t {
   hopper_dkv_modified,
   hopper_dkv_shared_modified,
   hopper_backward_fused,
-  hopper_backward_finish,
   count,
 };
 const char* stem_of(Kernel kernel);
@@ -87,8 +86,7 @@ struct BiasAxes {
 };
 struct BackwardPlan {
   Launch rows, queries, keys, bias, slopes, heads;
-  Launch fused,
-      finish;  // dq, dk and dv in one pass instead of `queries` and `keys`; no blocks if there is no such kernel
+  Launch fused;  // dq, dk and dv in one pass instead of `queries` and `keys`; no blocks if there is no such kernel
   Launch lse;  // computes it again, where the forward's kernel sums scores in another order than these; else no blocks
   int Nq_padded = 0;
   int fused_columns = 0;  // of its sums of dq

@@ -54,10 +54,6 @@ void plan_fused(const AttentionProblem& p, const DeviceTraits& device, BackwardP
   plan.fused.query_box = tile.tile;
   plan.fused.key_box = 64;
   plan.fused_columns = tile.columns;
-  plan.finish = Launch{Kernel::hopper_backward_finish, element_of(p.dtype), index_of(columns_of(p))};
-  plan.finish.grid[0] = static_cast<uint32_t>(p.Hq * hopper::fused_query_tiles(p.Nq));
-  plan.finish.grid[1] = static_cast<uint32_t>(p.B);
-  plan.finish.threads = static_cast<uint32_t>(2 * tile.columns);
 }
 
 // Of a size that the kernels can number.

@@ -344,6 +344,7 @@ __device__ __forceinline__ void backward_fused(const BackwardParams& params, con
       consume_alternate<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
     else
       consume_together<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
+    finish_queries<Tile>(params, lane);
   }
 }
 
