@@ -157,8 +157,7 @@ __device__ __forceinline__ void add_queries(const BackwardParams& params, const 
       }
       __syncwarp();
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
+    warp_arrive(shared.barrier(Tile::work_empty + slot.stage()), lane);
   }
 }
 

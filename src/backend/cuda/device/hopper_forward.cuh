@@ -140,15 +140,12 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
             shared.base + (shared.v(v_ring.stage()) - shared.at), warp, lane);
         if (lane == 0) shared.found(v_ring.stage())[warp] = any;
         fence_async_shared();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.barrier(Tile::v_clean + v_ring.stage()));
+        warp_arrive(shared.barrier(Tile::v_clean + v_ring.stage()), lane);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared.barrier(Tile::v_empty + v_ring.stage()));
+      warp_arrive(shared.barrier(Tile::v_empty + v_ring.stage()), lane);
       v_ring.advance();
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
+    warp_arrive(shared.barrier(Tile::work_empty + slot.stage()), lane);
   }
 }
 
@@ -191,10 +188,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   uint32_t clean_parity = 0;  // one bit a stage
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
 
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());

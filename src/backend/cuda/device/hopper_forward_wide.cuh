@@ -23,10 +23,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   uint32_t clean_parity = 0;  // one bit a stage
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
   // x becomes join(x, that of the other warpgroup). Written again only after another barrier.
   const auto exchange = [&](int which, float (&x)[2], uint32_t barrier, const auto& join) {
     float* rows = reinterpret_cast<float*>(shared.base + Tile::layout.rows_at) + which * 128 + row_in_tile;
@@ -198,13 +195,13 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
     prefetch_map(q);
     prefetch_map(k);
     prefetch_map(v);
-    constexpr int consumer_warps = Tile::warpgroups * 4, readers = consumer_warps + 3;
+    constexpr int consumers = warp_arrivals * Tile::warpgroups * 4, readers = consumers + warp_arrivals * 3;
     init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, readers);
-    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, consumer_warps / Tile::consumers);
-    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, consumer_warps);
+    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, consumers / Tile::consumers);
+    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, consumers);
     init_ring(shared, Tile::v_full, Tile::v_empty, Tile::stages, 1, readers);
 #pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) barrier_init(shared.barrier(Tile::v_clean + i), 3);
+    for (int i = 0; i < Tile::stages; ++i) barrier_init(shared.barrier(Tile::v_clean + i), 3 * warp_arrivals);
     fence_barrier_init();
   }
   __syncthreads();

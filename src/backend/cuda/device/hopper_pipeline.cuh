@@ -27,6 +27,19 @@ class Ring {
   uint32_t parity_ = 0;
 };
 
+// How many threads of a warp arrive at a barrier for all of it. One is enough; a build for compute-sanitizer's
+// racecheck, which does not know that the others have met the one before, lets each arrive.
+#ifdef MFA_EACH_LANE_ARRIVES
+constexpr int warp_arrivals = 32;
+#else
+constexpr int warp_arrivals = 1;
+#endif
+// What this warp did is done; called by all of it.
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+  __syncwarp();
+  barrier_arrive_if(barrier, lane < warp_arrivals);
+}
+
 // Makes the barriers of a ring of `stages`: `fills` arrivals say that a stage is full, `reads` that it is empty again.
 template <class Shared>
 __device__ __forceinline__ void init_ring(const Shared& shared, int full, int empty, int stages, int fills, int reads) {
