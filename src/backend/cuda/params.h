@@ -64,8 +64,17 @@ struct Problem {
   float dropout_scale;           // 1 / (1 - p), 0 for p = 1
 };
 
+// Which tiles of `keys` keys a boolean mask shows anything of to a tile of 64 queries: bit n % 32 of word n / 32. The
+// strides of [b, h, query tile], in words, are 0 along the axes that the mask does not vary over.
+struct ShownTiles {
+  uint32_t* words;  // null: not known
+  int32_t stride[3];
+  int32_t keys;
+};
+
 struct ForwardParams {
   Problem p;
+  ShownTiles shown;   // written by a kernel of its own, for those that read masks
   MutableTensor o;    // [B, Hq, Nq, Dv]
   float* lse;         // [B, Hq, Nq] dense, or null; -inf for a row that sees nothing and has no sink
   int32_t lse_base2;  // write lse / ln 2
@@ -121,6 +130,6 @@ struct BackwardParams {
 };
 
 // The host's compiler and nvcc must agree.
-static_assert(sizeof(Problem) == 296 && sizeof(ForwardParams) == 368 && sizeof(BackwardParams) == 584);
+static_assert(sizeof(Problem) == 296 && sizeof(ForwardParams) == 392 && sizeof(BackwardParams) == 584);
 
 }  // namespace mfa::cuda

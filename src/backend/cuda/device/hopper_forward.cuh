@@ -27,6 +27,7 @@ template <class T_, Modifiers modifiers_, int choice>
 struct ForwardTile {
   using T = T_;
   static constexpr Modifiers modifiers = modifiers_;
+  static constexpr bool listed = modifiers != Modifiers::none;  // a mask may leave key tiles out
   static constexpr TileChoice c = forward_choice(modifiers, choice);
   static constexpr int columns = c.columns, value_columns = value_columns_of(c), consumers = c.consumers,
                        BQ = 64 * consumers, BK = c.tile, stages = c.stages, warpgroups = warpgroups_of(c);
@@ -60,34 +61,91 @@ struct ForwardShared {
   __device__ __forceinline__ volatile uint32_t* found(int stage) const {
     return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at + stage * 16);
   }
+  // Which tile of keys a stage holds, if tiles may be left out.
+  __device__ __forceinline__ volatile uint32_t& key_tile(int stage) const { return found(stage)[3]; }
   __device__ __forceinline__ SharedWork work(int slot) const {
     return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
 };
 
-// Queries of a tile; key tiles are visited last first.
+// The key tiles that a tile of queries visits, last first: those of [first, last) of which a mask shows anything. The
+// feeding thread has few registers, so what can be read again is not kept.
 template <class Tile>
-__device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& p, const HopperSchedule& s, int id) {
+class KeyTileWalk {
+ public:
+  __device__ __forceinline__ KeyTileWalk(const ForwardParams& params, const SharedWork& work)
+      : params_(params), work_(work), n_(work.last()) {}
+
+  __device__ __forceinline__ int count() const {
+    if (!is_listed()) return n_ - work_.first();
+    int n = 0;
+#pragma unroll 1
+    for (int word = work_.first() / 32; word * 32 < n_; ++word) n += __popc(bits(word));
+    return n;
+  }
+  // The next tile, or less than 0.
+  __device__ __forceinline__ int next() {
+    if (!is_listed()) return n_ > work_.first() ? --n_ : -1;
+#pragma unroll 1
+    while (n_ > work_.first()) {
+      const int word = (n_ - 1) / 32;
+      const uint32_t left = bits(word);
+      n_ = left ? word * 32 + 31 - __clz(left) : word * 32;
+      if (left) return n_;
+    }
+    return -1;
+  }
+
+ private:
+  __device__ __forceinline__ bool is_listed() const { return Tile::listed && params_.shown.words; }
+  // Of the tiles of a word, those of [first, n) that are shown to any of the block's queries.
+  __device__ __forceinline__ uint32_t bits(int word) const {
+    const ShownTiles& shown = params_.shown;
+    const int tile = work_.row0() / 64, tiles = min((params_.p.Nq + 63) / 64 - tile, Tile::consumers);
+    const uint32_t* from =
+        shown.words + (work_.b() * shown.stride[0] + work_.h() * shown.stride[1] + tile * shown.stride[2] + word);
+    uint32_t x = 0;
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i, from += shown.stride[2]) x |= *from;
+    const int below = work_.first() - word * 32, above = word * 32 + 32 - n_;
+    if (below > 0) x &= 0xffffffffu << below;
+    if (above > 0) x &= 0xffffffffu >> above;
+    return x;
+  }
+  const ForwardParams& params_;
+  const SharedWork work_;
+  int n_;
+};
+
+// Queries of a tile.
+template <class Tile>
+__device__ __forceinline__ void leave_work(const SharedWork& to, const ForwardParams& params, const HopperSchedule& s,
+                                           int id) {
   if (id >= s.tiles) {
     to.set_end();
     return;
   }
+  const Problem& p = params.p;
   to.set_item(work_item(s, p.B * p.Hq, p.Hq, id), Tile::BQ);
   to.set_visibility(visibility(p, to.b()));
   const int row0 = to.row0();
   to.set_tiles(key_tiles<Tile::BK>(to.see(), row0, min(row0 + Tile::BQ, p.Nq)), 1);
+  if (to.passes()) to.set_count(KeyTileWalk<Tile>(params, to).count());
 }
 
 // The feeding warpgroup's first thread.
 template <class Tile>
-__device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, const ForwardShared<Tile>& shared,
-                                     const TensorMap* q, const TensorMap* k, const TensorMap* v) {
+__device__ __forceinline__ void feed(const ForwardParams& params, const HopperSchedule& s,
+                                     const ForwardShared<Tile>& shared, const TensorMap* q, const TensorMap* k,
+                                     const TensorMap* v) {
+  const Problem& p = params.p;
   Ring<2> slot;
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   const auto load_k = [&](const SharedWork& w, int n) {
     const uint32_t full = shared.barrier(Tile::k_full + k_ring.stage());
     barrier_wait(shared.barrier(Tile::k_empty + k_ring.stage()), k_ring.parity() ^ 1);
+    if constexpr (Tile::listed) shared.key_tile(k_ring.stage()) = n;
     barrier_arrive_expect(full, Tile::k_bytes);
     load_tile<Tile::BK, Tile::columns>(shared.k(k_ring.stage()), k, full, n * Tile::BK, w.h() / p.G, w.b());
     k_ring.advance();
@@ -102,12 +160,14 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
   for (int id = blockIdx.x;; id = draw_tile(s)) {
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
     const SharedWork w = shared.work(slot.stage());
-    leave_work<Tile>(w, p, s, id);
+    leave_work<Tile>(w, params, s, id);
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
     slot.advance();
     if (w.b() < 0) break;
     if (!w.passes()) continue;
-    load_k(w, w.last() - 1);
+    KeyTileWalk<Tile> walk(params, w);
+    int n = walk.next();
+    load_k(w, n);
 #pragma unroll 1
     for (int i = 0; i < Tile::consumers; ++i) {
       const uint32_t full = shared.barrier(Tile::q_full + i);
@@ -116,9 +176,11 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
       load_tile<64, Tile::columns>(shared.q(i), q, full, w.row0() + 64 * i, w.h(), w.b());
     }
     q_ring.advance();
-    for (int n = w.last() - 1; n >= w.first(); --n) {
-      if (n > w.first()) load_k(w, n - 1);
+    while (n >= 0) {
+      const int after = walk.next();
+      if (after >= 0) load_k(w, after);
       load_v(w, n);
+      n = after;
     }
   }
 }
@@ -132,7 +194,7 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
     if (work.b() < 0) break;
-    const int tiles = work.passes() ? work.last() - work.first() : 0;
+    const int tiles = work.passes() ? work.count() : 0;
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.last() - 1 - i)) {
@@ -234,6 +296,11 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       pack_fragment<T, BK>(sums, probabilities);
     };
     const auto uncleaned = [&](int n) { return !(Tile::modifiers != Modifiers::none && p.mask.data) && work.full(n); };
+    // The tile whose keys are there, the next after n.
+    const auto wait_keys = [&](int n) {
+      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      return Tile::listed ? static_cast<int>(shared.key_tile(k_ring.stage())) : n - 1;
+    };
     const auto wait_values = [&](int n) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if (!uncleaned(n)) {
@@ -252,19 +319,17 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 
     if (work.passes()) {
       float alpha[2];
-      int n = work.last() - 1;
-      const int first = work.first();
+      int left = work.count(), n = wait_keys(work.last());
       if constexpr (!Tile::alternate)
-        for (; n > first && seen_by_none(n); --n) {
-          barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+        for (; left > 1 && seen_by_none(n); --left) {
           release(Tile::k_empty + k_ring.stage());
           k_ring.advance();
           wait_values(n);
           release_values(n);
+          n = wait_keys(n);
         }
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity());
-      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
       products_fence();
       multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage()));
       products_commit();
@@ -275,11 +340,11 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       softmax_step(n, alpha);
       finish_step(n);
 
-      // n is the tile whose probabilities are ready; a round computes those of n - 1.
+      // n is the tile whose probabilities are ready; a round computes those of the next one.
 #pragma unroll 1
-      for (; n > first; --n) {
-        load_terms(n - 1);
-        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      for (; left > 1; --left) {
+        const int next = wait_keys(n);
+        load_terms(next);
         if (Tile::alternate) named_sync(my_turn, 256);
         settle(o);
         settle(probabilities);
@@ -295,7 +360,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
         settle(sums);
         release(Tile::k_empty + k_ring.stage());
         k_ring.advance();
-        softmax_step(n - 1, alpha);
+        softmax_step(next, alpha);
         settle(sums);  // the wait below must not move up past the softmax
         products_wait<0>();
         settle(o);
@@ -304,7 +369,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 #pragma unroll
           for (int i = 0; i < value_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
         }
-        finish_step(n - 1);
+        finish_step(next);
+        n = next;
       }
       release(Tile::q_empty + warpgroup);
       q_ring.advance();

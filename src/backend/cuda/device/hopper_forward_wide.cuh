@@ -87,6 +87,10 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
       named_sync(probabilities_ready, 256);
     };
     const auto uncleaned = [&](int n) { return !(modified && p.mask.data) && work.full(n); };
+    const auto wait_keys = [&](int n) {
+      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      return Tile::listed ? static_cast<int>(shared.key_tile(k_ring.stage())) : n - 1;
+    };
     const auto multiply_values = [&](int n) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if (!uncleaned(n)) {
@@ -109,11 +113,9 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 
     if (work.passes()) {
       float alpha[2];
-      int n = work.last() - 1;
-      const int first = work.first();
+      int left = work.count(), n = wait_keys(work.last());
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full), q_ring.parity());
-      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
       multiply_keys();
       products_wait<0>();
       settle(sums);
@@ -122,11 +124,11 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
       softmax_step(n, alpha);
       share_probabilities(n);
 
-      // n is the tile whose probabilities are ready; a round computes those of n - 1.
+      // n is the tile whose probabilities are ready; a round computes those of the next one.
 #pragma unroll 1
-      for (; n > first; --n) {
-        load_terms(n - 1);
-        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      for (; left > 1; --left) {
+        const int next = wait_keys(n);
+        load_terms(next);
         settle(o);
         multiply_keys();
         multiply_values(n);
@@ -134,7 +136,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
         settle(sums);
         release(Tile::k_empty + k_ring.stage());
         k_ring.advance();
-        softmax_step(n - 1, alpha);
+        softmax_step(next, alpha);
         settle(sums);  // the wait below must not move up past the softmax
         products_wait<0>();
         settle(o);
@@ -143,7 +145,8 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 #pragma unroll
           for (int i = 0; i < half_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
         }
-        share_probabilities(n - 1);
+        share_probabilities(next);
+        n = next;
       }
       release(Tile::q_empty);
       q_ring.advance();
@@ -208,7 +211,7 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
   if (warpgroup == 0) {
     give_registers<Tile::feeder_registers>();
     if (warp == 0) {
-      if (lane == 0) feed<Tile>(params.p, s, shared, q, k, v);
+      if (lane == 0) feed<Tile>(params, s, shared, q, k, v);
     } else {
       clean<Tile>(params.p, shared, warp - 1, lane);
     }

@@ -247,6 +247,48 @@ TEST(CudaPlanHopper, SchedulesCoverEveryTile) {
     }
 }
 
+TEST(CudaPlan, BatchInvariantSplitsDependOnTheKeysAlone) {
+  DeviceTraits device = kH100;
+  device.batch_invariant = true;
+  std::set<int> sizes;
+  for (const int B : {1, 3, 64})
+    for (const int heads : {1, 8}) {
+      const ForwardPlan plan = plan_forward(shape(B, 4 * heads, heads, 1, 5000, 128, DType::bf16), {}, device);
+      sizes.insert(plan.split_keys);
+      EXPECT_EQ(plan.splits, 5);
+    }
+  EXPECT_EQ(sizes.size(), 1u);
+  const ForwardPlan longest = plan_forward(shape(1, 4, 1, 1, 1 << 20, 128, DType::bf16), {}, device);
+  EXPECT_LE(longest.splits, 128);
+  EXPECT_GE(int64_t{longest.splits} * longest.split_keys, 1 << 20);
+}
+
+// A pass over the mask pays where heads share it.
+TEST(CudaPlanHopper, SharedMasksAreSearchedForHiddenTiles) {
+  AttentionProblem p = shape(2, 8, 8, 1000, 3000, 64, DType::bf16);
+  CallTraits call{.mask = true};
+  const auto words = [&] { return plan_forward(p, call, kH100).mask_tiles; };
+  call.mask_varies[2] = true;
+  const ForwardPlan plan = plan_forward(p, call, kH100);
+  EXPECT_EQ(name_of(plan.mask_tiles), "hopper_mask_tiles");
+  EXPECT_EQ(plan.mask_tiles.grid[0], uint32_t(ceil_div(3000, 32 * plan.key_tile)));
+  EXPECT_EQ(plan.mask_tiles.grid[1], 16u);
+  EXPECT_EQ(plan.mask_tiles.grid[2], 1u);
+  EXPECT_EQ(plan.shown_words(), int(plan.mask_tiles.grid[0] * 16));
+  call.mask_varies[2] = false;
+  EXPECT_EQ(words().grid[1], 1u);
+  call.mask_varies[0] = true;
+  EXPECT_EQ(words().grid[2], 2u);
+  call.mask_varies[1] = true;
+  EXPECT_EQ(words().threads, 0u);
+  call.mask_varies[0] = call.mask_varies[1] = false;
+  p.Nk = 64;
+  EXPECT_EQ(words().threads, 0u);
+  p.Nk = 3000;
+  call.mask = false;
+  EXPECT_EQ(words().threads, 0u);
+}
+
 TEST(CudaPlanHopper, TheBackwardNamesItsKernels) {
   auto names = [](const AttentionProblem& p, const CallTraits& call) {
     const BackwardPlan plan = plan_backward(p, call, {}, kH100);
