@@ -68,69 +68,61 @@ struct ForwardShared {
   }
 };
 
-// The key tiles that a tile of queries visits, last first: those of [first, last) of which a mask shows anything. The
-// feeding thread has few registers, so what can be read again is not kept.
+// Of the key tiles of a word of ShownTiles, those of [first, end) that a mask shows to any of a block's queries. The
+// feeding thread has few registers, so it reads everything again each time.
 template <class Tile>
-class KeyTileWalk {
- public:
-  __device__ __forceinline__ KeyTileWalk(const ForwardParams& params, const SharedWork& work)
-      : params_(params), work_(work), n_(work.last()) {}
-
-  __device__ __forceinline__ int count() const {
-    if (!is_listed()) return n_ - work_.first();
-    int n = 0;
+__device__ __forceinline__ uint32_t shown_bits(const ForwardParams& params, const SharedWork& w, int word, int end) {
+  const ShownTiles& shown = params.shown;
+  const int tile = w.row0() / 64, tiles = min((params.p.Nq + 63) / 64 - tile, Tile::consumers);
+  const uint32_t* from =
+      shown.words + (w.b() * shown.stride[0] + w.h() * shown.stride[1] + tile * shown.stride[2] + word);
+  uint32_t bits = 0;
 #pragma unroll 1
-    for (int word = work_.first() / 32; word * 32 < n_; ++word) n += __popc(bits(word));
-    return n;
-  }
-  // The next tile, or less than 0.
-  __device__ __forceinline__ int next() {
-    if (!is_listed()) return n_ > work_.first() ? --n_ : -1;
-#pragma unroll 1
-    while (n_ > work_.first()) {
-      const int word = (n_ - 1) / 32;
-      const uint32_t left = bits(word);
-      n_ = left ? word * 32 + 31 - __clz(left) : word * 32;
-      if (left) return n_;
-    }
-    return -1;
-  }
-
- private:
-  __device__ __forceinline__ bool is_listed() const { return Tile::listed && params_.shown.words; }
-  // Of the tiles of a word, those of [first, n) that are shown to any of the block's queries.
-  __device__ __forceinline__ uint32_t bits(int word) const {
-    const ShownTiles& shown = params_.shown;
-    const int tile = work_.row0() / 64, tiles = min((params_.p.Nq + 63) / 64 - tile, Tile::consumers);
-    const uint32_t* from =
-        shown.words + (work_.b() * shown.stride[0] + work_.h() * shown.stride[1] + tile * shown.stride[2] + word);
-    uint32_t x = 0;
-#pragma unroll 1
-    for (int i = 0; i < tiles; ++i, from += shown.stride[2]) x |= *from;
-    const int below = work_.first() - word * 32, above = word * 32 + 32 - n_;
-    if (below > 0) x &= 0xffffffffu << below;
-    if (above > 0) x &= 0xffffffffu >> above;
-    return x;
-  }
-  const ForwardParams& params_;
-  const SharedWork work_;
-  int n_;
-};
-
-// Queries of a tile.
+  for (int i = 0; i < tiles; ++i, from += shown.stride[2]) bits |= *from;
+  const int before = w.first() - word * 32, behind = word * 32 + 32 - end;
+  if (before > 0) bits &= 0xffffffffu << before;
+  if (behind > 0) bits &= 0xffffffffu >> behind;
+  return bits;
+}
 template <class Tile>
-__device__ __forceinline__ void leave_work(const SharedWork& to, const ForwardParams& params, const HopperSchedule& s,
-                                           int id) {
+__device__ __forceinline__ int count_shown(const ForwardParams& params, const SharedWork& w) {
+  if (!params.shown.words) return w.last() - w.first();
+  int n = 0;
+#pragma unroll 1
+  for (int word = w.first() / 32; word * 32 < w.last(); ++word)
+    n += __popc(shown_bits<Tile>(params, w, word, w.last()));
+  return n;
+}
+// The key tile to visit after tile n, or less than 0: the last one before it, of those that a mask shows.
+template <class Tile>
+__device__ __forceinline__ int tile_before(const ForwardParams& params, const SharedWork& w, int n) {
+  if (!Tile::listed || !params.shown.words) return n > w.first() ? n - 1 : -1;
+#pragma unroll 1
+  while (n > w.first()) {
+    const int word = (n - 1) / 32;
+    if (const uint32_t bits = shown_bits<Tile>(params, w, word, n)) return word * 32 + 31 - __clz(bits);
+    n = word * 32;
+  }
+  return -1;
+}
+
+// How many key tiles are visited.
+template <class Tile>
+__device__ __forceinline__ int visited(const SharedWork& w) {
+  return Tile::listed ? w.count() : w.last() - w.first();
+}
+
+// Queries of a tile; key tiles are visited last first.
+template <class Tile>
+__device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& p, const HopperSchedule& s, int id) {
   if (id >= s.tiles) {
     to.set_end();
     return;
   }
-  const Problem& p = params.p;
   to.set_item(work_item(s, p.B * p.Hq, p.Hq, id), Tile::BQ);
   to.set_visibility(visibility(p, to.b()));
   const int row0 = to.row0();
   to.set_tiles(key_tiles<Tile::BK>(to.see(), row0, min(row0 + Tile::BQ, p.Nq)), 1);
-  if (to.passes()) to.set_count(KeyTileWalk<Tile>(params, to).count());
 }
 
 // The feeding warpgroup's first thread.
@@ -160,14 +152,14 @@ __device__ __forceinline__ void feed(const ForwardParams& params, const HopperSc
   for (int id = blockIdx.x;; id = draw_tile(s)) {
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
     const SharedWork w = shared.work(slot.stage());
-    leave_work<Tile>(w, params, s, id);
+    leave_work<Tile>(w, p, s, id);
+    if constexpr (Tile::listed)
+      if (w.b() >= 0 && w.passes()) w.set_count(count_shown<Tile>(params, w));
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
     slot.advance();
     if (w.b() < 0) break;
     if (!w.passes()) continue;
-    KeyTileWalk<Tile> walk(params, w);
-    int n = walk.next();
-    load_k(w, n);
+    load_k(w, tile_before<Tile>(params, w, w.last()));
 #pragma unroll 1
     for (int i = 0; i < Tile::consumers; ++i) {
       const uint32_t full = shared.barrier(Tile::q_full + i);
@@ -176,11 +168,9 @@ __device__ __forceinline__ void feed(const ForwardParams& params, const HopperSc
       load_tile<64, Tile::columns>(shared.q(i), q, full, w.row0() + 64 * i, w.h(), w.b());
     }
     q_ring.advance();
-    while (n >= 0) {
-      const int after = walk.next();
-      if (after >= 0) load_k(w, after);
+    for (int n = tile_before<Tile>(params, w, w.last()); n >= 0; n = tile_before<Tile>(params, w, n)) {
+      if (const int next = tile_before<Tile>(params, w, n); next >= 0) load_k(w, next);
       load_v(w, n);
-      n = after;
     }
   }
 }
@@ -194,7 +184,7 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
     if (work.b() < 0) break;
-    const int tiles = work.passes() ? work.count() : 0;
+    const int tiles = work.passes() ? visited<Tile>(work) : 0;
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.last() - 1 - i)) {
@@ -319,7 +309,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 
     if (work.passes()) {
       float alpha[2];
-      int left = work.count(), n = wait_keys(work.last());
+      int left = visited<Tile>(work), n = wait_keys(work.last());
       if constexpr (!Tile::alternate)
         for (; left > 1 && seen_by_none(n); --left) {
           release(Tile::k_empty + k_ring.stage());

@@ -113,7 +113,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 
     if (work.passes()) {
       float alpha[2];
-      int left = work.count(), n = wait_keys(work.last());
+      int left = visited<Tile>(work), n = wait_keys(work.last());
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full), q_ring.parity());
       multiply_keys();
