@@ -106,12 +106,6 @@ __device__ __forceinline__ int tile_before(const ForwardParams& params, const Sh
   return -1;
 }
 
-// How many key tiles are visited.
-template <class Tile>
-__device__ __forceinline__ int visited(const SharedWork& w) {
-  return Tile::listed ? w.count() : w.last() - w.first();
-}
-
 // Queries of a tile; key tiles are visited last first.
 template <class Tile>
 __device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& p, const HopperSchedule& s, int id) {
@@ -184,7 +178,7 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
     if (work.b() < 0) break;
-    const int tiles = work.passes() ? visited<Tile>(work) : 0;
+    const int tiles = !work.passes() ? 0 : Tile::listed ? work.count() : work.last() - work.first();
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.last() - 1 - i)) {
@@ -309,14 +303,20 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 
     if (work.passes()) {
       float alpha[2];
-      int left = visited<Tile>(work), n = wait_keys(work.last());
+      int n = wait_keys(work.last()), left = Tile::listed ? work.count() : 0;
+      const int first = work.first();
+      const auto is_last = [&] { return Tile::listed ? left <= 1 : n <= first; };
+      const auto go_to = [&](int next) {
+        n = next;
+        if constexpr (Tile::listed) --left;
+      };
       if constexpr (!Tile::alternate)
-        for (; left > 1 && seen_by_none(n); --left) {
+        while (!is_last() && seen_by_none(n)) {
           release(Tile::k_empty + k_ring.stage());
           k_ring.advance();
           wait_values(n);
           release_values(n);
-          n = wait_keys(n);
+          go_to(wait_keys(n));
         }
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity());
@@ -332,7 +332,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 
       // n is the tile whose probabilities are ready; a round computes those of the next one.
 #pragma unroll 1
-      for (; left > 1; --left) {
+      while (!is_last()) {
         const int next = wait_keys(n);
         load_terms(next);
         if (Tile::alternate) named_sync(my_turn, 256);
@@ -360,7 +360,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
           for (int i = 0; i < value_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
         }
         finish_step(next);
-        n = next;
+        go_to(next);
       }
       release(Tile::q_empty + warpgroup);
       q_ring.advance();

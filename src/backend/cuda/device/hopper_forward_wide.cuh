@@ -113,7 +113,13 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 
     if (work.passes()) {
       float alpha[2];
-      int left = visited<Tile>(work), n = wait_keys(work.last());
+      int n = wait_keys(work.last()), left = Tile::listed ? work.count() : 0;
+      const int first = work.first();
+      const auto is_last = [&] { return Tile::listed ? left <= 1 : n <= first; };
+      const auto go_to = [&](int next) {
+        n = next;
+        if constexpr (Tile::listed) --left;
+      };
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full), q_ring.parity());
       multiply_keys();
@@ -126,7 +132,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 
       // n is the tile whose probabilities are ready; a round computes those of the next one.
 #pragma unroll 1
-      for (; left > 1; --left) {
+      while (!is_last()) {
         const int next = wait_keys(n);
         load_terms(next);
         settle(o);
@@ -146,7 +152,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
           for (int i = 0; i < half_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
         }
         share_probabilities(next);
-        n = next;
+        go_to(next);
       }
       release(Tile::q_empty);
       q_ring.advance();
