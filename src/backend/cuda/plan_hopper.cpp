@@ -59,7 +59,7 @@ void plan_fused(const AttentionProblem& p, const DeviceTraits& device, BackwardP
 
 // A pass over a mask that several heads share costs little beside their attention.
 void plan_mask_tiles(const AttentionProblem& p, const CallTraits& call, ForwardPlan& plan) {
-  constexpr int kMinSharing = 4, kThreads = 256;
+  constexpr int kMinSharing = 4, kThreads = 1024;
   constexpr int64_t kMaxGrid = 65535;
   const int64_t planes = int64_t{call.mask_varies[0] ? p.B : 1} * (call.mask_varies[1] ? p.Hq : 1);
   const int64_t tiles = call.mask_varies[2] ? ceil_div(p.Nq, 64) : 1, words = ceil_div(p.Nk, 32 * plan.key_tile);

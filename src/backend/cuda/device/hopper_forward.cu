@@ -6,7 +6,7 @@
 #include "hopper_mask_tiles.cuh"
 
 // On a stream before the kernels that read a mask, where ForwardParams::shown is given.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(1024)
     hopper_mask_tiles(const __grid_constant__ mfa::cuda::ForwardParams params) {
   mfa::cuda::hopper::find_shown_tiles(params);
 }

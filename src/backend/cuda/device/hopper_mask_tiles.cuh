@@ -27,7 +27,7 @@ __device__ __forceinline__ void find_shown_tiles(const ForwardParams& params) {
   if (first_row < rows_together)
     for (int group = threadIdx.x % groups; group < groups; group += blockDim.x) {
       uint32_t any = 0;
-#pragma unroll 4
+#pragma unroll 8
       for (int row = first_row; row < rows; row += rows_together) {
         const uint8_t* at = from + row * p.mask.stride[2];
         if (in_words) {
