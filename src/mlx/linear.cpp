@@ -8,6 +8,7 @@
 #include "backend/cpu/attention.h"
 #include "common/check.h"
 #include "mlx/dtypes.h"
+#include "mlx/integers.h"
 #include "mlx/matmul.h"
 #include "mlx/ops.h"
 
@@ -128,30 +129,21 @@ mx::array multiply(const char* function, Kind kind, const OptionalArray& c, mx::
   return out;
 }
 
-// Indices whose values are known are checked when the call is made, the others where the work runs.
-void check_known_indices(const char* function, const char* name, const mx::array& indices, int64_t count) {
-  if (indices.is_tracer() || !indices.is_available() || !indices.flags().contiguous) return;
-  const bool is_signed = indices.dtype() == mx::int32;
-  for (size_t i = 0; i < indices.data_size(); ++i) {
-    const int64_t index = is_signed ? int64_t{indices.data<int32_t>()[i]} : int64_t{indices.data<uint32_t>()[i]};
-    check(index >= 0 && index < count, function, name, " must be in [0, ", count, "); got ", index);
-  }
-}
-
+// The indices, or all in order. Those whose values are known are checked when the call is made, the others where the
+// work runs.
 mx::array indices_or_all(const char* function, const char* name, const OptionalArray& given, const mx::array& x,
                          mx::Stream s) {
   const mx::Shape batch = batch_shape(x);
-  int count = 1;
+  int64_t count = 1;
   for (const int extent : batch) count *= extent;
-  if (!given) return mx::reshape(mx::arange(0, count, mx::uint32, s), batch, s);
+  if (!given) return mx::reshape(mx::arange(0., static_cast<double>(count), mx::uint32, s), batch, s);
   check(mx::issubdtype(given->dtype(), mx::integer), function, name, " must have an integer dtype; got ",
         given->dtype());
-  if (given->dtype() == mx::uint32 || given->dtype() == mx::int32) {
-    check_known_indices(function, name, *given, count);
-    return *given;
-  }
-  const bool is_unsigned = mx::issubdtype(given->dtype(), mx::unsignedinteger);
-  return mx::astype(*given, is_unsigned ? mx::uint32 : mx::int32, s);
+  if (is_known(*given))
+    Integers(*given).each([&](auto index) {
+      check(is_index(index, count), function, name, " must be in [0, ", count, "); got ", +index);
+    });
+  return *given;
 }
 
 mx::array gather(Kind kind, std::vector<mx::array> inputs, const Quantisation& q, const OptionalArray& lhs,
