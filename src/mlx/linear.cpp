@@ -62,6 +62,8 @@ std::optional<std::string> quantised_mismatch(const mx::array& x, const mx::arra
   if (w.ndim() < 2) return concat("w must have at least two axes; got shape ", w.shape());
   if (scales.shape() != biases.shape())
     return concat("scales and biases must have one shape; got ", scales.shape(), " and ", biases.shape());
+  if (!mx::issubdtype(mx::result_type(scales, biases), mx::floating))
+    return concat("scales and biases must have a floating dtype; got ", scales.dtype(), " and ", biases.dtype());
   const int64_t columns = int64_t{w.shape(-1)} * 32 / bits;
   if (int64_t{w.shape(-1)} * 32 % bits != 0 || columns % group_size != 0)
     return concat("a row of w must hold whole groups of ", group_size, " codes of ", bits, " bits; got shape ",
@@ -236,10 +238,16 @@ bool routes_matmul(const mx::array& x, const mx::array& w, const OptionalArray& 
   return !c || broadcasts_to(c->shape(), product_shape(x, w));
 }
 
+// Whether MLX's quantised product has the shape of ours: where x has fewer axes than w it reads the first matrices
+// alone.
+bool has_shape_of_mlx(const mx::array& x, const mx::array& w) {
+  return x.ndim() >= w.ndim() || (x.ndim() == 1 && w.ndim() == 2);
+}
+
 bool routes_quantized_matmul(const mx::array& x, const mx::array& w, const mx::array& scales,
                              const OptionalArray& biases, bool transpose, int group_size, int bits,
                              mx::StreamOrDevice stream) {
-  return biases && has_kernels(mx::to_stream(stream)) &&
+  return biases && has_kernels(mx::to_stream(stream)) && has_shape_of_mlx(x, w) &&
          !quantised_mismatch(x, w, scales, *biases, {bits, group_size, transpose}, true) &&
          is_kernel_dtype(quantised_dtype(x, scales, *biases));
 }
@@ -254,6 +262,7 @@ bool routes_gather(const mx::array& x, const mx::array& w, const OptionalArray& 
   const mx::Shape right = rhs_indices ? rhs_indices->shape() : batch_shape(w);
   if (!broadcasts(left, right)) return false;
   if (!scales) return x.shape(-1) == w.shape(-2) && is_kernel_dtype(mx::result_type(x, w));
+  if (!lhs_indices && !rhs_indices && !has_shape_of_mlx(x, w)) return false;  // MLX calls its quantized_matmul
   return biases && !quantised_mismatch(x, w, *scales, *biases, {bits, group_size, transpose}, false) &&
          is_kernel_dtype(quantised_dtype(x, *scales, *biases));
 }

@@ -301,6 +301,10 @@ MISTAKES = {
     "vector of codes": (mistake(w=mx.zeros((16,), mx.uint32)), "w must have at least two axes"),
     "scales": (mistake(scales=mx.ones((64, 3)), biases=mx.ones((64, 3))), r"scales must have shape \(64,2\)"),
     "biases": (mistake(biases=mx.ones((64, 1))), "scales and biases must have one shape"),
+    "dtype of scales": (
+        mistake(scales=mx.ones((64, 2), mx.int32), biases=mx.ones((64, 2), mx.int8)),
+        r"^\[quantized_matmul\] scales and biases must have a floating dtype; got int32 and int8",
+    ),
     "odd row": (mistake(w=mx.zeros((64, 15), mx.uint32)), "whole groups of 64"),
     "other K": (mistake(x=mx.ones((2, 100))), "the last axis of x must be 128"),
     "other K, not transposed": (mistake(transpose=False), "the last axis of x must be 64"),
