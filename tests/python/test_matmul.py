@@ -117,7 +117,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, transposed):
     x, w = operands(8, (64, 600), (600, 200), dtype)
     x, w = to_mlx(x, dtype), view(w, dtype, "transposed" if transposed else "dense")
     together = mfa.matmul(x, w)
-    for rows in (*range(1, 10), 17, 33, 63):
+    for rows in range(1, 64):
         parts = [mfa.matmul(x[r : r + rows], w) for r in range(0, 64, rows)]
         assert mx.array_equal(mx.concatenate(parts), together).item(), rows
 
