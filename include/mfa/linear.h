@@ -39,8 +39,9 @@ MFA_API mlx::core::array quantized_matmul(const mlx::core::array& x, const mlx::
                                           mlx::core::StreamOrDevice s = {});
 
 // Products of matrices that are picked by flat indices into the leading axes of x and w: the result has the shape of
-// the broadcast indices and then [M, N]. Absent indices count through the leading axes. An index outside them is an
-// error when the array is evaluated. Products that share a matrix of w are computed together.
+// the broadcast indices and then [M, N]. Indices are of any integer dtype; absent ones count through the leading axes.
+// An index outside them is std::invalid_argument if its value is known, else an error when the array is evaluated,
+// which then holds NaN. Products that share a matrix of w are computed together.
 MFA_API mlx::core::array gather_mm(const mlx::core::array& x, const mlx::core::array& w,
                                    const std::optional<mlx::core::array>& lhs_indices = std::nullopt,
                                    const std::optional<mlx::core::array>& rhs_indices = std::nullopt,
@@ -68,10 +69,10 @@ MFA_API bool routes_gather(const mlx::core::array& x, const mlx::core::array& w,
 
 // Dense weights of matmul() and addmm() that are multiplied from again, by more than four rows and with unchanged
 // contents, are packed once in the order in which the kernels read them, and the copy is kept: results have the same
-// bits, sooner. Copies are dropped when the array is gone (noticed by later products and by packed_weights()), and the
-// least recently used ones to stay within the limit. Default: MFA_PACKED_WEIGHTS_MB megabytes, else 512; 0 keeps none.
-// While a copy is kept MLX does not write into the array's memory; a program that does so itself, behind MLX's back,
-// must set the limit to 0 and back.
+// bits, sooner. Copies are dropped when the array is gone (noticed by later products and by packed_weights(), its
+// memory with it), and the least recently used ones to stay within the limit. Default: MFA_PACKED_WEIGHTS_MB megabytes,
+// else 512; 0 keeps none. While a copy is kept MLX does not write into the array's memory; a program that does so
+// itself, behind MLX's back, must set the limit to 0 and back.
 struct PackedWeights {
   size_t arrays = 0;  // copies kept
   size_t bytes = 0;   // their size

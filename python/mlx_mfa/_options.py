@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def make_options(
     return _ext.AttentionOptions(
         window_left=left,
         window_right=right,
-        kv_lengths=lengths(kv_lengths),
+        kv_lengths=optional_integers(function, "kv_lengths", kv_lengths),
         dropout_p=dropout_p,
         dropout_seed=seed(dropout_p, dropout_seed, stream, function),
         **others,
@@ -51,27 +52,32 @@ def window(window_size: Sequence[int], function: str) -> tuple[int, int]:
     raise ValueError(f"[{function}] window_size must be a tuple of two integers; got {window_size!r}")
 
 
-def integers(values: mx.array | Sequence[int]) -> mx.array:
+def integers(function: str, name: str, values: mx.array | Sequence[int]) -> mx.array:
     """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
     if isinstance(values, mx.array):
         return values
-    values = values.tolist() if hasattr(values, "tolist") else list(values)  # numpy's integers are not taken by MLX
-    return mx.array(values) if values else mx.zeros((0,), mx.int32)
+    # MLX takes neither numpy's integers nor, everywhere, its arrays.
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    numbers = [operator.index(n) if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in listed]
+    try:
+        return mx.array(numbers) if numbers else mx.zeros((0,), mx.int32)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a number of more than 64 bits
+        raise ValueError(f"[{function}] {name} must hold integers of 64 bits; got {reprlib.repr(values)}") from None
 
 
-def lengths(values: mx.array | Sequence[int] | None) -> mx.array | None:
+def optional_integers(function: str, name: str, values: mx.array | Sequence[int] | None) -> mx.array | None:
     """The same of what may be left out."""
-    return None if values is None else integers(values)
+    return None if values is None else integers(function, name, values)
 
 
-def positions(given: Positions, q: mx.array) -> mx.array | None:
+def positions(function: str, name: str, given: Positions, q: mx.array) -> mx.array | None:
     """A position for each batch entry of ``q``, from one for all or one for each."""
     if given is None or (isinstance(given, Iterable) and not (isinstance(given, mx.array) and given.ndim == 0)):
-        return lengths(given)
+        return optional_integers(function, name, given)
     batch = q.shape[0] if q.ndim else 1
     if isinstance(given, mx.array):
         return mx.broadcast_to(given, (batch,))
-    return mx.array([operator.index(given)] * batch) if batch else mx.zeros((0,), mx.int32)
+    return integers(function, name, [operator.index(given)] * batch)
 
 
 def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, function: str) -> int | mx.array | None:

@@ -8,11 +8,13 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, integers, lengths, make_options, positions
+from ._options import LOG2_E, Positions, Stream, integers, make_options, optional_integers, positions
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .paged import check_page_size
 
 
+@clear_type_errors
 def flash_attention_kvcache(
     q: mx.array,
     k_cache: mx.array | None,
@@ -108,6 +110,7 @@ def flash_attention_kvcache(
     )  # fmt: skip
 
 
+@clear_type_errors
 def flash_attention_kvcache_rope_append(
     q: mx.array,
     k_new: mx.array,
@@ -149,6 +152,7 @@ def flash_attention_kvcache_rope_append(
     return results
 
 
+@clear_type_errors
 def append_to_cache(
     cache: mx.array,
     rows: mx.array,
@@ -176,7 +180,7 @@ def append_to_cache(
         RuntimeError: If such values were still to be computed (when they are evaluated; nothing is written), or the
             stream is on a GPU.
     """
-    return _ext.append_to_cache(cache, rows, integers(starts), block_table, stream)
+    return _ext.append_to_cache(cache, rows, integers("append_to_cache", "starts", starts), block_table, stream)
 
 
 def attend_to_cache(
@@ -210,9 +214,12 @@ def attend_to_cache(
             raise ValueError(f"[{function}] {names} must be given together")
     if block_table is not None and k_cache is not None:
         check_page_size(block_size, k_cache, function)
+    lengths = optional_integers(function, "seq_lens", seq_lens)
+    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
+    starts = positions(function, "cache_seqlens", cache_seqlens, q)
     out, lse, k, v = _ext.attention_kvcache(
-        function, q, k_cache, v_cache, k_new, v_new, block_table, lengths(seq_lens), lengths(cache_batch_idx),
-        rotary_cos, rotary_sin, interleaved, rotary_dim, positions(cache_seqlens, q), rotate_cached_keys, return_lse,
+        function, q, k_cache, v_cache, k_new, v_new, block_table, lengths, tables,
+        rotary_cos, rotary_sin, interleaved, rotary_dim, starts, rotate_cached_keys, return_lse,
         make_options(function, stream=stream, **options), stream,
     )  # fmt: skip
     results = [out]

@@ -9,9 +9,11 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options, seed
+from ._type_errors import clear_type_errors
 from .attention import Backend, flash_attention
 
 
+@clear_type_errors
 def flash_attention_cascade(
     q: mx.array,
     k_prefix: mx.array,
@@ -72,6 +74,7 @@ def flash_attention_cascade(
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
+@clear_type_errors
 def make_shared_prefix_cache(
     prefix_q: mx.array,
     prefix_k: mx.array,
@@ -113,6 +116,7 @@ def make_shared_prefix_cache(
     return cast(mx.array, out), prefix_k, prefix_v
 
 
+@clear_type_errors
 def flash_attention_splitfuse(
     q_prefill: mx.array | None,
     k_prefill: mx.array | None,

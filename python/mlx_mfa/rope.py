@@ -9,11 +9,13 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Positions, Stream, make_options, positions
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .kv_cache import attend_to_cache
 from .rope_tables import make_rope_3d_tables
 
 
+@clear_type_errors
 def flash_attention_rope(
     q: mx.array,
     k: mx.array,
@@ -82,6 +84,7 @@ def flash_attention_rope(
     )  # fmt: skip
 
 
+@clear_type_errors
 def flash_attention_rope_unified(
     q: mx.array,
     k: mx.array,
@@ -165,8 +168,10 @@ def _attend(
     options: dict[str, Any],
 ) -> mx.array | tuple[mx.array, mx.array]:
     cos, sin = _tables(function, q, cos, sin, rope_3d, q_positions)
+    of_q = positions(function, "cache_seqlens", q_positions, q)
+    of_k = positions(function, "k_offset", k_positions, q)
     out, lse = _ext.attention_rope(
-        q, k, v, cos, sin, interleaved, rotary_dim, positions(q_positions, q), positions(k_positions, q), True,
+        q, k, v, cos, sin, interleaved, rotary_dim, of_q, of_k, True,
         make_options(function, stream=stream, **options), stream,
     )  # fmt: skip
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out

@@ -8,12 +8,14 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options, optional_tile_sides
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .masks import BlockMask
 
 _BACKWARDS = ("auto", "sdpa", "sdpa_sparse", "steel_sparse")
 
 
+@clear_type_errors
 def flash_attention_sparse(
     q: mx.array,
     k: mx.array,
@@ -79,6 +81,7 @@ def flash_attention_sparse(
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
+@clear_type_errors
 def sparse_attention_dispatch(
     Q: mx.array,
     K: mx.array,
@@ -112,6 +115,7 @@ def sparse_attention_dispatch(
     return out
 
 
+@clear_type_errors
 def sparse_attention_nax(
     Q: mx.array,
     K: mx.array,

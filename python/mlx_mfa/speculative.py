@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options
+from ._type_errors import clear_type_errors
 from .attention import Backend, flash_attention
 from .paged import flash_attention_paged
 
@@ -24,6 +25,7 @@ class TreeMask(NamedTuple):
     """uint32 ``[N, ceil(N / 32)]``: the same, node j as bit ``j % 32`` of word ``j // 32``."""
 
 
+@clear_type_errors
 def make_tree_mask(parents: mx.array | Sequence[int] | Sequence[Sequence[int]], *, stream: Stream = None) -> TreeMask:
     """The mask of draft trees: a node sees its ancestors and itself (arXiv:2305.09781).
 
@@ -42,6 +44,7 @@ def make_tree_mask(parents: mx.array | Sequence[int] | Sequence[Sequence[int]], 
     return TreeMask(*_ext.tree_mask(_parents(parents), stream))
 
 
+@clear_type_errors
 def flash_attention_tree(
     q: mx.array,
     k: mx.array,
@@ -101,6 +104,7 @@ def flash_attention_tree(
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
+@clear_type_errors
 def flash_attention_speculative_verify(
     q_target: mx.array,
     k_cache: mx.array,
@@ -157,6 +161,7 @@ def flash_attention_speculative_verify(
     )
 
 
+@clear_type_errors
 def flash_attention_speculative_verify_paged(
     q_target: mx.array,
     k_pages: mx.array,

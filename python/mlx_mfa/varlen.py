@@ -9,10 +9,12 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, integers, make_options, optional_tile_sides
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .masks import BlockMask
 
 
+@clear_type_errors
 def flash_attention_varlen(
     q: mx.array,
     k: mx.array,
@@ -81,13 +83,16 @@ def flash_attention_varlen(
         kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
     tile = optional_tile_sides(block_size, "flash_attention_varlen")
+    starts_q = integers("flash_attention_varlen", "cu_seqlens_q", cu_seqlens_q)
+    starts_k = integers("flash_attention_varlen", "cu_seqlens_k", cu_seqlens_k)
     result: Any = _ext.attention_varlen(
-        q, k, v, integers(cu_seqlens_q), integers(cu_seqlens_k), options, max_seqlen_q, max_seqlen_k, block_mask, tile,
+        q, k, v, starts_q, starts_k, options, max_seqlen_q, max_seqlen_k, block_mask, tile,
         return_lse, stream,
     )  # fmt: skip
     return (result[0], mx.multiply(result[1], LOG2_E, stream=stream)) if return_lse else result
 
 
+@clear_type_errors
 def flash_attention_varlen_qkv_packed(
     qkv: mx.array,
     cu_seqlens_q: mx.array | Sequence[int],
@@ -121,6 +126,7 @@ def flash_attention_varlen_qkv_packed(
     )
 
 
+@clear_type_errors
 def flash_attention_varlen_kv_packed(
     q: mx.array,
     kv: mx.array,

@@ -50,7 +50,7 @@ def test_importing_the_package_installs_them():
     )
     text = run(code)
     assert text.startswith("False")
-    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__", *SMALL):
+    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__", "mx.array.__imatmul__", *SMALL):
         assert f"'{name}'" in text
 
 
@@ -72,6 +72,50 @@ def test_disabling_restores_the_very_objects():
         "print(all(a is b for a, b in zip(before, now())), mlx_mfa.enable(), mlx_mfa.enable())"
     )
     assert run(code).split() == ["True", "False", "True", "True", "False"]
+
+
+def test_a_function_that_another_library_put_over_a_hook_stays():
+    code = """
+import mlx.core as mx, mlx_mfa
+ours, stock, seen = mx.matmul, mx.matmul.__wrapped__, []
+def theirs(*args):
+    seen.append(args)
+    return ours(*args)
+mx.matmul = theirs
+def routed():
+    before = mlx_mfa.hooks_status()["calls"]["matmul"]["mfa"]
+    mx.eval(mx.matmul(mx.ones((2, 64)), mx.ones((64, 3))))
+    return mlx_mfa.hooks_status()["calls"]["matmul"]["mfa"] - before
+print(routed(), mx.matmul is theirs)
+print(mlx_mfa.disable(), mx.matmul is theirs, routed(), mlx_mfa.hooks_status()["hooks"])
+print(mlx_mfa.enable(), mx.matmul is theirs, routed(), len(seen))
+mx.matmul = ours  # they give back what they found
+print(mlx_mfa.disable(), mx.matmul is stock, routed())
+mlx_mfa.enable()
+mx.matmul = theirs
+mlx_mfa.disable()
+mx.matmul = stock  # they know better
+print(mlx_mfa.enable(), mx.matmul is stock, routed(), mlx_mfa.disable(), mx.matmul is stock)
+"""
+    assert run(code).splitlines() == [
+        "1 True", "True True 0 []", "True True 1 3", "True True 0", "True False 1 True True",
+    ]  # fmt: skip
+
+
+def test_multiplying_in_place_changes_the_array_that_others_hold(hooks):
+    for x, w, ours in [(a(2, 64), 2 * a(64, 3), True), (a(2, 4), 2 * a(4, 4), False), (a(64), a(64), False)]:
+        same, expected = x, x @ w
+        before = calls("matmul")
+        x @= w
+        after = calls("matmul")
+        assert (after["mfa"] - before["mfa"], after["mlx"] - before["mlx"]) == ((1, 0) if ours else (0, 1))
+        assert same is x
+        assert mx.array_equal(same, expected).item()
+    x = a(2, 3)
+    with pytest.raises(ValueError, match="matmul"):
+        x @= a(2, 3)
+    with pytest.raises(TypeError):
+        x @= 2
 
 
 def test_layers_run_on_them(hooks):
@@ -104,6 +148,10 @@ def quantised(shape=(5, 64, 128), dtype=mx.float32):
     return mx.quantize(mx.random.normal(shape).astype(dtype), 64, 4)
 
 
+def integer_scales(shape):
+    return [x.astype(dtype) for x, dtype in zip(quantised(shape), (mx.uint32, mx.int32, mx.int32))]
+
+
 def a(*shape):
     return mx.ones(shape)
 
@@ -130,6 +178,26 @@ CALLS = {
     "another mode": (
         lambda: mx.quantized_matmul(a(2, 128), *mx.quantize(a(64, 128), mode="mxfp4"), mode="mxfp4"),
         "quantized_matmul", False,
+    ),
+    "quantised vector": (lambda: mx.quantized_matmul(a(128), *quantised((64, 128))), "quantized_matmul", True),
+    "a batch for one matrix of codes": (
+        lambda: mx.quantized_matmul(a(2, 5, 3, 128), *quantised()), "quantized_matmul", True,
+    ),
+    "rows for a batch of codes": (lambda: mx.quantized_matmul(a(3, 128), *quantised()), "quantized_matmul", False),
+    "rows for one of a batch": (
+        lambda: mx.quantized_matmul(a(3, 128), *quantised((1, 64, 128))), "quantized_matmul", False,
+    ),
+    "vector for a batch of codes": (lambda: mx.quantized_matmul(a(128), *quantised()), "quantized_matmul", False),
+    "batch for more of codes": (
+        lambda: mx.quantized_matmul(a(3, 1, 128), *quantised((2, 3, 64, 128))), "quantized_matmul", False,
+    ),
+    "gather of rows without indices": (lambda: mx.gather_qmm(a(2, 128), *quantised()), "gather_qmm", False),
+    "gather of rows": (
+        lambda: mx.gather_qmm(a(2, 128), *quantised(), rhs_indices=mx.array([0, 4])), "gather_qmm", True,
+    ),
+    "one of scales and biases is of integers": (
+        lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128))[:2], mx.ones((64, 2), mx.int32)),
+        "quantized_matmul", True,
     ),
     "gather": (lambda: mx.gather_mm(a(4, 1, 64), a(5, 64, 3), rhs_indices=mx.array([0, 4, 4, 1])), "gather_mm", True),
     "sorted gather": (
@@ -173,6 +241,8 @@ MISTAKES = {
     "no biases": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128))[:2]),
     "scales": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), bits=3),
     "codes": lambda: mx.quantized_matmul(a(2, 128), a(64, 16), a(64, 2), a(64, 2)),
+    "scales of integers": lambda: mx.quantized_matmul(a(2, 128), *integer_scales((64, 128))),
+    "gather with scales of integers": lambda: mx.gather_qmm(a(5, 2, 128), *integer_scales((5, 64, 128))),
     "mode": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), mode="other"),
     "norm": lambda: mx.fast.rms_norm(a(2, 3), a(4), 1e-5),
     "norm without epsilon": lambda: mx.fast.rms_norm(a(2, 3), None),
