@@ -231,7 +231,7 @@ class DecodeForward {
     const int tiles = (rows_ + kTileRows - 1) / kTileRows * ((vectors + most - 1) / most);
     return columns + tiles * (p_.D / KeyColumns<T, kPairs>::kTerm / kTermsOfFetch);
   }
-  static constexpr int kTermsOfFetch = 4;
+  static constexpr int kTermsOfFetch = 16;
 
   // The scores of all rows for `vectors` vectors of keys, rows[0] .. from entry `entry`.
   template <class R>
@@ -269,14 +269,13 @@ class DecodeForward {
         if constexpr (kTerms) s = hn::Mul(s, scale);
         hn::StoreU(s, df, scores_at(g + r, entry) + n * kLanes);
       };
-      const auto step = [&](int term) MFA_INLINE_LAMBDA {
-        if (term % kTermsOfFetch == 0) upcoming_.Fetch(1);
-      };
+      const auto fetch = [&](int) MFA_INLINE_LAMBDA { upcoming_.Fetch(1); };
       if constexpr (kTerms) {
-        MultiplyTile<G, NK>(reinterpret_cast<const bfloat16*>(q), StepsAdjacent{2 * d_padded_},
-                            reinterpret_cast<const uint32_t*>(x_.columns), kWidth, p_.D / 2, store, step);
+        MultiplyTile<G, NK, kTermsOfFetch>(reinterpret_cast<const bfloat16*>(q), StepsAdjacent{2 * d_padded_},
+                                           reinterpret_cast<const uint32_t*>(x_.columns), kWidth, p_.D / 2, store,
+                                           fetch);
       } else {
-        MultiplyTile<G, NK>(q, StepsAdjacent{d_padded_}, x_.columns, kWidth, p_.D, store, step);
+        MultiplyTile<G, NK, kTermsOfFetch>(q, StepsAdjacent{d_padded_}, x_.columns, kWidth, p_.D, store, fetch);
       }
     });
   }
@@ -322,9 +321,9 @@ class DecodeForward {
     for (; k < hi; ++k) S[k] = hn::GetLane(Exp2<kHalf>(hn::Sub(hn::Set(df, S[k]), safe)));
   }
 
-  // The sum of each row in the order of the keys; four rows at a time hide the latency of the additions.
+  // The sum of each row in the order of the keys; the rows side by side hide the latency of the additions.
   void SumRows(int lo, int hi, float* sums) {
-    ForRowTiles<4>(0, rows_, [&]<int G>(int g) HWY_ATTR {
+    ForRowTiles<kMaxDecodeRows>(0, rows_, [&]<int G>(int g) HWY_ATTR {
       float sum[G] = {};
       for (int k = lo; k < hi; ++k) {
         MFA_UNROLL
@@ -352,29 +351,28 @@ class DecodeForward {
   void Values(const Rows& v, const Rows& next_k, int g0, int g1, int lo, int hi, bool fetches) {
     const int whole = p_.Dv / kLanes;
     int passes = 0;
-    ForRowTiles<kTileRows>(g0, g1, [&]<int G>(int) { passes += (whole + kValueVectors<G> - 1) / kValueVectors<G>; });
+    ForRowTiles<kTileRows>(g0, g1, [&]<int G>(int) { passes += ValuePasses<G>(whole); });
     upcoming_.Clear();
     if (fetches) AddRows(next_k, next_k0_, 0, kKeyBlock, p_.D, p_.k.stride[2]);
     upcoming_.Spread(passes * (hi - lo));
     for (int first = lo, last; first < hi; first = last) {
-      last = Min(hi, (first / kValueChunk + 1) * kValueChunk);
+      last = Min(hi, (first / kValueChunk<T> + 1) * kValueChunk<T>);
       ForRowTiles<kTileRows>(g0, g1, [&]<int G>(int g) HWY_ATTR {
         float* out = x_.block_o + g * dv_padded_;
-        ForRowTiles<kValueVectors<G>>(0, whole, [&]<int NV>(int c) HWY_ATTR {
-          if constexpr (kPairs) {
+        if constexpr (kPairs) {
+          ForRowTiles<kValueVectors<G>>(0, whole, [&]<int NV>(int c) HWY_ATTR {
             DecodePairValues<G, NV>(v.Columns(c * kLanes), first & ~1, RoundUp(last, 2), lo, hi, first == lo,
                                     reinterpret_cast<const uint32_t*>(scores_at(g, 0)), out + c * kLanes, dv_padded_,
                                     upcoming_);
-          } else {
-            DecodeValues<G, NV>(v.Columns(c * kLanes), first, last, first == lo, scores_at(g, 0), out + c * kLanes,
-                                dv_padded_, upcoming_);
-          }
-        });
+          });
+        } else {
+          DecodeAllValues<G>(v, whole, first, last, first == lo, scores_at(g, 0), out, dv_padded_, upcoming_);
+        }
       });
     }
     for (int g = g0; g < g1; ++g) {
       float* out = x_.block_o + g * dv_padded_;
-      if constexpr (!kPairs && kSplitsChannels<T, 2>) {
+      if constexpr (!kPairs && kSplitsChannels<T>) {
         for (int c = 0; c + 2 <= whole; c += 2) InOrder(out + c * kLanes);
       }
       if (whole * kLanes < p_.Dv) LastValues(v, g, lo, hi, whole * kLanes, out);
