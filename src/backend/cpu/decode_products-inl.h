@@ -88,10 +88,11 @@ constexpr int kFewRows = 2;
 // Vectors of keys that `rows` rows take together: the sums of one are a chain, several hide its latency.
 HWY_INLINE constexpr int KeyVectors(int rows) { return rows <= kFewRows ? 8 / rows : kTileVectors; }
 
-// S[g][k] for NK vectors of keys: rows[] point at the keys, q[] at the terms of the queries.
-template <int G, int NK, bool kPairs, class T, class Q>
-HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, const Q* q, ptrdiff_t q_stride, int D,
-                             VF scale, float* S, ptrdiff_t s_stride) {
+// The scores of NK vectors of keys, rows[i] of lane i: query(n, g, term) is what row g of the queries has for vector n,
+// and store(n, g, sums) takes the sums of its products.
+template <int G, int NK, bool kPairs, class T, class Query, class Store>
+HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, int D, const Query& query,
+                             const Store& store) {
   using Columns = KeyColumns<T, kPairs>;
   VF acc[NK][G];
   MFA_UNROLL
@@ -101,7 +102,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, const
   }
   const auto add = [&](int n, int term, auto k) MFA_INLINE_LAMBDA {
     MFA_UNROLL
-    for (int g = 0; g < G; ++g) acc[n][g] = Accumulate(k, BroadcastTerm(q + g * q_stride + term), acc[n][g]);
+    for (int g = 0; g < G; ++g) acc[n][g] = Accumulate(k, query(n, g, term), acc[n][g]);
   };
   int d = 0;
   for (; d + Columns::kStep <= D; d += Columns::kStep) {
@@ -125,10 +126,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, const
   MFA_UNROLL
   for (int n = 0; n < NK; ++n) {
     MFA_UNROLL
-    for (int g = 0; g < G; ++g) {
-      const VF s = kPairs ? hn::Mul(acc[n][g], scale) : acc[n][g];
-      hn::StoreU(s, df, S + g * s_stride + n * kLanes);
-    }
+    for (int g = 0; g < G; ++g) store(n, g, acc[n][g]);
   }
 }
 
