@@ -132,10 +132,12 @@ def flash_attention_kvcache_rope_append(
     """Rotates queries and new keys, appends the keys and values to a cache and attends to all of it.
 
     Args:
+        q, k_new, v_new, rotary_cos, rotary_sin, interleaved, scale, causal, stream: As
+            :func:`flash_attention_kvcache`, of which this is another form.
+        k_cache, v_cache (array, optional): As there; None is an empty cache.
         cache_seqlens (int, array or sequence of int, optional): The position of the first query and of the first new
             key. Default: behind the keys of the cache.
-        seq_lens, block_table, options: As :func:`flash_attention_kvcache`, of which this is another form. Without
-            ``seq_lens`` the caches grow by concatenation; None is an empty cache.
+        seq_lens, block_table, options: As there. Without ``seq_lens`` the caches grow by concatenation.
 
     Returns:
         tuple: ``(out, k_cache, v_cache)``, with ``return_lse`` ``(out, lse, k_cache, v_cache)``.

@@ -117,11 +117,17 @@ def flash_attention_rope_unified(
     * neither: as :func:`flash_attention_rope`, with ``k_offset`` the position of key 0.
 
     Args:
+        q, k, v (array): As :func:`flash_attention_rope`; with ``block_table`` ``k`` and ``v`` are as ``k_cache`` and
+            ``v_cache`` of :func:`flash_attention_kvcache`, with a cache as its ``k_new`` and ``v_new``.
+        rotary_cos, rotary_sin, interleaved, rotary_dim, rope_3d: As :func:`flash_attention_rope`.
+        k_cache, v_cache, block_table, seq_lens, block_size: As :func:`flash_attention_kvcache`.
         cache_seqlens (int, array or sequence of int, optional): The position of the first query and new key. Default: 0
             without a cache, else what the lengths say.
+        k_offset (int, array or sequence of int, optional): The position of key 0, without a cache. Default 0.
         return_updated_cache (bool): Return the caches too. Default False.
+        scale, causal, stream: As :func:`flash_attention`; ``causal`` is True by default.
+        return_lse (bool): Also return the **base-2** log-sum-exp of each row. Default False.
         options: The modifiers of :func:`flash_attention`, by name.
-        Others: As :func:`flash_attention_kvcache` and :func:`flash_attention_rope`.
 
     Returns:
         array or tuple: ``out``, then ``lse`` (base 2) with ``return_lse``, then both caches with
