@@ -159,19 +159,33 @@ constexpr int kValueVectors = HWY_TARGET == HWY_AVX2 && G == kTileRows ? kTileVe
 // InOrder() puts the sums right.
 template <class T>
 constexpr bool kSplitsChannels = std::is_same_v<T, bfloat16>;
-// NV vectors of a row of values from `row` on, of pairs if kSplit; kOdd says whether the first is a second one.
+// The odd halves of `halves` and the even ones of `zeros`. Highway's OddEven has the operands the other way round, so
+// that memory could not be one of them.
+HWY_INLINE VF WidenOdd(hn::Vec<hn::Repartition<uint16_t, DF>> halves, VF zeros) {
+  const hn::Repartition<uint16_t, DF> d16;
+#if HWY_TARGET == HWY_AVX2
+  return hn::BitCast(df, decltype(halves){_mm256_blend_epi16(hn::BitCast(d16, zeros).raw, halves.raw, 0xaa)});
+#else
+  return hn::BitCast(df, hn::OddEven(halves, hn::BitCast(d16, zeros)));
+#endif
+}
+// NV vectors of a row of values from `row` on, of pairs if kSplit; kOdd says whether the first is a second one. The
+// even halves of a first vector are the zeros that a second one needs: no mask takes a register.
 template <int NV, bool kSplit, bool kOdd, class T>
 HWY_INLINE void LoadValues(const T* row, VF (&values)[NV]) {
-  MFA_UNROLL
-  for (int i = 0; i < NV; ++i) {
-    if constexpr (kSplit) {
-      const bool second = (i + kOdd) % 2 == 1;
-      const auto* pair = reinterpret_cast<const uint16_t*>(row) + (i - second) * kLanes;
-      const VU bits = hn::BitCast(du, hn::LoadU(hn::Repartition<uint16_t, DF>(), pair));
-      values[i] = hn::BitCast(df, second ? hn::And(bits, hn::Set(du, 0xffff0000u)) : hn::ShiftLeft<16>(bits));
-    } else {
-      values[i] = LoadFloat(row + i * kLanes);
-    }
+  if constexpr (kSplit) {
+    constexpr int kFirst = kOdd ? 1 : 0;
+    const auto pair_of = [&](int i) MFA_INLINE_LAMBDA {
+      const int pair = (i + kFirst) / 2 * 2 - kFirst;
+      return hn::LoadU(hn::Repartition<uint16_t, DF>(), reinterpret_cast<const uint16_t*>(row) + pair * kLanes);
+    };
+    MFA_UNROLL
+    for (int i = kFirst; i < NV; i += 2) values[i] = hn::BitCast(df, hn::ShiftLeft<16>(hn::BitCast(du, pair_of(i))));
+    MFA_UNROLL
+    for (int i = 1 - kFirst; i < NV; i += 2) values[i] = WidenOdd(pair_of(i), values[kFirst]);
+  } else {
+    MFA_UNROLL
+    for (int i = 0; i < NV; ++i) values[i] = LoadFloat(row + i * kLanes);
   }
 }
 HWY_INLINE void InOrder(float* pair) {
@@ -231,7 +245,7 @@ HWY_INLINE void DecodeAllValues(const Rows& v, int vectors, int lo, int hi, bool
     DecodeValues<G, NV, kSplit, kOdd>(v, c, lo, hi, begins, P, out, out_stride, upcoming);
   };
   const auto take = [&]<int NV>(int c) HWY_ATTR {
-    if constexpr (kSplits && kMost % 2 == 1) {
+    if constexpr (kSplits && NV % 2 == 1 && NV > 1) {
       if (c % 2 == 1) return pass.template operator()<NV, true, true>(c);
     }
     pass.template operator()<NV, kSplits, false>(c);
