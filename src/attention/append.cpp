@@ -43,7 +43,8 @@ void move_rows(const CacheRows& p) {
   auto* const cache = static_cast<T*>(p.cache.data);
   auto* const rows = static_cast<T*>(p.rows.data);
   const int64_t count = int64_t{p.B} * p.H * p.N;
-  const int64_t of_task = std::max<int64_t>(1, kBytesOfTask / (p.D * static_cast<int64_t>(sizeof(T))));
+  const int64_t bytes_of_row = std::max<int64_t>(1, p.D * static_cast<int64_t>(sizeof(T)));
+  const int64_t of_task = std::max<int64_t>(1, kBytesOfTask / bytes_of_row);
   const auto task = [&](int64_t index, int) {
     const int64_t end = std::min(count, (index + 1) * of_task);
     for (int64_t i = index * of_task; i < end; ++i) {

@@ -27,7 +27,8 @@ void check_pages(const AttentionProblem& p, const char* function) {
       check(p.kv_lengths[b] >= 0 && p.kv_lengths[b] <= p.Nk, function, "seq_lens must be in [0, ", p.Nk,
             "], what the block table has room for; got ", p.kv_lengths[b], " for sequence ", b);
     }
-    const int64_t used = (int64_t{key_count(p, b)} + p.pages.page_size - 1) / p.pages.page_size;
+    const int64_t keys = key_count(p, b);
+    const int64_t used = keys > 0 ? (keys - 1) / p.pages.page_size + 1 : 0;  // the pages may be of 0 tokens
     const int32_t* row = p.pages.table + b * p.pages.table_stride;
     for (int64_t t = 0; t < used; ++t) {
       check(row[t] >= 0 && row[t] < p.pages.pages, function, "block_table must name pages in [0, ", p.pages.pages,

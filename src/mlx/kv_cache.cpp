@@ -132,6 +132,7 @@ void check_cache(const Call& c, const mx::array& q) {
   c.require(c.k.ndim() == 4, "k_cache must have 4 dimensions ", layout, "; got shape ", c.k.shape());
   c.require(c.v.ndim() == 4, "v_cache must have 4 dimensions ", layout, "; got shape ", c.v.shape());
   check_pools(q, c.k, c.v, c.function);
+  if (c.pool) check_page_size(c.k, c.function);
   const mx::Shape &k = c.k.shape(), &v = c.v.shape();
   c.require(k[0] == v[0] && k[1] == v[1] && k[2] == v[2],
             "k_cache and v_cache must differ in their last axis alone; got shapes ", k, " and ", v);
@@ -203,6 +204,8 @@ mx::array append_to_cache(const mx::array& cache, const mx::array& rows, const m
   const mx::Stream s = mx::to_stream(stream_or_device);
   check_pools(rows, cache, cache, kFunction);
   check(cache.ndim() == 4, kFunction, "cache must have 4 dimensions; got shape ", cache.shape());
+  check(cache.shape(3) > 0, kFunction, "the head dimension of the cache must be positive; got 0");
+  if (block_table) check_page_size(cache, kFunction);
   const auto lengths = to_int32(starts, 1, "starts", kFunction, s);
   const int B = lengths.shape(0), H = cache.shape(block_table ? 2 : 1), D = cache.shape(3);
   check(rows.shape(0) == B && rows.shape(1) == H && rows.shape(3) == D, kFunction,

@@ -425,6 +425,8 @@ MISTAKES = {
     "new lengths": ({"v_new": (2, 2, 2, 8)}, "k_new and v_new must have the same length; got 3 and 2"),
     "page size": ({"k_cache": (4, 8, 2, 8), "v_cache": (4, 8, 2, 8), "block_table": [[0], [1]], "block_size": 16},
                   "block_size must be the page size of the pools, 8; got 16"),
+    "pages of no tokens": ({"k_cache": (4, 0, 2, 8), "v_cache": (4, 0, 2, 8), "block_table": [[0], [1]],
+                            "seq_lens": [0, 0]}, "the page size of a pool must be positive; got 0"),
     "shared page": ({"k_cache": (4, 8, 2, 8), "v_cache": (4, 8, 2, 8), "block_table": [[1], [1]]},
                     "each page may be appended to once; got page 1 for sequences 0 and 1"),
     "missing page": ({"k_cache": (4, 8, 2, 8), "v_cache": (4, 8, 2, 8), "block_table": [[1], [-1]]},
@@ -455,6 +457,34 @@ def test_bad_input_is_one_clear_error(mistake):
     with pytest.raises((ValueError, RuntimeError, TypeError), match=message) as error:
         mx.eval(mfa.flash_attention_kvcache(**arguments))
     assert error.type is TypeError or str(error.value).startswith("[flash_attention_kvcache] ")
+
+
+@pytest.mark.parametrize("appended", [None, 0])
+def test_remapped_rows_of_an_empty_cache_see_nothing(appended):
+    cache = mx.zeros((3, 2, 0, 8))
+    new = {} if appended is None else {"k_new": rows(1, 2, 0, 8), "v_new": rows(1, 2, 0, 8)}
+
+    def attend(q):
+        out = mfa.flash_attention_kvcache(q, cache, cache, cache_batch_idx=[1], seq_lens=[0, 0, 0], **new)
+        return out if appended is None else out[0]
+
+    q = rows(1, 2, 5, 8)
+    assert not attend(q).any().item()
+    assert not mx.grad(lambda q: attend(q).sum())(q).any().item()
+
+
+@pytest.mark.parametrize(
+    ("cache", "rows", "table", "message"),
+    [
+        ((1, 2, 4, 0), (1, 2, 1, 0), None, "the head dimension of the cache must be positive; got 0"),
+        ((4, 2, 2, 0), (1, 2, 1, 0), [[0]], "the head dimension of the cache must be positive; got 0"),
+        ((4, 0, 2, 8), (1, 2, 0, 8), [[0]], "the page size of a pool must be positive; got 0"),
+    ],
+)
+def test_a_cache_without_room_for_a_number_is_refused(cache, rows, table, message):
+    table = None if table is None else mx.array(table)
+    with pytest.raises(ValueError, match=r"^\[append_to_cache\] " + message):
+        mfa.append_to_cache(mx.zeros(cache), mx.zeros(rows), [0], table)
 
 
 def test_random_starts_are_written_or_refused(seed):

@@ -235,6 +235,8 @@ MISTAKES = {
     "negative length": ({"seq_lens": [8, -1]}, r"seq_lens must be in \[0, Nk\] = \[0, 8\]; got -1 for batch entry 1"),
     "long length": ({"seq_lens": [9, 8]}, r"seq_lens must be in \[0, Nk\] = \[0, 8\]; got 9 for batch entry 0"),
     "page size": ({"block_size": 16}, "block_size must be the page size of the pools, 4; got 16"),
+    "pages of no tokens": ({"k_pages": (4, 0, 2, 8), "v_pages": (4, 0, 2, 8), "seq_lens": [0, 0]},
+                           "the page size of a pool must be positive; got 0"),
     "index behind the table": ({"cache_batch_idx": [0, 2]}, r"cache_batch_idx must be in \[0, 2\); got 2 at entry 1"),
     "negative index": ({"cache_batch_idx": [-1, 1]}, r"cache_batch_idx must be in \[0, 2\); got -1 at entry 0"),
     "float index": ({"cache_batch_idx": [0.0, 1.0]}, "cache_batch_idx must have an integer dtype; got float32"),
