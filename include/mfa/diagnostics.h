@@ -64,7 +64,7 @@ MFA_API Counters counters();
 MFA_API void reset_counters();
 
 struct CpuInfo {
-  bool available = false;         // there is a kernel for this processor
+  bool available = false;         // there is a kernel for this processor, and no MFA_ variable is wrong
   std::string reason;             // why not
   std::string isa;                // the instruction set in use
   std::vector<std::string> isas;  // all that were built and can run here, best first

@@ -39,8 +39,9 @@ MFA_API mlx::core::array quantized_matmul(const mlx::core::array& x, const mlx::
                                           mlx::core::StreamOrDevice s = {});
 
 // Products of matrices that are picked by flat indices into the leading axes of x and w: the result has the shape of
-// the broadcast indices and then [M, N]. Absent indices count through the leading axes. An index outside them is an
-// error when the array is evaluated. Products that share a matrix of w are computed together.
+// the broadcast indices and then [M, N]. Indices are of any integer dtype; absent ones count through the leading axes.
+// An index outside them is std::invalid_argument if its value is known, else an error when the array is evaluated,
+// which then holds NaN. Products that share a matrix of w are computed together.
 MFA_API mlx::core::array gather_mm(const mlx::core::array& x, const mlx::core::array& w,
                                    const std::optional<mlx::core::array>& lhs_indices = std::nullopt,
                                    const std::optional<mlx::core::array>& rhs_indices = std::nullopt,

@@ -4,18 +4,11 @@
 the package also puts its matrix products in the place of MLX's, which are slow there: see ``mlx_mfa.hooks``.
 """
 
-import mlx.core as _mx
-
-from ._build_info import MLX_VERSION as _MLX_VERSION
+from ._mlx import version_error as _version_error
 from ._version import __version__
 
-# MLX's C++ interface changes between releases: with another one the extension fails to load with an undefined symbol.
-if _mx.__version__ != _MLX_VERSION:  # type: ignore[attr-defined]
-    raise ImportError(
-        f"mlx_mfa {__version__} was built for mlx {_MLX_VERSION} and cannot work with mlx "
-        f"{_mx.__version__};"  # type: ignore[attr-defined]
-        f' run: pip install "mlx=={_MLX_VERSION}"'
-    )
+if _version_error():  # the extension would fail to load, with an undefined symbol
+    raise ImportError(_version_error())
 
 from .attention import explain, explain_calls, flash_attention, merge_attention_states
 from .block_selection import (

@@ -96,6 +96,10 @@ def collect_info() -> dict[str, Any]:
     }
 
 
+def _availability(kernels: dict[str, Any]) -> str:
+    return "available" if kernels["available"] else f"not available: {kernels['reason']}"
+
+
 def run_info(args: argparse.Namespace, _rest: Sequence[str]) -> int:
     """``mlx-mfa info``."""
     info = collect_info()
@@ -108,7 +112,7 @@ def run_info(args: argparse.Namespace, _rest: Sequence[str]) -> int:
         "MLX": info["mlx_version"],
         "Python": f"{info['python']} on {info['system']}",
         "device": f"{info['device']['device_name'] or 'unnamed'} ({info['device']['backend']})",
-        "kernels": "available" if info["available"] else f"not available: {cpu['reason']}",
+        **{f"{kind.upper()} kernels": _availability(info[kind]) for kind in ("cpu", "gpu")},
         "instruction set": f"{cpu['isa'] or 'none'} (of {', '.join(cpu['isas']) or 'none'})",
         "bfloat16 products": "in hardware" if cpu["native_bf16"] else "through float32",
         "threads": str(cpu["threads"]),
@@ -121,6 +125,12 @@ def run_info(args: argparse.Namespace, _rest: Sequence[str]) -> int:
     for name, text in lines.items():
         print(textwrap.fill(text, 120, initial_indent=name.ljust(width), subsequent_indent=" " * width))
     return 0
+
+
+def _environment_error() -> str | None:
+    from .hooks import environment_error
+
+    return environment_error()
 
 
 def run_demo(args: argparse.Namespace, _rest: Sequence[str]) -> int:
@@ -168,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if args.command != "info" and (error := _environment_error()):
+            print(f"mlx-mfa {args.command}: {error}", file=sys.stderr)
+            return USER_ERROR
         status = args.run(args, rest)
         sys.stdout.flush()
         return status

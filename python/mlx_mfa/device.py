@@ -14,7 +14,7 @@ from .attention import flash_attention
 from .hooks import DISABLED_BY, hooks_status
 
 _ENVIRONMENT = ("MFA_CPU_ISA", "MFA_NUM_THREADS", "MFA_PACKED_WEIGHTS_MB", DISABLED_BY)
-_KERNELS_PER_ISA = 3  # tiled forward, decode forward, backward
+_KERNELS = 3  # tiled forward, decode forward, backward
 
 
 def is_mfa_available() -> bool:
@@ -56,28 +56,30 @@ def get_device_info() -> dict[str, Any]:
 
 
 def get_supported_configs() -> dict[str, Any]:
-    """What :func:`mlx_mfa.flash_attention` accepts.
+    """What this package can do on MLX's default device.
 
     Returns:
         dict: ``head_dims`` (range of int, of ``D`` and of ``Dv``, which may differ), ``dtypes`` (tuple of Dtype),
         ``extension_available`` (bool), ``features`` (dict of name to bool) and ``kernel_types`` (int, the kernels that
-        can run here: forward for long and for few queries, and backward, for each instruction set).
+        can run here: forward for long and for few queries, and backward, on a CPU for each instruction set).
     """
+    on_gpu = mx.default_device() == mx.gpu
+    sets = int(_ext.gpu_info()["available"]) if on_gpu else len(_ext.cpu_info()["isas"])
     available = (
         "causal", "gqa", "sliding_window", "softcap", "alibi", "attn_bias", "mask", "sinks", "kv_lengths", "dropout",
         "return_lse", "return_attn_weights", "backend_select", "native_backward", "warmup_kernels", "bfloat16",
-        "float16", "float32", "d512", "block_sparse", "sparse_backward", "packed_api",
-        "rope", "paged_kv", "varlen", "kvcache_rope_append",
+        "float16", "float32", "d512", "block_sparse", "sparse_backward", "packed_api", "flash_decode",
     )  # fmt: skip
-    absent = (
-        "flash_decode", "sage_attention", "sage_attention_kvcache", "sage_inference_context", "m3_routing", "m5_stub",
-    )  # fmt: skip
+    on_cpu_streams = ("rope", "paged_kv", "varlen", "kvcache_rope_append")
+    absent = ("sage_attention", "sage_attention_kvcache", "sage_inference_context", "m3_routing", "m5_stub")
     return {
         "head_dims": range(_ext.min_head_dim, _ext.max_head_dim + 1),
         "dtypes": (mx.float32, mx.float16, mx.bfloat16),
         "extension_available": True,
-        "features": dict.fromkeys(available, True) | dict.fromkeys(absent, False),
-        "kernel_types": _KERNELS_PER_ISA * len(_ext.cpu_info()["isas"]),
+        "features": dict.fromkeys(available, True)
+        | dict.fromkeys(on_cpu_streams, not on_gpu)
+        | dict.fromkeys(absent, False),
+        "kernel_types": _KERNELS * sets,
     }
 
 

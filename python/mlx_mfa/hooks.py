@@ -17,6 +17,7 @@ import contextlib
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -170,9 +171,16 @@ def enable() -> bool:
     Returns:
         bool: True if this changed something; False if the hooks were installed already, or if there is no kernel for
         this machine's processor.
+
+    Raises:
+        ValueError: If an environment variable of this package is wrong.
     """
     with _state.lock:
-        if _state.originals or not _ext.cpu_info()["available"]:
+        if _state.originals:
+            return False
+        if error := environment_error():
+            raise ValueError(error)
+        if not _ext.cpu_info()["available"]:
             return False
         for owner, name, make in _HOOKS:
             original = getattr(owner, name)
@@ -239,7 +247,18 @@ def _disabled_by_environment() -> bool:
     return os.environ.get(DISABLED_BY, "") not in ("", "0")
 
 
+def environment_error() -> str | None:
+    """What is wrong with an environment variable of this package: a call that needs the CPU's kernels raises it."""
+    reason = _ext.cpu_info()["reason"]
+    return reason if reason.startswith("[MFA_") else None
+
+
 def enable_by_default() -> None:
-    """Install the hooks when the package is imported, where they can matter."""
-    if not _disabled_by_environment() and mx.default_device().type == mx.DeviceType.cpu:
+    """Install the hooks when the package is imported, where they can matter. Importing never fails for a wrong variable
+    of the environment: it warns, as products then stay MLX's."""
+    if _disabled_by_environment() or mx.default_device().type != mx.DeviceType.cpu:
+        return
+    if error := environment_error():
+        warnings.warn(f"{error}; mlx_mfa's CPU kernels and hooks are not available", RuntimeWarning, stacklevel=3)
+    else:
         enable()

@@ -111,7 +111,7 @@ def gather_mm(
 
     Raises:
         ValueError: If shapes or dtypes do not fit, or an index whose value is known lies outside the leading axes.
-        RuntimeError: When evaluated, if another index does.
+        RuntimeError: When evaluated, if another index does; the array then holds NaN.
     """
     return _ext.gather_mm(x, w, lhs_indices, rhs_indices, stream)
 
@@ -140,7 +140,7 @@ def gather_qmm(
 
     Raises:
         ValueError: If shapes or dtypes do not fit, or an index whose value is known lies outside the leading axes.
-        RuntimeError: When evaluated, if another index does.
+        RuntimeError: When evaluated, if another index does; the array then holds NaN.
     """
     return _ext.gather_qmm(x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, stream)
 

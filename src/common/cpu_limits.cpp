@@ -1,7 +1,6 @@
 #include "common/cpu_limits.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cstdint>
 #include <fstream>
 #include <limits>
@@ -97,12 +96,5 @@ std::optional<int> cgroup_cpu_quota(const std::string& root) {
 }
 
 int usable_cores() { return std::min(affinity_count(), cgroup_cpu_quota().value_or(std::numeric_limits<int>::max())); }
-
-std::optional<int> parse_thread_count(std::string_view text) {
-  int count = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
-  if (error != std::errc() || end != text.data() + text.size() || count < 1 || count > 4096) return std::nullopt;
-  return count;
-}
 
 }  // namespace mfa

@@ -3,7 +3,6 @@
 
 #include <optional>
 #include <string>
-#include <string_view>
 
 namespace mfa {
 
@@ -13,8 +12,5 @@ int usable_cores();
 // CPUs of the tightest quota among the process's control groups (version 1 or 2) and their parents, rounded up; nullopt
 // without a quota. `root` precedes /proc and /sys, so that tests bring their own files.
 std::optional<int> cgroup_cpu_quota(const std::string& root = "");
-
-// A whole number from 1 to 4096, or nullopt: what MFA_NUM_THREADS must hold to be heeded.
-std::optional<int> parse_thread_count(std::string_view text);
 
 }  // namespace mfa

@@ -17,6 +17,7 @@
 
 #include "common/check.h"
 #include "common/cpu_limits.h"
+#include "common/environment.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -288,9 +289,8 @@ int cores() {
 int default_threads() {
   static constinit std::atomic<int> cache{0};
   return remember(cache, [] {
-    const char* text = std::getenv("MFA_NUM_THREADS");
-    const std::optional<int> wanted = text ? parse_thread_count(text) : std::nullopt;
-    return std::min({cores(), wanted.value_or(cores()), static_cast<int>(kCountMask)});
+    const auto wanted = static_cast<int>(environment_threads().value.value_or(cores()));
+    return std::min({cores(), wanted, static_cast<int>(kCountMask)});
   });
 }
 

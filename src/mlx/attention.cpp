@@ -5,7 +5,6 @@
 
 #include "backend/cpu/attention.h"
 #include "common/check.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/composed.h"
 #include "mlx/evaluate.h"
 #include "mlx/gpu.h"
@@ -77,8 +76,7 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   AttentionOutputs out{mutable_tensor_ref(outputs[0]), params_.returns_lse ? outputs[1].data<float>() : nullptr,
                        params_.returns_probs ? outputs[2].data<float>() : nullptr, /*lse_base2=*/true};
   // MLX holds the inputs and outputs until this has run.
-  mx::cpu::get_command_encoder(stream()).dispatch(
-      [evaluated, out]() { cpu::attention_forward(evaluated.checked(), out); });
+  dispatch_or_poison(stream(), outputs, [evaluated, out]() { cpu::attention_forward(evaluated.checked(), out); });
 }
 
 void Attention::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -203,8 +201,8 @@ void AttentionBackward::eval_cpu(const std::vector<mx::array>& inputs, std::vect
   if (is_wanted(Gradient::bias)) out.dbias = outputs[next++].data<float>();
   if (is_wanted(Gradient::sinks)) out.dsinks = outputs[next++].data<float>();
   if (is_wanted(Gradient::alibi)) out.dalibi_slopes = outputs[next++].data<float>();
-  mx::cpu::get_command_encoder(stream()).dispatch(
-      [evaluated, in, out]() { cpu::attention_backward(evaluated.checked(), in, out); });
+  dispatch_or_poison(stream(), outputs,
+                     [evaluated, in, out]() { cpu::attention_backward(evaluated.checked(), in, out); });
 }
 
 void AttentionBackward::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

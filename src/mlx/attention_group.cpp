@@ -6,7 +6,6 @@
 
 #include "backend/cpu/attention.h"
 #include "mlx/attention.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
 #include "mlx/ops.h"
 
@@ -72,7 +71,7 @@ void AttentionGroup::eval_cpu(const std::vector<mx::array>& inputs, std::vector<
     results.push_back({mutable_tensor_ref(outputs[i * kOutputs]), outputs[i * kOutputs + 1].data<float>(), nullptr,
                        /*lse_base2=*/true});
   }
-  mx::cpu::get_command_encoder(stream()).dispatch([problems, results] {
+  dispatch_or_poison(stream(), outputs, [problems, results] {
     std::vector<cpu::ForwardCall> calls;
     for (size_t i = 0; i < problems.size(); ++i) calls.push_back({problems[i].checked(), results[i]});
     cpu::attention_forward(calls);

@@ -1,6 +1,8 @@
 // diagnostics.cpp: what this build and this machine offer.
 #include "mfa/diagnostics.h"
 
+#include <stdexcept>
+
 #include "backend/cpu/attention.h"
 #include "common/thread_pool.h"
 #include "mfa/version.h"
@@ -15,10 +17,14 @@ CpuInfo cpu_info() {
   CpuInfo info;
   info.isas = cpu::runnable_isas();
   info.threads = thread_count();
-  if (const auto traits = cpu::kernel_traits(&info.reason)) {
-    info.available = true;
-    info.isa = traits->isa;
-    info.native_bf16 = traits->native_bf16;
+  try {
+    if (const auto traits = cpu::kernel_traits(&info.reason)) {
+      info.available = true;
+      info.isa = traits->isa;
+      info.native_bf16 = traits->native_bf16;
+    }
+  } catch (const std::invalid_argument& error) {  // the environment asks for what there is not
+    info.reason = error.what();
   }
   return info;
 }

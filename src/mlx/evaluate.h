@@ -1,15 +1,35 @@
 // evaluate.h: from evaluated MLX arrays to the pointers and strides that the kernels take.
 #pragma once
 
+#include <cstring>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "attention/problem.h"
+#include "mlx/backend/cpu/encoder.h"
 #include "mlx/request.h"
 
 namespace mfa {
 
 // Gives `out` dense memory. Throws std::bad_alloc if there is none, naming nothing else.
 void allocate(mx::array& out);
+
+// Dispatches `work` to the stream of the primitive whose outputs these are. Should it throw, they are filled with NaN:
+// after mx::async_eval() the error is thrown elsewhere, and what could not be computed may still be read.
+template <typename Work>
+void dispatch_or_poison(mx::Stream stream, const std::vector<mx::array>& outputs, Work work) {
+  std::vector<std::span<char>> memory;
+  for (mx::array out : outputs) memory.emplace_back(out.data<char>(), out.nbytes());
+  mx::cpu::get_command_encoder(stream).dispatch([memory = std::move(memory), work = std::move(work)] {
+    try {
+      work();
+    } catch (...) {
+      for (const auto bytes : memory) std::memset(bytes.data(), 0xff, bytes.size());  // NaN in each kernel dtype
+      throw;
+    }
+  });
+}
 
 // `x` itself if its last axis is dense, else a dense copy of it that is made on `stream` and lives until the work
 // dispatched there after it has run.

@@ -6,8 +6,8 @@
 
 #include "backend/cpu/matmul.h"
 #include "common/check.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
+#include "mlx/integers.h"
 #include "mlx/matmul.h"
 #include "mlx/ops.h"
 #include "mlx/request.h"
@@ -16,33 +16,28 @@
 namespace mfa {
 namespace {
 
-struct Indices {
-  const void* data;
-  bool is_signed;
-  // The index of `entry`, checked against the number of matrices it picks from.
-  size_t at(size_t entry, size_t count, const char* function, const char* name) const {
-    const int64_t index = is_signed ? int64_t{static_cast<const int32_t*>(data)[entry]}
-                                    : int64_t{static_cast<const uint32_t*>(data)[entry]};
-    check(index >= 0 && index < static_cast<int64_t>(count), function, name, " must be in [0, ", count, "); got ",
-          index);
-    return static_cast<size_t>(index);
-  }
-};
+std::vector<size_t> checked_indices(const Integers& given, size_t count, const char* function, const char* name) {
+  std::vector<size_t> indices;
+  indices.reserve(given.size());
+  given.each([&](auto index) {
+    check(is_index(index, static_cast<int64_t>(count)), function, name, " must be in [0, ", count, "); got ", +index);
+    indices.push_back(static_cast<size_t>(index));
+  });
+  return indices;
+}
 
 struct GatheredProducts {
-  MatmulProblem first;  // of single entries: M rows
-  size_t entries = 0;
-  Indices lhs{}, rhs{};
-  std::vector<int64_t> x, w, scales, biases;  // offsets of the matrices
+  Integers lhs, rhs;                                              // of the entries
+  MatmulProblem first = {};                                       // of single entries: M rows
+  std::vector<int64_t> x = {}, w = {}, scales = {}, biases = {};  // offsets of the matrices
 
   void run() const {
     const char* function = first.w.quantised() ? "gather_qmm" : "gather_mm";
     // Entries by the matrix of weights they use, otherwise in their order.
-    std::vector<size_t> x_of(entries), w_of(entries), order(entries);
-    for (size_t i = 0; i < entries; ++i) {
-      x_of[i] = lhs.at(i, x.size(), function, "lhs_indices");
-      w_of[i] = rhs.at(i, w.size(), function, "rhs_indices");
-    }
+    const std::vector<size_t> x_of = checked_indices(lhs, x.size(), function, "lhs_indices");
+    const std::vector<size_t> w_of = checked_indices(rhs, w.size(), function, "rhs_indices");
+    const size_t entries = w_of.size();
+    std::vector<size_t> order(entries);
     std::iota(order.begin(), order.end(), size_t{0});
     if (!std::is_sorted(w_of.begin(), w_of.end()))
       std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return w_of[a] < w_of[b]; });
@@ -100,9 +95,8 @@ void GatherMatmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out
   if (out.size() == 0) return;
   const size_t n = inputs.size();
   const mx::array x = with_dense_last_axis(inputs[0], stream());
-  const mx::array lhs = with_dense_rows(inputs[n - 2], stream()), rhs = with_dense_rows(inputs[n - 1], stream());
 
-  GatheredProducts products;
+  GatheredProducts products{.lhs = Integers(inputs[n - 2]), .rhs = Integers(inputs[n - 1])};
   MatmulProblem& p = products.first;
   p.M = x.shape(-2);
   p.N = out.shape(-1);
@@ -123,11 +117,8 @@ void GatherMatmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out
     products.scales = matrix_offsets(scales, batch_shape(w));
     products.biases = matrix_offsets(biases, batch_shape(w));
   }
-  products.entries = rhs.size();
-  products.lhs = {lhs.data<void>(), lhs.dtype() == mx::int32};
-  products.rhs = {rhs.data<void>(), rhs.dtype() == mx::int32};
   products.x = matrix_offsets(x, batch_shape(x));
-  mx::cpu::get_command_encoder(stream()).dispatch([products = std::move(products)] { products.run(); });
+  dispatch_or_poison(stream(), {out}, [products = std::move(products)] { products.run(); });
 }
 
 void GatherMatmul::eval_gpu(const std::vector<mx::array>&, mx::array&) {

@@ -8,6 +8,7 @@
 #include "backend/cpu/attention.h"
 #include "common/check.h"
 #include "mlx/dtypes.h"
+#include "mlx/integers.h"
 #include "mlx/matmul.h"
 #include "mlx/ops.h"
 
@@ -61,6 +62,8 @@ std::optional<std::string> quantised_mismatch(const mx::array& x, const mx::arra
   if (w.ndim() < 2) return concat("w must have at least two axes; got shape ", w.shape());
   if (scales.shape() != biases.shape())
     return concat("scales and biases must have one shape; got ", scales.shape(), " and ", biases.shape());
+  if (!mx::issubdtype(mx::result_type(scales, biases), mx::floating))
+    return concat("scales and biases must have a floating dtype; got ", scales.dtype(), " and ", biases.dtype());
   const int64_t columns = int64_t{w.shape(-1)} * 32 / bits;
   if (int64_t{w.shape(-1)} * 32 % bits != 0 || columns % group_size != 0)
     return concat("a row of w must hold whole groups of ", group_size, " codes of ", bits, " bits; got shape ",
@@ -128,30 +131,21 @@ mx::array multiply(const char* function, Kind kind, const OptionalArray& c, mx::
   return out;
 }
 
-// Indices whose values are known are checked when the call is made, the others where the work runs.
-void check_known_indices(const char* function, const char* name, const mx::array& indices, int64_t count) {
-  if (indices.is_tracer() || !indices.is_available() || !indices.flags().contiguous) return;
-  const bool is_signed = indices.dtype() == mx::int32;
-  for (size_t i = 0; i < indices.data_size(); ++i) {
-    const int64_t index = is_signed ? int64_t{indices.data<int32_t>()[i]} : int64_t{indices.data<uint32_t>()[i]};
-    check(index >= 0 && index < count, function, name, " must be in [0, ", count, "); got ", index);
-  }
-}
-
+// The indices, or all in order. Those whose values are known are checked when the call is made, the others where the
+// work runs.
 mx::array indices_or_all(const char* function, const char* name, const OptionalArray& given, const mx::array& x,
                          mx::Stream s) {
   const mx::Shape batch = batch_shape(x);
-  int count = 1;
+  int64_t count = 1;
   for (const int extent : batch) count *= extent;
-  if (!given) return mx::reshape(mx::arange(0, count, mx::uint32, s), batch, s);
+  if (!given) return mx::reshape(mx::arange(0., static_cast<double>(count), mx::uint32, s), batch, s);
   check(mx::issubdtype(given->dtype(), mx::integer), function, name, " must have an integer dtype; got ",
         given->dtype());
-  if (given->dtype() == mx::uint32 || given->dtype() == mx::int32) {
-    check_known_indices(function, name, *given, count);
-    return *given;
-  }
-  const bool is_unsigned = mx::issubdtype(given->dtype(), mx::unsignedinteger);
-  return mx::astype(*given, is_unsigned ? mx::uint32 : mx::int32, s);
+  if (is_known(*given))
+    Integers(*given).each([&](auto index) {
+      check(is_index(index, count), function, name, " must be in [0, ", count, "); got ", +index);
+    });
+  return *given;
 }
 
 mx::array gather(Kind kind, std::vector<mx::array> inputs, const Quantisation& q, const OptionalArray& lhs,
@@ -244,10 +238,16 @@ bool routes_matmul(const mx::array& x, const mx::array& w, const OptionalArray& 
   return !c || broadcasts_to(c->shape(), product_shape(x, w));
 }
 
+// Whether MLX's quantised product has the shape of ours: where x has fewer axes than w it reads the first matrices
+// alone.
+bool has_shape_of_mlx(const mx::array& x, const mx::array& w) {
+  return x.ndim() >= w.ndim() || (x.ndim() == 1 && w.ndim() == 2);
+}
+
 bool routes_quantized_matmul(const mx::array& x, const mx::array& w, const mx::array& scales,
                              const OptionalArray& biases, bool transpose, int group_size, int bits,
                              mx::StreamOrDevice stream) {
-  return biases && has_kernels(mx::to_stream(stream)) &&
+  return biases && has_kernels(mx::to_stream(stream)) && has_shape_of_mlx(x, w) &&
          !quantised_mismatch(x, w, scales, *biases, {bits, group_size, transpose}, true) &&
          is_kernel_dtype(quantised_dtype(x, scales, *biases));
 }
@@ -262,6 +262,7 @@ bool routes_gather(const mx::array& x, const mx::array& w, const OptionalArray& 
   const mx::Shape right = rhs_indices ? rhs_indices->shape() : batch_shape(w);
   if (!broadcasts(left, right)) return false;
   if (!scales) return x.shape(-1) == w.shape(-2) && is_kernel_dtype(mx::result_type(x, w));
+  if (!lhs_indices && !rhs_indices && !has_shape_of_mlx(x, w)) return false;  // MLX calls its quantized_matmul
   return biases && !quantised_mismatch(x, w, *scales, *biases, {bits, group_size, transpose}, false) &&
          is_kernel_dtype(quantised_dtype(x, *scales, *biases));
 }

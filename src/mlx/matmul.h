@@ -58,7 +58,7 @@ class QuantizedMatmul : public mx::UnaryPrimitive {
   Quantisation q_;
 };
 
-// Inputs: x, w [, scales, biases], lhs_indices, rhs_indices, the latter two uint32 or int32 of one shape. Output:
+// Inputs: x, w [, scales, biases], lhs_indices, rhs_indices, the latter two of integers and of one shape. Output:
 // [indices..., M, N]. Dense if q.bits is 0.
 class GatherMatmul : public mx::UnaryPrimitive {
  public:

@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <charconv>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <mutex>
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "backend/cpu/matmul.h"
+#include "common/environment.h"
 #include "linear/plan.h"
 #include "mfa/linear.h"
 
@@ -32,12 +31,8 @@ constexpr uint64_t kSweepEvery = 64;     // lookups
 constexpr int kUses = 8;
 
 size_t default_limit() {
-  const char* text = std::getenv("MFA_PACKED_WEIGHTS_MB");
-  if (!text) return kDefaultLimit;
-  const char* end = text + std::strlen(text);
-  size_t megabytes = 0;
-  const auto [last, error] = std::from_chars(text, end, megabytes);
-  return error == std::errc() && last == end && megabytes < (size_t{1} << 40) ? megabytes << 20 : kDefaultLimit;
+  const auto megabytes = environment_packed_weights_megabytes().value;
+  return megabytes ? static_cast<size_t>(*megabytes) << 20 : kDefaultLimit;
 }
 
 struct Key {

@@ -9,6 +9,7 @@
 #include "mfa/diagnostics.h"
 #include "mlx/dtypes.h"
 #include "mlx/evaluate.h"
+#include "mlx/integers.h"
 #include "mlx/ops.h"
 #include "mlx/random.h"
 
@@ -83,43 +84,17 @@ mx::array with_rank_4(const mx::array& x, mx::Stream s) {
   return mx::expand_dims(x, axes, s);
 }
 
-template <typename T>
-void check_length_values(const mx::array& lengths, int Nk, const char* name, const char* function) {
-  const T* values = lengths.data<T>();
-  const int64_t stride = lengths.strides(0);
-  for (int b = 0; b < lengths.shape(0); ++b) {
-    const T n = values[b * stride];
-    const bool in_range = !(n < T{0}) && static_cast<uint64_t>(n) <= static_cast<uint64_t>(Nk);
-    check(in_range, function, name, " must be in [0, Nk] = [0, ", Nk, "]; got ", +n, " for batch entry ", b);
-  }
-}
-
 void check_lengths(const mx::array& lengths, int B, int Nk, mx::Stream s, const char* name, const char* function) {
   check(is_integer(lengths.dtype()), function, name, " must have an integer dtype; got ", lengths.dtype());
   check(lengths.ndim() == 1 && lengths.shape(0) == B, function, name, " must have shape (", B,
         ",), one length for each batch entry; got ", lengths.shape());
-  // Values are looked at only where that neither computes nor copies anything.
-  if (s.device != mx::Device::cpu || lengths.is_tracer() || !lengths.is_available()) return;
-  switch (lengths.dtype()) {
-    case mx::int8:
-      return check_length_values<int8_t>(lengths, Nk, name, function);
-    case mx::int16:
-      return check_length_values<int16_t>(lengths, Nk, name, function);
-    case mx::int32:
-      return check_length_values<int32_t>(lengths, Nk, name, function);
-    case mx::int64:
-      return check_length_values<int64_t>(lengths, Nk, name, function);
-    case mx::uint8:
-      return check_length_values<uint8_t>(lengths, Nk, name, function);
-    case mx::uint16:
-      return check_length_values<uint16_t>(lengths, Nk, name, function);
-    case mx::uint32:
-      return check_length_values<uint32_t>(lengths, Nk, name, function);
-    case mx::uint64:
-      return check_length_values<uint64_t>(lengths, Nk, name, function);
-    default:
-      return;
-  }
+  if (s.device != mx::Device::cpu || !is_known(lengths)) return;
+  int b = 0;
+  Integers(lengths).each([&](auto n) {
+    check(is_index(n, int64_t{Nk} + 1), function, name, " must be in [0, Nk] = [0, ", Nk, "]; got ", +n,
+          " for batch entry ", b);
+    ++b;
+  });
 }
 
 // int32, clamped first where the values might not fit.

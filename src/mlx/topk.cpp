@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "common/check.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
 #include "mlx/one_by_one.h"
 #include "mlx/ops.h"
@@ -37,8 +36,8 @@ class ScoreFloors : public mx::Primitive {
     const auto evaluated = evaluate(params_, inputs, stream());
     const auto* keep = with_dense_rows(inputs.back(), stream()).data<int32_t>();
     auto* floors = outputs[0].data<float>();
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [evaluated, keep, floors]() { cpu::score_floors(evaluated.checked(), keep, floors); });
+    dispatch_or_poison(stream(), outputs,
+                       [evaluated, keep, floors]() { cpu::score_floors(evaluated.checked(), keep, floors); });
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {

@@ -1,6 +1,7 @@
 """test_cli.py: the command line tool answers, and whatever it lacks is one clear line and exit status 2."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -71,6 +72,35 @@ def test_info_prints_versions_device_and_threads(capsys):
     text = capsys.readouterr().out
     for word in (mlx_mfa.__version__, mx.__version__, "instruction set", "threads", "float32, float16, bfloat16"):
         assert word in text
+
+
+def test_info_tells_of_the_kernels_of_both_kinds_of_device(capsys, monkeypatch):
+    found = cli.collect_info()
+    found["cpu"] |= {"available": False, "reason": "this processor is too old"}
+    found["gpu"] |= {"available": False, "reason": "this GPU too"}
+    monkeypatch.setattr(cli, "collect_info", lambda: found)
+    assert cli.main(["info"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if " kernels" in line)
+    assert {name: text.strip() for name, text in lines.items()} == {
+        "CPU kernels": "not available: this processor is too old",
+        "GPU kernels": "not available: this GPU too",
+    }
+
+
+@pytest.mark.parametrize("name", ["MFA_CPU_ISA", "MFA_NUM_THREADS", "MFA_PACKED_WEIGHTS_MB"])
+def test_a_wrong_variable_is_told_by_info_and_one_line_of_the_other_commands(name):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MFA_")} | {name: "abc"}
+    done = run_module("info", env=environment)
+    assert done.returncode == 0
+    assert f"not available: [{name}] " in done.stdout
+    assert "Traceback" not in done.stderr
+    for command in (["demo", "--quick"], ["bench", "--quick"]):
+        done = run_module(*command, env=environment)
+        assert done.returncode == cli.USER_ERROR
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(f"mlx-mfa {command[0]}: [{name}] ")
+        assert last.endswith("expected; got abc")
+        assert "Traceback" not in done.stderr
 
 
 def test_info_json_is_one_object_that_agrees_with_the_library(capsys):

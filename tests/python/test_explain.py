@@ -109,6 +109,13 @@ def test_environment_variables_are_shown_and_obeyed():
     assert json.loads(run.stdout)[0] == {}
 
 
+WRONG = {
+    "MFA_CPU_ISA": ("mmx", "one of the instruction sets"),
+    "MFA_NUM_THREADS": ("-3", "a whole number from 1 to 4096"),
+    "MFA_PACKED_WEIGHTS_MB": ("abc", "a whole number from 0"),
+}
+
+
 @cpu_kernels_only
 @needs_kernels
 def test_instruction_set_can_be_chosen():
@@ -124,14 +131,35 @@ def test_instruction_set_can_be_chosen():
 
 @cpu_kernels_only
 @needs_kernels
-def test_an_unknown_instruction_set_is_a_clear_error():
-    program = "import mlx.core as mx, mlx_mfa as m; x = mx.ones((1, 1, 4, 8)); mx.eval(m.flash_attention(x, x, x))"
-    run = in_new_process(program, MFA_CPU_ISA="mmx")
-    assert run.returncode != 0
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError")
-    assert "MFA_CPU_ISA" in last
-    assert "mmx" in last
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_variable_is_told_by_import_and_diagnostics_and_raised_by_the_first_use(name):
+    value, words = WRONG[name]
+    program = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import mlx.core as mx, mlx_mfa as m
+found = m.diagnostics()
+told = {"warnings": [str(w.message) for w in caught], "reason": found["cpu"]["reason"], "raised": []}
+told |= {"available": found["cpu"]["available"], "installed": found["auto_hooks"]["installed"]}
+x = mx.ones((1, 1, 4, 8))
+for use in (lambda: m.flash_attention(x, x, x), lambda: m.matmul(x, x[..., :4, :].T), m.enable):
+    try:
+        use()
+    except ValueError as error:
+        told["raised"].append(str(error))
+print(json.dumps(told | {"mlx": mx.matmul(x[0, 0], x[0, 0].T).sum().item()}))
+"""
+    run = in_new_process(program, **{name: value})
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)
+    message = told["reason"]
+    assert message.startswith(f"[{name}] ")
+    assert message.endswith(f" was expected; got {value}")
+    assert words in message
+    assert told["raised"] == [message] * 3
+    assert [w.partition(";")[0] for w in told["warnings"]] == [message.partition(";")[0]]
+    assert (told["available"], told["installed"], told["mlx"]) == (False, False, 128.0)
 
 
 def test_device_info():
@@ -157,8 +185,20 @@ def test_supported_configs():
     assert 576 in configs["head_dims"]
     assert 577 not in configs["head_dims"]
     assert set(configs["dtypes"]) == {mx.float32, mx.float16, mx.bfloat16}
-    for feature in ("causal", "gqa", "sliding_window", "softcap", "alibi", "attn_bias", "dropout", "return_lse"):
+    for feature in ("causal", "gqa", "sliding_window", "softcap", "alibi", "attn_bias", "dropout", "flash_decode"):
         assert configs["features"][feature] is True
+    for feature in ("rope", "paged_kv", "varlen", "kvcache_rope_append"):
+        assert configs["features"][feature] is not ON_GPU
+
+
+def test_supported_configs_are_those_of_the_default_device(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mfa.device._ext, "gpu_info", lambda: {"available": True, "reason": ""})
+    configs = mfa.get_supported_configs()
+    assert not any(configs["features"][name] for name in ("rope", "paged_kv", "varlen", "kvcache_rope_append"))
+    assert configs["kernel_types"] == 3
+    monkeypatch.setattr(mfa.device._ext, "gpu_info", lambda: {"available": False, "reason": "no card"})
+    assert mfa.get_supported_configs()["kernel_types"] == 0
 
 
 def test_warmup_returns_nothing_and_takes_its_arguments():

@@ -104,6 +104,10 @@ def quantised(shape=(5, 64, 128), dtype=mx.float32):
     return mx.quantize(mx.random.normal(shape).astype(dtype), 64, 4)
 
 
+def integer_scales(shape):
+    return [x.astype(dtype) for x, dtype in zip(quantised(shape), (mx.uint32, mx.int32, mx.int32))]
+
+
 def a(*shape):
     return mx.ones(shape)
 
@@ -130,6 +134,26 @@ CALLS = {
     "another mode": (
         lambda: mx.quantized_matmul(a(2, 128), *mx.quantize(a(64, 128), mode="mxfp4"), mode="mxfp4"),
         "quantized_matmul", False,
+    ),
+    "quantised vector": (lambda: mx.quantized_matmul(a(128), *quantised((64, 128))), "quantized_matmul", True),
+    "a batch for one matrix of codes": (
+        lambda: mx.quantized_matmul(a(2, 5, 3, 128), *quantised()), "quantized_matmul", True,
+    ),
+    "rows for a batch of codes": (lambda: mx.quantized_matmul(a(3, 128), *quantised()), "quantized_matmul", False),
+    "rows for one of a batch": (
+        lambda: mx.quantized_matmul(a(3, 128), *quantised((1, 64, 128))), "quantized_matmul", False,
+    ),
+    "vector for a batch of codes": (lambda: mx.quantized_matmul(a(128), *quantised()), "quantized_matmul", False),
+    "batch for more of codes": (
+        lambda: mx.quantized_matmul(a(3, 1, 128), *quantised((2, 3, 64, 128))), "quantized_matmul", False,
+    ),
+    "gather of rows without indices": (lambda: mx.gather_qmm(a(2, 128), *quantised()), "gather_qmm", False),
+    "gather of rows": (
+        lambda: mx.gather_qmm(a(2, 128), *quantised(), rhs_indices=mx.array([0, 4])), "gather_qmm", True,
+    ),
+    "one of scales and biases is of integers": (
+        lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128))[:2], mx.ones((64, 2), mx.int32)),
+        "quantized_matmul", True,
     ),
     "gather": (lambda: mx.gather_mm(a(4, 1, 64), a(5, 64, 3), rhs_indices=mx.array([0, 4, 4, 1])), "gather_mm", True),
     "sorted gather": (
@@ -173,6 +197,8 @@ MISTAKES = {
     "no biases": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128))[:2]),
     "scales": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), bits=3),
     "codes": lambda: mx.quantized_matmul(a(2, 128), a(64, 16), a(64, 2), a(64, 2)),
+    "scales of integers": lambda: mx.quantized_matmul(a(2, 128), *integer_scales((64, 128))),
+    "gather with scales of integers": lambda: mx.gather_qmm(a(5, 2, 128), *integer_scales((5, 64, 128))),
     "mode": lambda: mx.quantized_matmul(a(2, 128), *quantised((64, 128)), mode="other"),
     "norm": lambda: mx.fast.rms_norm(a(2, 3), a(4), 1e-5),
     "norm without epsilon": lambda: mx.fast.rms_norm(a(2, 3), None),

@@ -7,6 +7,7 @@
 
 #include "backend/cpu/attention.h"
 #include "common/check.h"
+#include "common/environment.h"
 
 namespace mfa::cpu {
 namespace {
@@ -58,16 +59,15 @@ std::atomic<const KernelTable*> chosen{nullptr};
 
 // The kernels called `name`; throws if they cannot run here.
 const KernelTable* find(const std::string& name, const char* function) {
-  std::string names;
+  std::string names, lacking;
   for (const Candidate& c : candidates()) {
-    if (name == c.name) {
-      check(c.kernels, function, "an instruction set of this build was expected; got ", name, ", which was not built");
-      check(c.runs, function, "an instruction set of this processor was expected; got ", name);
-      return c.kernels;
-    }
-    names += names.empty() ? c.name : std::string(", ") + c.name;
+    const bool usable = c.kernels && c.runs;
+    if (usable) names += names.empty() ? c.name : std::string(", ") + c.name;
+    if (name != c.name) continue;
+    if (usable) return c.kernels;
+    lacking = c.kernels ? ", which this processor lacks" : ", which this build lacks";
   }
-  check(false, function, "one of ", names, " was expected; got ", name);
+  check(false, function, "one of the instruction sets ", names, " was expected; got ", name, lacking);
   return nullptr;
 }
 
@@ -90,6 +90,7 @@ const KernelTable* best(std::string* reason) {
 
 const KernelTable* selected_kernels(std::string* reason) {
   if (const KernelTable* kernels = chosen.load(std::memory_order_acquire)) return kernels;
+  check_environment();
   const char* name = std::getenv("MFA_CPU_ISA");
   const KernelTable* kernels = name && *name ? find(name, "MFA_CPU_ISA") : best(reason);
   chosen.store(kernels, std::memory_order_release);

@@ -81,13 +81,5 @@ TEST(CpuLimits, AVersion1QuotaIsRead) {
 
 TEST(CpuLimits, AtLeastOneCoreIsUsable) { EXPECT_GE(usable_cores(), 1); }
 
-TEST(CpuLimits, ThreadCountsAreWholePositiveNumbers) {
-  EXPECT_EQ(parse_thread_count("1"), 1);
-  EXPECT_EQ(parse_thread_count("64"), 64);
-  EXPECT_EQ(parse_thread_count("4096"), 4096);
-  for (const char* text : {"", "0", "-1", "2.5", "2 ", " 2", "two", "4097", "99999999999999"})
-    EXPECT_EQ(parse_thread_count(text), std::nullopt) << text;
-}
-
 }  // namespace
 }  // namespace mfa

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "backend/cpu/attention.h"
+#include "common/check.h"
 
 namespace mfa {
 namespace {
@@ -79,7 +80,21 @@ TEST_F(CpuIsa, OneThatThisProcessorLacksIsRefused) {
   const std::vector<std::string> runnable = cpu::runnable_isas();
   for (const char* isa : {"avx2", "avx512", "avx512_bf16", "neon"}) {
     if (std::find(runnable.begin(), runnable.end(), isa) != runnable.end()) continue;
-    EXPECT_NE(message_of([&] { cpu::set_isa(isa); }).find(isa), std::string::npos) << isa;
+    const std::string message = message_of([&] { cpu::set_isa(isa); });
+    EXPECT_NE(message.find(isa), std::string::npos) << message;
+    for (const std::string& one : runnable) EXPECT_NE(message.find(one), std::string::npos) << message;
+  }
+}
+
+TEST_F(CpuIsa, NothingRunsWhileANumberOfTheEnvironmentIsWrong) {
+  for (const char* name : {"MFA_NUM_THREADS", "MFA_PACKED_WEIGHTS_MB"}) {
+    cpu::set_isa("");
+    setenv(name, "abc", 1);
+    const std::string message = message_of([] { cpu::kernel_traits(); });
+    unsetenv(name);
+    EXPECT_EQ(message.find(concat("[", name, "] a whole number")), 0) << message;
+    EXPECT_NE(message.find("abc"), std::string::npos) << message;
+    EXPECT_TRUE(cpu::kernel_traits().has_value());
   }
 }
 
