@@ -12,7 +12,8 @@ import mlx.core as mx
 from . import _ext
 
 Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
-Positions = int | mx.array | Sequence[int] | None
+Integers = int | mx.array | Sequence[int] | Sequence[Sequence[int]]
+Positions = int | mx.array | Sequence[int] | None  # one for all, or one for each batch entry
 
 LOG2_E = math.log2(math.e)
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
@@ -31,9 +32,10 @@ def make_options(
     """The options of a call of ``function``; ``others`` are passed on as they are."""
     left, right = (-1, -1) if window_size is None else window(window_size, function)
     return _ext.AttentionOptions(
+        function=function,
         window_left=left,
         window_right=right,
-        kv_lengths=lengths(kv_lengths),
+        kv_lengths=lengths(kv_lengths, function=function),
         dropout_p=dropout_p,
         dropout_seed=seed(dropout_p, dropout_seed, stream, function),
         **others,
@@ -51,27 +53,26 @@ def window(window_size: Sequence[int], function: str) -> tuple[int, int]:
     raise ValueError(f"[{function}] window_size must be a tuple of two integers; got {window_size!r}")
 
 
-def integers(values: mx.array | Sequence[int]) -> mx.array:
-    """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
+def integers(values: Integers, name: str, function: str) -> mx.array:
+    """Integers given as a sequence or a number as an array; an array keeps its dtype for the library to check."""
     if isinstance(values, mx.array):
         return values
-    values = values.tolist() if hasattr(values, "tolist") else list(values)  # numpy's integers are not taken by MLX
-    return mx.array(values) if values else mx.zeros((0,), mx.int32)
+    numbers: Any  # MLX takes no integers of numpy
+    if hasattr(values, "tolist"):
+        numbers = values.tolist()
+    else:
+        numbers = list(values) if isinstance(values, Iterable) else operator.index(values)
+    if numbers == []:
+        return mx.zeros((0,), mx.int32)
+    try:
+        return mx.array(numbers)
+    except (RuntimeError, ValueError) as error:  # ragged, or beyond 64 bits
+        raise ValueError(f"[{function}] {name} must be an array of integers of 32 bits; got {values!r}") from error
 
 
-def lengths(values: mx.array | Sequence[int] | None) -> mx.array | None:
+def lengths(values: Integers | None, name: str = "kv_lengths", function: str = "flash_attention") -> mx.array | None:
     """The same of what may be left out."""
-    return None if values is None else integers(values)
-
-
-def positions(given: Positions, q: mx.array) -> mx.array | None:
-    """A position for each batch entry of ``q``, from one for all or one for each."""
-    if given is None or (isinstance(given, Iterable) and not (isinstance(given, mx.array) and given.ndim == 0)):
-        return lengths(given)
-    batch = q.shape[0] if q.ndim else 1
-    if isinstance(given, mx.array):
-        return mx.broadcast_to(given, (batch,))
-    return mx.array([operator.index(given)] * batch) if batch else mx.zeros((0,), mx.int32)
+    return None if values is None else integers(values, name, function)
 
 
 def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, function: str) -> int | mx.array | None:

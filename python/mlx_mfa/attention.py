@@ -8,7 +8,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, lengths, window
+from ._options import LOG2_E, Stream, lengths, make_options, window
 from ._options import seed as make_seed
 
 Backend = Literal["auto", "mfa", "sdpa", "composed"]
@@ -108,6 +108,29 @@ def flash_attention(
         return out, weights
     lse = mx.multiply(lse, LOG2_E, stream=stream)
     return (out, lse, weights) if return_attn_weights else (out, lse)
+
+
+def attend(
+    function: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    return_lse: bool = False,
+    return_attn_weights: bool = False,
+    stream: Stream = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, ...]:
+    """:func:`flash_attention` for ``function``, an entry point that takes its arguments in another form."""
+    out, lse, weights = _ext.attention_with_options(
+        q, k, v, make_options(function, stream=stream, **options), return_lse, return_attn_weights, stream
+    )
+    results = [out]
+    if return_lse:
+        results.append(mx.multiply(lse, LOG2_E, stream=stream))
+    if return_attn_weights:
+        results.append(weights)
+    return tuple(results) if len(results) > 1 else out
 
 
 def merge_attention_states(

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, integers, lengths, make_options, positions
+from ._options import LOG2_E, Positions, Stream, integers, lengths, make_options
 from .attention import Backend
 from .paged import check_page_size
 
@@ -176,7 +176,7 @@ def append_to_cache(
         RuntimeError: If such values were still to be computed (when they are evaluated; nothing is written), or the
             stream is on a GPU.
     """
-    return _ext.append_to_cache(cache, rows, integers(starts), block_table, stream)
+    return _ext.append_to_cache(cache, rows, integers(starts, "starts", "append_to_cache"), block_table, stream)
 
 
 def attend_to_cache(
@@ -207,12 +207,18 @@ def attend_to_cache(
         (rotary_cos, rotary_sin, "rotary_cos and rotary_sin"),
     ):
         if (first is None) != (second is None):
-            raise ValueError(f"[{function}] {names} must be given together")
+            raise ValueError(f"[{function}] {names} must be given together; got one of them")
+    if rotary_cos is None:
+        for name, given in (("cache_seqlens", cache_seqlens), ("rotary_dim", rotary_dim),
+                            ("rotate_cached_keys", rotate_cached_keys)):  # fmt: skip
+            if given is not None and not (isinstance(given, int) and given == 0):
+                raise ValueError(f"[{function}] {name} needs rotary tables; got {given!r} without")
     if block_table is not None and k_cache is not None:
         check_page_size(block_size, k_cache, function)
     out, lse, k, v = _ext.attention_kvcache(
-        function, q, k_cache, v_cache, k_new, v_new, block_table, lengths(seq_lens), lengths(cache_batch_idx),
-        rotary_cos, rotary_sin, interleaved, rotary_dim, positions(cache_seqlens, q), rotate_cached_keys, return_lse,
+        q, k_cache, v_cache, k_new, v_new, block_table, lengths(seq_lens, "seq_lens", function),
+        lengths(cache_batch_idx, "cache_batch_idx", function), rotary_cos, rotary_sin, interleaved, rotary_dim,
+        lengths(cache_seqlens, "cache_seqlens", function), rotate_cached_keys, return_lse,
         make_options(function, stream=stream, **options), stream,
     )  # fmt: skip
     results = [out]

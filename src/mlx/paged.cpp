@@ -3,6 +3,7 @@
 #include "common/check.h"
 #include "mlx/cache_rows.h"
 #include "mlx/dtypes.h"
+#include "mlx/integers.h"
 #include "mlx/ops.h"
 #include "mlx/page_table.h"
 #include "mlx/route.h"
@@ -12,8 +13,9 @@ namespace {
 
 AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const PageTable& given,
                     const PackedQueries* queries, const AttentionOptions& options, mx::StreamOrDevice stream_or_device,
-                    const char* function) {
+                    const char* own_name) {
   const mx::Stream s = mx::to_stream(stream_or_device);
+  const char* function = name_of(options, own_name);
   check_pools(q, k, v, function);
   check_page_size(k, function);
   check_no_lengths(options, function);

@@ -1,5 +1,7 @@
 """flash_attention_kvcache, its rope_append form and append_to_cache: against the float64 oracle, and in place."""
 
+import ctypes
+
 import mlx.core as mx
 import mlx_mfa as mfa
 import numpy as np
@@ -283,9 +285,46 @@ def test_an_append_that_does_not_fit_writes_nothing():
     cache = mfa.append_to_cache(cache, new, starts)
     with pytest.raises(RuntimeError, match="sequences must have room for their lengths and the 2 new tokens, 8 in all"):
         mx.eval(cache)
-    again = mx.zeros((2, 2, 8, 4))
-    assert address(mfa.append_to_cache(again, new, [0, 6])) != 0  # the stream goes on
-    del place
+    assert not any(ctypes.string_at(place, 2 * 2 * 8 * 4 * 4))  # `cache` still holds the memory
+    written = mfa.append_to_cache(mx.zeros((2, 2, 8, 4)), new, mx.array([0, 6]) + 0)  # the stream goes on
+    assert any(ctypes.string_at(address(written), 2 * 2 * 8 * 4 * 4))
+
+
+# What attention alone would refuse, once rows are in the cache: computed values, so that the evaluation refuses them.
+REFUSED_STEPS = {
+    "positions of queries": ({"cache_seqlens": 10, "queries": 6}, "the positions of queries must lie in"),
+    "positions of new keys": ({"cache_seqlens": 12}, "the positions of new keys must lie in"),
+    "positions of cached keys": ({"rotate_cached_keys": True, "seq_lens": 12}, "the positions of keys must lie in"),
+    "an older page": ({"block_table": [[7, 1, 2, 3]], "seq_lens": 5}, "for the keys that a sequence has; got 7"),
+    "no room": ({"seq_lens": 16}, "sequences must have room for"),
+    "an index behind the cache": ({"cache_batch_idx": 1}, "cache_batch_idx must be in"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED_STEPS)
+def test_a_step_that_is_refused_when_it_is_evaluated_writes_nothing(refused):
+    changes, message = REFUSED_STEPS[refused]
+    changes = dict(changes)
+    q = rows(1, 2, changes.pop("queries", 1), 8)
+    new = rows(1, 2, 1, 8)
+    table = changes.pop("block_table", None)
+    shape = (4, 4, 2, 8) if table else (1, 2, 16, 8)
+    caches = [mx.zeros(shape), mx.zeros(shape)]
+    places = [address(x) for x in caches]
+    options = {name: mx.array([x]) + 0 if type(x) is int else x for name, x in ({"seq_lens": 5} | changes).items()}
+    if table:
+        options["block_table"] = mx.array(table) + 0
+    else:
+        cos = mx.ones((12, 4))
+        options |= {"rotary_cos": cos, "rotary_sin": cos}
+    mx.eval(q, new)
+    results = mfa.flash_attention_kvcache(q, *caches, k_new=new, v_new=new, **options)
+    caches.clear()
+    with pytest.raises(RuntimeError, match=message):
+        mx.eval(results)
+    for place in places:
+        assert not any(ctypes.string_at(place, 16 * 2 * 8 * 4))
+    del results
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -433,7 +472,8 @@ MISTAKES = {
                      r"block_table must name pages in \[0, 4\) for the tokens that are appended; got -1 at entry 0 of "
                      "sequence 1"),
     "remap of a cache that grows": ({"cache_batch_idx": [1, 0], "seq_lens": None},
-                                    "cache_batch_idx cannot select rows of a cache that grows"),
+                                    "cache_batch_idx selects rows of a preallocated cache with seq_lens; got a cache "
+                                    "that grows"),
     "rows written twice": ({"cache_batch_idx": [1, 1]}, "each page may be appended to once; got page 1"),
     "index behind the cache": ({"cache_batch_idx": [0, 2]}, r"cache_batch_idx must be in \[0, 2\); got 2 at entry 1"),
     "count of indices": ({"cache_batch_idx": [0]}, "cache_batch_idx must have one row for each of the 2 batch entries"),
@@ -454,9 +494,10 @@ def test_bad_input_is_one_clear_error(mistake):
             arguments[name] = mx.zeros(arguments[name])
     if "block_table" in arguments:
         arguments["block_table"] = mx.array(arguments["block_table"])
-    with pytest.raises((ValueError, RuntimeError, TypeError), match=message) as error:
-        mx.eval(mfa.flash_attention_kvcache(**arguments))
-    assert error.type is TypeError or str(error.value).startswith("[flash_attention_kvcache] ")
+    expected = {"lengths twice": TypeError, "backend": RuntimeError}.get(mistake, ValueError)
+    with pytest.raises(expected, match=message) as error:
+        mfa.flash_attention_kvcache(**arguments)
+    assert expected is TypeError or str(error.value).startswith("[flash_attention_kvcache] ")
 
 
 @pytest.mark.parametrize("appended", [None, 0])

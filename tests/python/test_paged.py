@@ -278,8 +278,9 @@ def call_with(function, changes):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_bad_input_is_one_clear_error(mistake):
     changes, message = MISTAKES[mistake]
-    with pytest.raises((ValueError, RuntimeError), match=r"^\[flash_attention_paged\] .*" + message):
-        mx.eval(call_with(mfa.flash_attention_paged, changes))
+    error = RuntimeError if mistake == "backend" else ValueError
+    with pytest.raises(error, match=r"^\[flash_attention_paged\] .*" + message):
+        call_with(mfa.flash_attention_paged, changes)
 
 
 @pytest.mark.parametrize("mistake", OF_PACKED)
@@ -295,12 +296,13 @@ def test_bad_packed_input_is_one_clear_error(mistake):
         ({"seq_lens": mx.array([8, 7]) + 1}, "seq_lens must be in"),
         ({"block_table": mx.array([[0, 1], [2, 3]]) + 1}, "block_table must name pages in"),
         ({"cache_batch_idx": mx.array([0, 1]) + 1}, "cache_batch_idx must be in"),
-        ({"seq_lens": mx.array([8, 2**40])}, "seq_lens must be in"),
+        ({"seq_lens": mx.array([8, 2**40]) * 1}, "seq_lens must be in"),
     ],
 )
 def test_values_that_are_computed_are_checked_when_they_are_evaluated(changes, message):
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        mx.eval(call_with(mfa.flash_attention_paged, changes))
+    out = call_with(mfa.flash_attention_paged, changes)
+    with pytest.raises(RuntimeError, match=message):
+        mx.eval(out)
     # MLX keeps an error with the event and with the stream, and may tell it a second time.
     with contextlib.suppress(RuntimeError, ValueError):
         mx.synchronize()
