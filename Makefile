@@ -107,7 +107,7 @@ wheel: $(VENV)/.build $(CUDA)  ## build the source archive and, from it, the whe
 	$(PY) -m build --outdir dist $(patsubst -D%,-Ccmake.define.%,$(WITH_CUDA))
 
 clean:  ## remove everything that these commands made
-	rm -rf build dist $(VENV) .pytest_cache .hypothesis .ruff_cache
+	rm -rf build dist $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	rm -rf $(addprefix python/mlx_mfa/,_ext.abi3.so _ext.pyi _build_info.py lib include share)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

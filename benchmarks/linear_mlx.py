@@ -5,16 +5,19 @@ Usage: python benchmarks/linear_mlx.py [--filter REGEX] [--reps N] [--budget S] 
 Every library multiplies the same numbers by the same weights [out, in]; its answer is compared with ours, and repeats
 are interleaved. A library's column is its time over ours, and how far its answer is from ours relative to the largest
 element. Quantised weights have the zero point in the middle of the codes, so that ONNX Runtime's ``MatMulNBits`` takes
-the very codes; it computes in float32 and rounds x to 8 bits. ``LD_PRELOAD=libopenblas.so.0`` shows MLX with OpenBLAS,
-which MLX uses for float32.
+the very codes; it computes in float32 and rounds x to 8 bits. ``openblas`` is MLX itself with OpenBLAS preloaded,
+which it then calls for float32: a second process, measured while this one waits.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +34,7 @@ from mlx_mfa.bench_peers import usable_cores
 from mlx_mfa.demo.report import table
 
 GROUP = 64
+PEERS = "openblas,torch,onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,11 @@ class Inputs:
         if self.case.bits:
             return library.quantized_matmul(self.x, *self.quantised, group_size=GROUP, bits=self.case.bits)
         return library.matmul(self.x, self.w.T)
+
+
+def evaluate(inputs: Inputs, library: Any) -> None:
+    """The product by the functions of ``library``, computed."""
+    mx.eval(inputs.product(library))
 
 
 class Torch:
@@ -162,10 +171,48 @@ class OnnxRuntime:
         return call, lambda: call()[0]
 
 
+class OpenBlas:
+    """MLX's float32 product in a process that has OpenBLAS preloaded, if the linker finds it."""
+
+    name = "openblas"
+
+    def __init__(self) -> None:
+        library = ctypes.util.find_library("openblas")
+        if library is None:
+            raise OSError("the linker finds no libopenblas")
+        self.environment = os.environ | {"LD_PRELOAD": library}
+        self.version = self._run("--blas")
+
+    def _run(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments], env=self.environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise OSError(f"MLX does not run with it: {(done.stderr.splitlines() or ['no message'])[-1]}")
+        return done.stdout.strip()
+
+    def measure(self, case: Case, reps: int, budget_s: float) -> tuple[float, float] | None:
+        """Median seconds of MLX's product and how far it is from ours; None if it calls no BLAS."""
+        if case.bits or case.dtype != "float32":
+            return None
+        arguments = [case.rows, case.N, case.K, reps, budget_s]
+        seconds, difference = json.loads(self._run("--float32-of-mlx", *map(str, arguments)))
+        return seconds, difference
+
+
+def float32_of_mlx(rows: str, N: str, K: str, reps: str, budget_s: str) -> str:
+    """What :meth:`OpenBlas.measure` reads from the process it starts."""
+    inputs = Inputs(Case(int(rows), int(N), int(K), "float32"))
+    expected, answer = (np.array(inputs.product(library)) for library in (mlx_mfa, mx))
+    calls: dict[str, Call] = {name: partial(evaluate, inputs, lib) for name, lib in (("ours", mlx_mfa), ("MLX", mx))}
+    seconds = measure(calls, int(reps), float(budget_s))["MLX"]
+    return json.dumps([seconds, float(np.abs(answer - expected).max() / np.abs(expected).max())])
+
+
 def available_peers(names: list[str]) -> tuple[list[Any], list[str]]:
     """Of the optional libraries in ``names`` those that are installed, and a line for each that is not."""
     peers, notes = [], []
-    for peer in (Torch, OnnxRuntime):
+    for peer in (OpenBlas, Torch, OnnxRuntime):
         if peer.name in names:
             try:
                 peers.append(peer())
@@ -193,21 +240,22 @@ def compare(case: Case, peers: list[Any], reps: int, budget_s: float) -> list[st
     """One row of the table."""
     inputs = Inputs(case)
     expected = np.array(inputs.product(mlx_mfa).astype(mx.float32))
-    calls: dict[str, Call] = {"ours": lambda: mx.eval(inputs.product(mlx_mfa))}
-    calls["MLX"] = lambda: mx.eval(inputs.product(mx))
+    calls: dict[str, Call] = {"ours": partial(evaluate, inputs, mlx_mfa), "MLX": partial(evaluate, inputs, mx)}
     answers = {"MLX": np.array(inputs.product(mx).astype(mx.float32))}
+    apart = {}
     for peer in peers:
-        if prepared := peer.prepare(inputs):
+        if isinstance(peer, OpenBlas):
+            apart[peer.name] = peer.measure(case, reps, budget_s)
+        elif prepared := peer.prepare(inputs):
             calls[peer.name], answer = prepared
             answers[peer.name] = answer()
     seconds = measure(calls, reps, budget_s)
     cells = [str(case), f"{seconds['ours'] * 1e3:.3f}"]
     for name in ("MLX", *(peer.name for peer in peers)):
-        if name not in seconds:
-            cells += ["-", "-"]
-            continue
-        difference = np.abs(answers[name] - expected).max() / np.abs(expected).max()
-        cells += [f"{seconds[name] / seconds['ours']:.1f}x", f"{difference:.0e}"]
+        found = apart.get(name)
+        if name in seconds:
+            found = seconds[name], np.abs(answers[name] - expected).max() / np.abs(expected).max()
+        cells += [f"{found[0] / seconds['ours']:.1f}x", f"{found[1]:.0e}"] if found else ["-", "-"]
     return cells
 
 
@@ -217,13 +265,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--filter", default="", metavar="REGEX", help="only rows that match")
     parser.add_argument("--reps", type=int, default=15, metavar="N", help="samples of each library (default 15)")
     parser.add_argument("--budget", type=float, default=0.5, metavar="S", help="seconds for each library and row")
-    parser.add_argument("--peers", default="torch,onnxruntime", help="optional libraries to compare with, or 'none'")
+    parser.add_argument("--peers", default=PEERS, help="optional libraries to compare with, or 'none'")
     parser.add_argument("--quick", action="store_true", help="three small rows: a look, not a measurement")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table there")
+    parser.add_argument("--blas", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--float32-of-mlx", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     mx.set_default_device(mx.cpu)
     mlx_mfa.disable()  # mx.* below is MLX's own
     mx.eval(mx.ones((8, 8)) @ mx.ones((8, 8)))
+    if args.blas or args.float32_of_mlx:
+        print(float32_of_mlx(*args.float32_of_mlx) if args.float32_of_mlx else blas_of_mlx())
+        return 0
     peers, notes = available_peers(args.peers.split(","))
     facts = [f"{usable_cores()} cores", f"mlx-mfa {mlx_mfa.__version__}", f"MLX {mx.__version__} with {blas_of_mlx()}"]
     facts += [f"{peer.name} {peer.version}" for peer in peers]

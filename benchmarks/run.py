@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = "openblas,torch,onnxruntime"
 
 
 def find_binary(name: str, folder: Path | None) -> Path | None:
@@ -124,7 +125,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("cpu", "linear", "mlx"), help="one of the benchmarks")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="folder of the results")
     parser.add_argument("--build", type=Path, help="folder of the programs to run (default: the newest in build/)")
-    parser.add_argument("--peers", default="torch,onnxruntime", help="optional libraries to compare with, or 'none'")
+    parser.add_argument("--peers", default=PEERS, help="optional libraries to compare with, or 'none'")
     args = parser.parse_args()
     quick = ["--quick"] if args.quick else []
     sys.path.insert(0, str(ROOT / "python"))

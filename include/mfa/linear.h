@@ -69,10 +69,10 @@ MFA_API bool routes_gather(const mlx::core::array& x, const mlx::core::array& w,
 
 // Dense weights of matmul() and addmm() that are multiplied from again, by more than four rows and with unchanged
 // contents, are packed once in the order in which the kernels read them, and the copy is kept: results have the same
-// bits, sooner. Copies are dropped when the array is gone (noticed by later products and by packed_weights()), and the
-// least recently used ones to stay within the limit. Default: MFA_PACKED_WEIGHTS_MB megabytes, else 512; 0 keeps none.
-// While a copy is kept MLX does not write into the array's memory; a program that does so itself, behind MLX's back,
-// must set the limit to 0 and back.
+// bits, sooner. Copies are dropped when the array is gone (noticed by later products and by packed_weights(), its
+// memory with it), and the least recently used ones to stay within the limit. Default: MFA_PACKED_WEIGHTS_MB megabytes,
+// else 512; 0 keeps none. While a copy is kept MLX does not write into the array's memory; a program that does so
+// itself, behind MLX's back, must set the limit to 0 and back.
 struct PackedWeights {
   size_t arrays = 0;  // copies kept
   size_t bytes = 0;   // their size

@@ -96,6 +96,14 @@ void bind_linear(nb::module_& m) {
       },
       "x"_a, "w"_a, "stream"_a = nb::none(), "``x @ w``, or None if MLX should compute it or report what is wrong.");
   m.def(
+      "try_imatmul",
+      [](mx::array& x, const mx::array& w) {
+        if (!routes_matmul(x, w, std::nullopt, {})) return false;
+        x.overwrite_descriptor(matmul(x, w));
+        return true;
+      },
+      "x"_a, "w"_a, "``x @= w``, or False if MLX should compute it or report what is wrong.");
+  m.def(
       "try_addmm",
       [](const mx::array& c, const mx::array& x, const mx::array& w, float alpha, float beta,
          mx::StreamOrDevice stream) -> OptionalArray {

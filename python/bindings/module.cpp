@@ -1,9 +1,11 @@
 // module.cpp: the Python module `_ext`. It adapts arguments; the library decides.
 #include <nanobind/nanobind.h>
 
+#include <exception>
 #include <string>
 
 #include "bindings.h"
+#include "mfa/errors.h"
 #include "mfa/version.h"
 #include "mlx/array.h"
 
@@ -20,6 +22,14 @@ NB_MODULE(_ext, m) {
                                 mfa::built_for_mlx_version() + "\"";
     throw nb::import_error(message.c_str());
   }
+  // MLX's module sees this translator too: both are of one domain.
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const mfa::NotImplemented& error) {
+      PyErr_SetString(PyExc_NotImplementedError, error.what());
+    }
+  });
   m.doc() = "Attention for MLX in C++; see mlx_mfa for the documented functions.";
   m.attr("__version__") = mfa::version();
   m.attr("built_for_mlx_version") = mfa::built_for_mlx_version();

@@ -1,6 +1,8 @@
 #include "options.h"
 
+#include <algorithm>
 #include <functional>
+#include <limits>
 #include <set>
 #include <string>
 
@@ -39,6 +41,8 @@ AttentionOptions make_options(std::optional<double> scale, bool causal, double s
   options.window_left = window_left;
   options.window_right = window_right;
   options.softcap = static_cast<float>(softcap);
+  // 0 is off, and the kernels divide by it.
+  if (softcap > 0) options.softcap = std::max(options.softcap, std::numeric_limits<float>::min());
   options.alibi_slopes = alibi_slopes;
   options.bias = attn_bias;
   options.mask = mask;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def make_options(
         function=function,
         window_left=left,
         window_right=right,
-        kv_lengths=lengths(kv_lengths, function=function),
+        kv_lengths=optional_integers(function, "kv_lengths", kv_lengths),
         dropout_p=dropout_p,
         dropout_seed=seed(dropout_p, dropout_seed, stream, function),
         **others,
@@ -53,26 +54,26 @@ def window(window_size: Sequence[int], function: str) -> tuple[int, int]:
     raise ValueError(f"[{function}] window_size must be a tuple of two integers; got {window_size!r}")
 
 
-def integers(values: Integers, name: str, function: str) -> mx.array:
+def integers(function: str, name: str, values: Integers) -> mx.array:
     """Integers given as a sequence or a number as an array; an array keeps its dtype for the library to check."""
     if isinstance(values, mx.array):
         return values
-    numbers: Any  # MLX takes no integers of numpy
-    if hasattr(values, "tolist"):
-        numbers = values.tolist()
-    else:
-        numbers = list(values) if isinstance(values, Iterable) else operator.index(values)
-    if numbers == []:
-        return mx.zeros((0,), mx.int32)
+    # MLX takes neither numpy's integers nor, everywhere, its arrays.
+    listed: Any = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(listed, Iterable):
+        listed = operator.index(listed)
     try:
-        return mx.array(numbers)
-    except (RuntimeError, ValueError) as error:  # ragged, or beyond 64 bits
-        raise ValueError(f"[{function}] {name} must be an array of integers of 32 bits; got {values!r}") from error
+        if isinstance(listed, int):
+            return mx.array(listed)
+        numbers = [operator.index(n) if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in listed]
+        return mx.array(numbers) if numbers else mx.zeros((0,), mx.int32)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a number of more than 64 bits
+        raise ValueError(f"[{function}] {name} must hold integers of 64 bits; got {reprlib.repr(values)}") from None
 
 
-def lengths(values: Integers | None, name: str = "kv_lengths", function: str = "flash_attention") -> mx.array | None:
+def optional_integers(function: str, name: str, values: Integers | None) -> mx.array | None:
     """The same of what may be left out."""
-    return None if values is None else integers(values, name, function)
+    return None if values is None else integers(function, name, values)
 
 
 def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, function: str) -> int | mx.array | None:

@@ -8,12 +8,14 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, lengths, make_options, window
+from ._options import LOG2_E, Stream, integers, make_options, optional_integers, window
 from ._options import seed as make_seed
+from ._type_errors import clear_type_errors
 
 Backend = Literal["auto", "mfa", "sdpa", "composed"]
 
 
+@clear_type_errors
 def flash_attention(
     q: mx.array,
     k: mx.array,
@@ -91,7 +93,7 @@ def flash_attention(
     """
     left, right = (-1, -1) if window_size is None else window(window_size, "flash_attention")
     if kv_lengths is not None:
-        kv_lengths = lengths(kv_lengths)
+        kv_lengths = integers("flash_attention", "kv_lengths", kv_lengths)
     seed = None
     if dropout_p or dropout_seed is not None:
         seed = make_seed(dropout_p, dropout_seed, stream, "flash_attention")
@@ -133,6 +135,7 @@ def attend(
     return tuple(results) if len(results) > 1 else out
 
 
+@clear_type_errors
 def merge_attention_states(
     o_a: mx.array,
     lse_a: mx.array,
@@ -164,6 +167,7 @@ def merge_attention_states(
     return _ext.merge_attention_states(o_a, lse_a, o_b, lse_b, base == "2", stream)
 
 
+@clear_type_errors
 def explain(
     q: mx.array,
     k: mx.array,
@@ -200,7 +204,7 @@ def explain(
         ValueError, RuntimeError, TypeError: As :func:`flash_attention`.
     """
     left, right = (-1, -1) if window_size is None else window(window_size, "flash_attention")
-    kv_lengths = lengths(kv_lengths)
+    kv_lengths = optional_integers("flash_attention", "kv_lengths", kv_lengths)
     # A drawn seed would move the random state, and its value decides nothing.
     seed = 0 if dropout_seed is None else make_seed(dropout_p, dropout_seed, stream, "flash_attention")
     return _ext.explain(

@@ -98,6 +98,13 @@ def warmup_kernels(
     Raises:
         ValueError: If a head dimension or dtype is not supported.
     """
+    supported = get_supported_configs()
+    for D in head_dims:
+        if not hasattr(D, "__index__") or D not in supported["head_dims"]:
+            raise ValueError(f"[warmup_kernels] every head dimension must be an integer from 1 to 576; got {D!r}")
+    for dtype in dtypes:
+        if dtype not in supported["dtypes"]:
+            raise ValueError(f"[warmup_kernels] dtypes must be of float32, float16 and bfloat16; got {dtype!r}")
 
     def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.sum(cast(mx.array, flash_attention(q, k, v, causal=causal)))

@@ -1,12 +1,13 @@
 """Puts this package's matrix products and small layers in the place of MLX's, so that models need no change.
 
-Replaced are ``mx.matmul``, ``mx.addmm``, ``mx.quantized_matmul``, ``mx.gather_mm``, ``mx.gather_qmm``, the operator
-``@`` of arrays, ``mx.fast.rms_norm`` and ``mx.fast.rope`` (on the CPU MLX evaluates the latter two as 13 and 30 small
-operations, which take longer than the products of a token), and ``mx.logsumexp`` and ``mx.argmax``, with which a token
-is sampled; ``nn.Linear``, ``nn.QuantizedLinear``, ``nn.RMSNorm``, ``nn.RoPE`` and mlx-lm call these. A call that this
-package's kernels do not cover, or that MLX does faster, goes on to MLX's own function with its arguments as they came:
-so do all calls on a GPU stream, and all that are wrong, whose errors are therefore MLX's.
-``mx.export_function`` sees MLX's own functions.
+Replaced are ``mx.matmul``, ``mx.addmm``, ``mx.quantized_matmul``, ``mx.gather_mm``, ``mx.gather_qmm``, the operators
+``@`` and ``@=`` of arrays, ``mx.fast.rms_norm`` and ``mx.fast.rope`` (on the CPU MLX evaluates the latter two as 13
+and 30 small operations, which take longer than the products of a token), and ``mx.logsumexp`` and ``mx.argmax``, with
+which a token is sampled; ``nn.Linear``, ``nn.QuantizedLinear``, ``nn.RMSNorm``, ``nn.RoPE`` and mlx-lm call these. A
+call that this package's kernels do not cover, or that MLX does faster, goes on to MLX's own function with its
+arguments as they came: so do all calls on a GPU stream, and all that are wrong, whose errors are therefore MLX's.
+``mx.einsum``, ``mx.tensordot``, ``mx.inner`` and convolutions stay MLX's. ``mx.export_function`` sees MLX's own
+functions, and ``mx.clear_cache`` first lets go of the packed copies of weights that are gone.
 
 Importing ``mlx_mfa`` installs the hooks where the CPU is MLX's default device, unless ``MFA_DISABLE_AUTO_HOOKS=1``.
 """
@@ -40,7 +41,7 @@ def _positional(
     def hook(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         @functools.wraps(original)
         def replacement(*args: Any, **kwargs: Any) -> mx.array:
-            if least <= len(args) <= most:
+            if _state.active and least <= len(args) <= most:
                 options = {k: v for k, v in kwargs.items() if k not in hints} if hints else kwargs
                 try:
                     result = ours(*args, **options)
@@ -62,7 +63,7 @@ def _operator(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
     @functools.wraps(original)
     def __matmul__(self: mx.array, other: Any) -> mx.array:
-        if isinstance(other, mx.array):
+        if _state.active and isinstance(other, mx.array):
             result = ours(self, other)
             if result is not None:
                 _state.routed["matmul"] += 1
@@ -71,6 +72,18 @@ def _operator(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         return original(self, other)
 
     return __matmul__
+
+
+def _in_place_operator(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    @functools.wraps(original)
+    def __imatmul__(self: mx.array, other: Any) -> mx.array:
+        if _state.active and isinstance(other, mx.array) and _ext.try_imatmul(self, other):
+            _state.routed["matmul"] += 1
+            return self
+        _state.passed["matmul"] += 1
+        return original(self, other)
+
+    return __imatmul__
 
 
 def _affine(options: dict[str, Any]) -> bool:
@@ -90,7 +103,7 @@ def _quantized(
         @functools.wraps(original)
         def replacement(*args: Any, **kwargs: Any) -> mx.array:
             result = None
-            if 2 <= len(args) <= len(parameters):
+            if _state.active and 2 <= len(args) <= len(parameters):
                 options = dict(zip(parameters, args))
                 if options.keys().isdisjoint(kwargs):
                     options.update(kwargs)
@@ -122,6 +135,17 @@ def _unhooked(original: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
+def _clear_cache(original: Callable[[], None]) -> Callable[[], None]:
+    """A packed copy keeps its weights, and is dropped once it is noticed that nothing else does."""
+
+    @functools.wraps(original)
+    def replacement() -> None:
+        _ext.packed_weights()
+        original()
+
+    return replacement
+
+
 _AFFINE = ("transpose", "group_size", "bits", "mode")
 _HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (mx, "matmul", _positional("matmul", _ext.try_matmul, 2, 2)),
@@ -142,11 +166,13 @@ _HOOKS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         ),
     ),
     (mx.array, "__matmul__", _operator),
+    (mx.array, "__imatmul__", _in_place_operator),
     (mx.fast, "rms_norm", _positional("rms_norm", _ext.try_rms_norm, 1, 3)),
     (mx.fast, "rope", _positional("rope", _ext.try_rope, 1, 2)),
     (mx, "logsumexp", _positional("logsumexp", _ext.try_logsumexp, 1, 3)),
     (mx, "argmax", _positional("argmax", _ext.try_argmax, 1, 3)),
     (mx, "export_function", _unhooked),
+    (mx, "clear_cache", _clear_cache),
 )
 _NAMES = ("matmul", "addmm", "quantized_matmul", "gather_mm", "gather_qmm", "rms_norm", "rope", "logsumexp", "argmax")
 _OWNERS = {id(mx): "mx", id(mx.fast): "mx.fast", id(mx.array): "mx.array"}
@@ -157,7 +183,8 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.originals: list[tuple[Any, str, Any]] = []
+        self.active = False  # else replacements pass every call on
+        self.replaced: dict[tuple[int, str], tuple[Any, str, Any, Any]] = {}  # owner, name, original, replacement
         self.routed = dict.fromkeys(_NAMES, 0)
         self.passed = dict.fromkeys(_NAMES, 0)
 
@@ -176,44 +203,53 @@ def enable() -> bool:
         ValueError: If an environment variable of this package is wrong.
     """
     with _state.lock:
-        if _state.originals:
+        if _state.active:
             return False
         if error := environment_error():
             raise ValueError(error)
         if not _ext.cpu_info()["available"]:
             return False
         for owner, name, make in _HOOKS:
-            original = getattr(owner, name)
-            setattr(owner, name, make(original))
-            _state.originals.append((owner, name, original))
+            current = getattr(owner, name)
+            known = _state.replaced.get((id(owner), name))
+            if known is None or current is known[2]:
+                replacement = make(current)
+                setattr(owner, name, replacement)
+                _state.replaced[id(owner), name] = (owner, name, current, replacement)
+        _state.active = True
         return True
 
 
 def disable() -> bool:
     """Give MLX its own functions back: the very objects that were there.
 
+    Where another library has since put a function of its own over one of these hooks, that stays, and the hook below it
+    passes every call on.
+
     Returns:
         bool: True if this changed something.
     """
     with _state.lock:
-        if not _state.originals:
+        if not _state.active:
             return False
-        for owner, name, original in _state.originals:
-            setattr(owner, name, original)
-        _state.originals.clear()
+        _state.active = False
+        for key, (owner, name, original, replacement) in list(_state.replaced.items()):
+            if getattr(owner, name) is replacement:
+                setattr(owner, name, original)
+                del _state.replaced[key]
         return True
 
 
 def installed() -> bool:
     """Whether the hooks are in force."""
-    return bool(_state.originals)
+    return _state.active
 
 
 @contextlib.contextmanager
 def hooked(wanted: bool) -> Iterator[None]:
     """Have the hooks in force, or not, for the duration of a ``with`` block."""
     with _state.lock:
-        was = bool(_state.originals)
+        was = _state.active
     (enable if wanted else disable)()
     try:
         yield
@@ -232,9 +268,10 @@ def hooks_status() -> dict[str, Any]:
         (bool), and, for programs written for Apple GPUs, ``log`` (list) and ``m5_plus`` (bool).
     """
     with _state.lock:
-        replaced = [f"{_OWNERS[id(owner)]}.{name}" for owner, name, _ in _state.originals]
+        active = _state.active
+        replaced = [f"{_OWNERS[id(owner)]}.{name}" for owner, name, *_ in _state.replaced.values()] if active else []
     return {
-        "installed": bool(replaced),
+        "installed": active,
         "hooks": replaced,
         "calls": {name: {"mfa": _state.routed[name], "mlx": _state.passed[name]} for name in _NAMES},
         "auto_hooks_disabled_env": _disabled_by_environment(),

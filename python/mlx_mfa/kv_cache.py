@@ -8,11 +8,13 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, integers, lengths, make_options
+from ._options import LOG2_E, Positions, Stream, integers, make_options, optional_integers
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .paged import check_page_size
 
 
+@clear_type_errors
 def flash_attention_kvcache(
     q: mx.array,
     k_cache: mx.array | None,
@@ -108,6 +110,7 @@ def flash_attention_kvcache(
     )  # fmt: skip
 
 
+@clear_type_errors
 def flash_attention_kvcache_rope_append(
     q: mx.array,
     k_new: mx.array,
@@ -129,10 +132,12 @@ def flash_attention_kvcache_rope_append(
     """Rotates queries and new keys, appends the keys and values to a cache and attends to all of it.
 
     Args:
+        q, k_new, v_new, rotary_cos, rotary_sin, interleaved, scale, causal, stream: As
+            :func:`flash_attention_kvcache`, of which this is another form.
+        k_cache, v_cache (array, optional): As there; None is an empty cache.
         cache_seqlens (int, array or sequence of int, optional): The position of the first query and of the first new
             key. Default: behind the keys of the cache.
-        seq_lens, block_table, options: As :func:`flash_attention_kvcache`, of which this is another form. Without
-            ``seq_lens`` the caches grow by concatenation; None is an empty cache.
+        seq_lens, block_table, options: As there. Without ``seq_lens`` the caches grow by concatenation.
 
     Returns:
         tuple: ``(out, k_cache, v_cache)``, with ``return_lse`` ``(out, lse, k_cache, v_cache)``.
@@ -149,6 +154,7 @@ def flash_attention_kvcache_rope_append(
     return results
 
 
+@clear_type_errors
 def append_to_cache(
     cache: mx.array,
     rows: mx.array,
@@ -176,7 +182,7 @@ def append_to_cache(
         RuntimeError: If such values were still to be computed (when they are evaluated; nothing is written), or the
             stream is on a GPU.
     """
-    return _ext.append_to_cache(cache, rows, integers(starts, "starts", "append_to_cache"), block_table, stream)
+    return _ext.append_to_cache(cache, rows, integers("append_to_cache", "starts", starts), block_table, stream)
 
 
 def attend_to_cache(
@@ -215,10 +221,12 @@ def attend_to_cache(
                 raise ValueError(f"[{function}] {name} needs rotary tables; got {given!r} without")
     if block_table is not None and k_cache is not None:
         check_page_size(block_size, k_cache, function)
+    lengths = optional_integers(function, "seq_lens", seq_lens)
+    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
+    starts = optional_integers(function, "cache_seqlens", cache_seqlens)
     out, lse, k, v = _ext.attention_kvcache(
-        q, k_cache, v_cache, k_new, v_new, block_table, lengths(seq_lens, "seq_lens", function),
-        lengths(cache_batch_idx, "cache_batch_idx", function), rotary_cos, rotary_sin, interleaved, rotary_dim,
-        lengths(cache_seqlens, "cache_seqlens", function), rotate_cached_keys, return_lse,
+        q, k_cache, v_cache, k_new, v_new, block_table, lengths, tables,
+        rotary_cos, rotary_sin, interleaved, rotary_dim, starts, rotate_cached_keys, return_lse,
         make_options(function, stream=stream, **options), stream,
     )  # fmt: skip
     results = [out]

@@ -6,8 +6,10 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import Stream
+from ._type_errors import clear_type_errors
 
 
+@clear_type_errors
 def matmul(x: mx.array, w: mx.array, *, stream: Stream = None) -> mx.array:
     """``x @ w``, with float32 sums that are rounded once.
 
@@ -31,6 +33,7 @@ def matmul(x: mx.array, w: mx.array, *, stream: Stream = None) -> mx.array:
     return _ext.matmul(x, w, stream)
 
 
+@clear_type_errors
 def addmm(
     c: mx.array, x: mx.array, w: mx.array, alpha: float = 1.0, beta: float = 1.0, *, stream: Stream = None
 ) -> mx.array:
@@ -51,6 +54,7 @@ def addmm(
     return _ext.addmm(c, x, w, alpha, beta, stream)
 
 
+@clear_type_errors
 def quantized_matmul(
     x: mx.array,
     w: mx.array,
@@ -87,6 +91,7 @@ def quantized_matmul(
     return _ext.quantized_matmul(x, w, scales, biases, transpose, group_size, bits, stream)
 
 
+@clear_type_errors
 def gather_mm(
     x: mx.array,
     w: mx.array,
@@ -116,6 +121,7 @@ def gather_mm(
     return _ext.gather_mm(x, w, lhs_indices, rhs_indices, stream)
 
 
+@clear_type_errors
 def gather_qmm(
     x: mx.array,
     w: mx.array,
@@ -145,6 +151,7 @@ def gather_qmm(
     return _ext.gather_qmm(x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, stream)
 
 
+@clear_type_errors
 def set_packed_weights_limit(bytes: int) -> int:
     """Bound the memory of packed copies of constant weights.
 

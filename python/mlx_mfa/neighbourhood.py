@@ -10,9 +10,11 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options
+from ._type_errors import clear_type_errors
 from .attention import Backend
 
 
+@clear_type_errors
 def flash_attention_gna(
     q: mx.array,
     k: mx.array,

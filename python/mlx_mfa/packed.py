@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import _ext
+from ._type_errors import clear_type_errors
 from .attention import Backend, Stream, attend
 
 
+@clear_type_errors
 def flash_attention_qkv_packed(
     qkv: mx.array,
     *,
@@ -62,6 +64,7 @@ def flash_attention_qkv_packed(
     )  # fmt: skip
 
 
+@clear_type_errors
 def flash_attention_kv_packed(
     q: mx.array,
     kv: mx.array,

@@ -8,10 +8,12 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, integers, lengths, make_options
+from ._options import LOG2_E, Stream, integers, make_options, optional_integers
+from ._type_errors import clear_type_errors
 from .attention import Backend
 
 
+@clear_type_errors
 def flash_attention_paged(
     q: mx.array,
     k_pages: mx.array,
@@ -77,6 +79,7 @@ def flash_attention_paged(
     )  # fmt: skip
 
 
+@clear_type_errors
 def flash_attention_paged_varlen(
     q: mx.array,
     k_pages: mx.array,
@@ -132,11 +135,12 @@ def flash_attention_paged_varlen(
         dropout_seed=dropout_seed, stream=stream,
     )  # fmt: skip
     check_page_size(block_size, k_pages, function)
+    lengths = integers(function, "seq_lens_kv", seq_lens_kv)
+    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
+    starts = integers(function, "cu_seqlens_q", cu_seqlens_q)
     out, lse = _ext.attention_paged_varlen(
-        q, k_pages, v_pages, block_table, integers(seq_lens_kv, "seq_lens_kv", function),
-        lengths(cache_batch_idx, "cache_batch_idx", function), integers(cu_seqlens_q, "cu_seqlens_q", function),
-        max_seqlen_q, options, stream,
-    )  # fmt: skip
+        q, k_pages, v_pages, block_table, lengths, tables, starts, max_seqlen_q, options, stream
+    )
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
@@ -164,8 +168,9 @@ def attend_to_pages(
 ) -> mx.array | tuple[mx.array, mx.array]:
     """The call of ``function``, one of the entry points over pools with a query of each sequence in a batch."""
     check_page_size(block_size, k_pages, function)
+    lengths = integers(function, "seq_lens", seq_lens)
+    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
     out, lse = _ext.attention_paged(
-        q, k_pages, v_pages, block_table, integers(seq_lens, "seq_lens", function),
-        lengths(cache_batch_idx, "cache_batch_idx", function), make_options(function, stream=stream, **options), stream,
-    )  # fmt: skip
+        q, k_pages, v_pages, block_table, lengths, tables, make_options(function, stream=stream, **options), stream
+    )
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out

@@ -8,9 +8,11 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options, seed
+from ._type_errors import clear_type_errors
 from .attention import Backend, attend
 
 
+@clear_type_errors
 def flash_attention_cascade(
     q: mx.array,
     k_prefix: mx.array,
@@ -71,6 +73,7 @@ def flash_attention_cascade(
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
+@clear_type_errors
 def make_shared_prefix_cache(
     prefix_q: mx.array,
     prefix_k: mx.array,
@@ -116,6 +119,7 @@ def make_shared_prefix_cache(
     return (*results, prefix_k, prefix_v) if isinstance(results, tuple) else (results, prefix_k, prefix_v)
 
 
+@clear_type_errors
 def flash_attention_splitfuse(
     q_prefill: mx.array | None,
     k_prefill: mx.array | None,

@@ -9,12 +9,14 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, lengths, make_options
+from ._options import LOG2_E, Positions, Stream, make_options, optional_integers
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .kv_cache import attend_to_cache
 from .rope_tables import make_rope_3d_tables
 
 
+@clear_type_errors
 def flash_attention_rope(
     q: mx.array,
     k: mx.array,
@@ -83,6 +85,7 @@ def flash_attention_rope(
     )  # fmt: skip
 
 
+@clear_type_errors
 def flash_attention_rope_unified(
     q: mx.array,
     k: mx.array,
@@ -115,11 +118,17 @@ def flash_attention_rope_unified(
     * neither: as :func:`flash_attention_rope`, with ``k_offset`` the position of key 0.
 
     Args:
+        q, k, v (array): As :func:`flash_attention_rope`; with ``block_table`` ``k`` and ``v`` are as ``k_cache`` and
+            ``v_cache`` of :func:`flash_attention_kvcache`, with a cache as its ``k_new`` and ``v_new``.
+        rotary_cos, rotary_sin, interleaved, rotary_dim, rope_3d: As :func:`flash_attention_rope`.
+        k_cache, v_cache, block_table, seq_lens, block_size: As :func:`flash_attention_kvcache`.
         cache_seqlens (int, array or sequence of int, optional): The position of the first query and new key. Default: 0
             without a cache, else what the lengths say.
+        k_offset (int, array or sequence of int, optional): The position of key 0, without a cache. Default 0.
         return_updated_cache (bool): Return the caches too. Default False.
+        scale, causal, stream: As :func:`flash_attention`; ``causal`` is True by default.
+        return_lse (bool): Also return the **base-2** log-sum-exp of each row. Default False.
         options: The modifiers of :func:`flash_attention`, by name.
-        Others: As :func:`flash_attention_kvcache` and :func:`flash_attention_rope`.
 
     Returns:
         array or tuple: ``out``, then ``lse`` (base 2) with ``return_lse``, then both caches with
@@ -171,9 +180,10 @@ def _attend(
     options: dict[str, Any],
 ) -> mx.array | tuple[mx.array, mx.array]:
     cos, sin = _tables(function, q, cos, sin, rope_3d, q_positions)
+    of_q = optional_integers(function, "cache_seqlens", q_positions)
+    of_k = optional_integers(function, "k_offset", k_positions)
     out, lse = _ext.attention_rope(
-        q, k, v, cos, sin, interleaved, rotary_dim, lengths(q_positions, "cache_seqlens", function),
-        lengths(k_positions, "k_offset", function), True,
+        q, k, v, cos, sin, interleaved, rotary_dim, of_q, of_k, True,
         make_options(function, stream=stream, **options), stream,
     )  # fmt: skip
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out

@@ -9,12 +9,14 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options, optional_tile_sides
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .masks import BlockMask
 
 _BACKWARDS = ("auto", "sdpa", "sdpa_sparse", "steel_sparse")
 
 
+@clear_type_errors
 def flash_attention_sparse(
     q: mx.array,
     k: mx.array,
@@ -77,6 +79,7 @@ def flash_attention_sparse(
     )  # fmt: skip
 
 
+@clear_type_errors
 def sparse_attention_dispatch(
     Q: mx.array,
     K: mx.array,
@@ -110,6 +113,7 @@ def sparse_attention_dispatch(
     return _attend("sparse_attention_dispatch", Q, K, V, mask, block_tile, scale=scale, causal=causal, **options)
 
 
+@clear_type_errors
 def sparse_attention_nax(
     Q: mx.array,
     K: mx.array,

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, integers, make_options
+from ._type_errors import clear_type_errors
 from .attention import Backend, attend
 from .paged import attend_to_pages
 
@@ -24,6 +25,7 @@ class TreeMask(NamedTuple):
     """uint32 ``[N, ceil(N / 32)]``: the same, node j as bit ``j % 32`` of word ``j // 32``."""
 
 
+@clear_type_errors
 def make_tree_mask(parents: mx.array | Sequence[int] | Sequence[Sequence[int]], *, stream: Stream = None) -> TreeMask:
     """The mask of draft trees: a node sees its ancestors and itself (arXiv:2305.09781).
 
@@ -39,9 +41,10 @@ def make_tree_mask(parents: mx.array | Sequence[int] | Sequence[Sequence[int]], 
         ValueError: If a parent is not a node before its child or -1, or the array is not of integers in one or two
             axes.
     """
-    return TreeMask(*_ext.tree_mask(integers(parents, "parents", "make_tree_mask"), stream))
+    return TreeMask(*_ext.tree_mask(integers("make_tree_mask", "parents", parents), stream))
 
 
+@clear_type_errors
 def flash_attention_tree(
     q: mx.array,
     k: mx.array,
@@ -97,10 +100,11 @@ def flash_attention_tree(
         backend=backend, sinks=sinks, kv_lengths=kv_lengths, dropout_p=dropout_p, dropout_seed=dropout_seed,
         attn_bias=attn_bias, mask=mask, stream=stream,
     )  # fmt: skip
-    out, lse = _ext.attention_tree(q, k, v, integers(parents, "parents", "flash_attention_tree"), options, stream)
+    out, lse = _ext.attention_tree(q, k, v, integers("flash_attention_tree", "parents", parents), options, stream)
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
+@clear_type_errors
 def flash_attention_speculative_verify(
     q_target: mx.array,
     k_cache: mx.array,
@@ -154,6 +158,7 @@ def flash_attention_speculative_verify(
     return out, lse, _ext.draft_proxy_logprobs(out, draft_ids, temperature, function, stream)
 
 
+@clear_type_errors
 def flash_attention_speculative_verify_paged(
     q_target: mx.array,
     k_pages: mx.array,

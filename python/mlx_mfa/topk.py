@@ -8,10 +8,12 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options, optional_tile_sides
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .masks import BlockMask
 
 
+@clear_type_errors
 def flash_attention_topk(
     q: mx.array,
     k: mx.array,

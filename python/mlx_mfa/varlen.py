@@ -9,10 +9,12 @@ import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, integers, make_options, optional_tile_sides
+from ._type_errors import clear_type_errors
 from .attention import Backend
 from .masks import BlockMask
 
 
+@clear_type_errors
 def flash_attention_varlen(
     q: mx.array,
     k: mx.array,
@@ -83,6 +85,7 @@ def flash_attention_varlen(
     )  # fmt: skip
 
 
+@clear_type_errors
 def flash_attention_varlen_qkv_packed(
     qkv: mx.array,
     cu_seqlens_q: mx.array | Sequence[int],
@@ -115,6 +118,7 @@ def flash_attention_varlen_qkv_packed(
     return _attend(function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, stream=stream, **options)
 
 
+@clear_type_errors
 def flash_attention_varlen_kv_packed(
     q: mx.array,
     kv: mx.array,
@@ -165,7 +169,7 @@ def _attend(
 ) -> mx.array | tuple[mx.array, mx.array]:
     """The call of ``function``, one of the entry points over packed sequences."""
     result: Any = _ext.attention_varlen(
-        q, k, v, integers(cu_seqlens_q, "cu_seqlens_q", function), integers(cu_seqlens_k, "cu_seqlens_k", function),
+        q, k, v, integers(function, "cu_seqlens_q", cu_seqlens_q), integers(function, "cu_seqlens_k", cu_seqlens_k),
         make_options(function, stream=stream, **options), max_seqlen_q, max_seqlen_k, block_mask,
         optional_tile_sides(block_size, function), return_lse, stream,
     )  # fmt: skip

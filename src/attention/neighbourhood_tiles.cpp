@@ -1,9 +1,9 @@
 #include "attention/neighbourhood_tiles.h"
 
+#include "common/ceil_div.h"
+
 namespace mfa {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 TileVisits visits_along(const Neighbourhood& n, const NeighbourhoodAxis& a, int32_t q_tile, int32_t kv_tile) {
   TileVisits visits;

@@ -5,11 +5,10 @@
 #include <numeric>
 
 #include "attention/visibility.h"
+#include "common/ceil_div.h"
 
 namespace mfa {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tokens of an axis that one of its interleaved sequences has at most.
 int32_t phase_size(const NeighbourhoodAxis& a) { return static_cast<int32_t>(ceil_div(a.size, a.dilation)); }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/ceil_div.h"
+
 namespace mfa {
 namespace {
 
@@ -23,7 +25,6 @@ constexpr TiledLimits kIntegerLimits = {192, 336, 4, 4};
 // in which it is read are long.
 constexpr int64_t kMinDirectBytes = 32 << 10, kLongDirectBytes = 512 << 10;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.

@@ -5,6 +5,7 @@
 
 #include "backend/cpu/attention.h"
 #include "common/check.h"
+#include "mfa/errors.h"
 #include "mlx/composed.h"
 #include "mlx/evaluate.h"
 #include "mlx/gpu.h"
@@ -55,8 +56,8 @@ bool is_zero(mx::array x) {
 }
 
 [[noreturn]] void refuse_derivative(const char* what) {
-  throw std::runtime_error(concat("[flash_attention] ", what,
-                                  " is not implemented for this library's kernels; backend=\"composed\" has it"));
+  throw NotImplemented(concat("[flash_attention] ", what,
+                              " is not implemented for this library's kernels; backend=\"composed\" has it"));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "attention/validate.h"
+#include "common/ceil_div.h"
 #include "common/check.h"
 #include "mlx/evaluate.h"
 #include "mlx/integers.h"
@@ -81,8 +82,8 @@ AttentionProblem describe(const AttentionParams& params, const std::vector<mx::a
     BlockListRef& l = p.blocks;
     l.block_q = params.block_q;
     l.block_k = params.block_k;
-    l.query_blocks = (p.Nq + l.block_q - 1) / l.block_q;
-    l.key_blocks = (p.Nk + l.block_k - 1) / l.block_k;
+    l.query_blocks = static_cast<int32_t>(ceil_div(p.Nq, l.block_q));
+    l.key_blocks = static_cast<int32_t>(ceil_div(p.Nk, l.block_k));
     l.stride_h = params.lists_h ? 1 : 0;
     l.stride_b = params.lists_b ? (params.lists_h ? p.Hq : 1) : 0;
     l.entries = inputs[at.key_ids].size();

@@ -35,12 +35,14 @@ bool broadcasts_to(const mx::Shape& a, const mx::Shape& to) {
   return true;
 }
 
-// A message, or nullopt: x [..., M, K] and w [..., K, N] can be multiplied. Both have at least two axes.
-std::optional<std::string> mismatch(const mx::array& x, const mx::array& w) {
+// A message, or nullopt: x [..., M, K] and w [..., K, N] can be multiplied. Both have at least two axes; they were
+// given with the shapes `x_given` and `w_given`.
+std::optional<std::string> mismatch(const mx::array& x, const mx::array& w, const mx::Shape& x_given,
+                                    const mx::Shape& w_given) {
   if (x.shape(-1) != w.shape(-2))
-    return concat("x [..., M, K] and w [..., K, N] must agree in K; got shapes ", x.shape(), " and ", w.shape());
+    return concat("x [..., M, K] and w [..., K, N] must agree in K; got shapes ", x_given, " and ", w_given);
   if (!broadcasts(batch_shape(x), batch_shape(w)))
-    return concat("the leading axes of x and w must broadcast; got shapes ", x.shape(), " and ", w.shape());
+    return concat("the leading axes of x and w must broadcast; got shapes ", x_given, " and ", w_given);
   return std::nullopt;
 }
 
@@ -102,9 +104,10 @@ mx::array multiply(const char* function, Kind kind, const OptionalArray& c, mx::
   const mx::Dtype dtype = c ? mx::result_type(x, w, *c) : mx::result_type(x, w);
   if (const auto why = dtype_mismatch(dtype, c ? "c, x and w" : "x and w")) check(false, function, *why);
   const bool row = x.ndim() == 1, column = w.ndim() == 1;
+  const mx::Shape x_given = x.shape(), w_given = w.shape();
   if (row) x = mx::expand_dims(x, 0, s);
   if (column) w = mx::expand_dims(w, 1, s);
-  if (const auto why = mismatch(x, w)) check(false, function, *why);
+  if (const auto why = mismatch(x, w, x_given, w_given)) check(false, function, *why);
   std::vector<mx::array> inputs = {cast_to(x, dtype, s), cast_to(w, dtype, s)};
   if (c) {
     mx::Shape shape = product_shape(x, w);
@@ -231,7 +234,8 @@ mx::array gather_qmm(const mx::array& x, const mx::array& w, const mx::array& sc
 constexpr int64_t kTinyWeights = 32;
 
 bool routes_matmul(const mx::array& x, const mx::array& w, const OptionalArray& c, mx::StreamOrDevice stream) {
-  if (x.ndim() < 2 || w.ndim() < 2 || mismatch(x, w) || !has_kernels(mx::to_stream(stream))) return false;
+  if (x.ndim() < 2 || w.ndim() < 2 || mismatch(x, w, x.shape(), w.shape()) || !has_kernels(mx::to_stream(stream)))
+    return false;
   if (!is_kernel_dtype(c ? mx::result_type(x, w, *c) : mx::result_type(x, w))) return false;
   const int64_t elements = int64_t{w.shape(-2)} * w.shape(-1);
   if (elements > 0 && elements <= kTinyWeights) return false;

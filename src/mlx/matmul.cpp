@@ -5,6 +5,7 @@
 
 #include "backend/cpu/matmul.h"
 #include "common/check.h"
+#include "mfa/errors.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
 #include "mlx/ops.h"
@@ -245,7 +246,7 @@ void QuantizedMatmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { refu
 std::vector<mx::array> QuantizedMatmul::jvp(const std::vector<mx::array>& primals,
                                             const std::vector<mx::array>& tangents, const std::vector<int>& argnums) {
   if (argnums.size() != 1 || argnums[0] != 0)
-    throw std::runtime_error("[quantized_matmul] the forward-mode derivative (jvp) exists for x only");
+    throw NotImplemented("[quantized_matmul] the forward-mode derivative (jvp) exists for x only");
   return {make(stream(), {tangents[0], primals[1], primals[2], primals[3]}, q_)};
 }
 

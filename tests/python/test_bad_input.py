@@ -93,6 +93,11 @@ MISTAKES = {
     "a huge length": (lambda: {"kv_lengths": mx.array([2**62, 3], dtype=mx.int64)}, "kv_lengths"),
     "a huge unsigned length": (lambda: {"kv_lengths": mx.array(np.array([2**63, 3], np.uint64))}, "kv_lengths"),
     "lengths in a list of a wrong count": (lambda: {"kv_lengths": [1, 2, 3]}, "kv_lengths"),
+    "a huge number in a list": (lambda: {"kv_lengths": [2**63, 1]}, r"kv_lengths must .*\[9223372036854775808, 1\]"),
+    "a huge negative number": (lambda: {"kv_lengths": [-(2**63) - 1, 1]}, "kv_lengths must .*-9223372036854775809"),
+    "numpy's huge numbers": (lambda: {"kv_lengths": np.array([2**63, 1], np.uint64)}, "kv_lengths must hold integers"),
+    "lengths of words": (lambda: {"kv_lengths": "ab"}, "kv_lengths must hold integers of 64 bits; got 'ab'"),
+    "lengths of nothing": (lambda: {"kv_lengths": [None, 1]}, "kv_lengths must hold integers.*None, 1"),
     "seed of a wrong shape": (lambda: {"dropout_p": 0.5, "dropout_seed": zeros(3, dtype=mx.uint32)}, "dropout_seed"),
     "seed of a wrong dtype": (lambda: {"dropout_p": 0.5, "dropout_seed": zeros(2, dtype=mx.int32)}, "dropout_seed"),
     "negative seed": (lambda: {"dropout_p": 0.5, "dropout_seed": -1}, "dropout_seed"),
@@ -141,8 +146,104 @@ def test_explain_refuses_what_attention_refuses(mistake):
     ],
 )
 def test_arguments_of_another_type_are_type_errors(change):
-    with pytest.raises(TypeError):
-        mfa.flash_attention(**(arguments() | change))
+    for function in (mfa.flash_attention, mfa.explain):
+        with pytest.raises(TypeError, match=rf"^\[{function.__name__}\] {next(iter(change))} must be .*; got .*"):
+            function(**(arguments() | change))
+
+
+x = zeros(1, 2, 4, 8)
+
+
+def attend(*options, **named):
+    return mfa.flash_attention(x, x, x, *options, **named)
+
+
+TYPES = {
+    "number for a flag": (lambda: attend(causal=1), "flash_attention", "causal must be bool; got 1 of type int"),
+    "by position": (lambda: attend(None, "yes"), "flash_attention", "causal must be bool; got 'yes' of type str"),
+    "no backend": (lambda: attend(backend=None), "flash_attention", "backend must be one of 'auto'"),
+    "mask by name": (
+        lambda: attend(mask="causal"), "flash_attention",
+        "mask must be mlx.core.array or None; got 'causal' of type str",
+    ),
+    "numpy": (
+        lambda: attend(alibi_slopes=np.ones(2)), "flash_attention",
+        "alibi_slopes must be mlx.core.array or None; got numpy.ndarray",
+    ),
+    "one length": (lambda: attend(kv_lengths=3), "flash_attention", "kv_lengths must be .*; got 3"),
+    "fractional seed": (
+        lambda: attend(dropout_p=0.5, dropout_seed=1.5), "flash_attention",
+        "dropout_seed must be int or .*; got 1.5 of type float",
+    ),
+    "option that is passed on": (
+        lambda: mfa.flash_attention_rope(x, x, x, zeros(9, 4), zeros(9, 4), softcap="a"), "flash_attention_rope",
+        "softcap must be float; got 'a'",
+    ),
+    "another entry point": (
+        lambda: mfa.flash_attention_paged(x, x, x, zeros(1, 1, dtype=mx.int32), [1], causal=1), "flash_attention_paged",
+        "causal must be bool",
+    ),
+    "product": (lambda: mfa.matmul(x, 2), "matmul", "w must be mlx.core.array; got 2 of type int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_type_error_names_the_argument_as_the_caller_knows_it(name):
+    call, function, message = TYPES[name]
+    with pytest.raises(TypeError, match=rf"^\[{function}\] {message}") as raised:
+        call()
+    assert "\n" not in str(raised.value)
+    assert raised.value.__context__ is None
+
+
+@pytest.mark.parametrize("arguments", [{"v": None}, {"colour": 1}])
+def test_missing_and_unknown_arguments_are_pythons_own_errors(arguments):
+    given = {"q": x, "k": x, "v": x} | arguments
+    given = {name: value for name, value in given.items() if value is not None}
+    with pytest.raises(TypeError, match=r"flash_attention\(\) "):
+        mfa.flash_attention(**given)
+
+
+def test_booleans_and_integers_of_numpy_are_taken():
+    q = mx.random.normal((2, 2, 4, 8))
+    lengths = [np.int8(1), np.uint64(2)]
+    expected = mfa.flash_attention(q, q, q, causal=True, kv_lengths=[1, 2])
+    assert mx.array_equal(mfa.flash_attention(q, q, q, causal=np.bool_(True), kv_lengths=lengths), expected)
+    assert mx.array_equal(mfa.flash_attention(q, q, q, None, np.bool_(True), kv_lengths=np.array([1, 2])), expected)
+
+
+@pytest.mark.parametrize("value", [[2**63], -(2**63) - 1, ["a"]])
+def test_huge_numbers_are_refused_by_every_entry_point_that_takes_integers(value):
+    table, cache = zeros(1, 1, dtype=mx.int32), zeros(1, 4, 2, 8)
+    tables = zeros(9, 4)
+    calls = {
+        "flash_attention_rope": lambda: mfa.flash_attention_rope(x, x, x, tables, tables, cache_seqlens=value),
+        "flash_attention_kvcache": lambda: mfa.flash_attention_kvcache(x, x, x, cache_seqlens=value),
+    }
+    if isinstance(value, list):
+        calls |= {
+            "flash_attention_paged": lambda: mfa.flash_attention_paged(x, cache, cache, table, value),
+            "flash_attention_varlen": lambda: mfa.flash_attention_varlen(x, x, x, value, value, 4, 4),
+            "append_to_cache": lambda: mfa.append_to_cache(x, x, value),
+        }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"^\[{name}\] \w+ must hold integers of 64 bits; got "):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"head_dims": ["x"]}, "head dimension must be an integer from 1 to 576; got 'x'"),
+        ({"head_dims": [64.0]}, "head dimension must be .*; got 64.0"),
+        ({"head_dims": [-1]}, "head dimension must be .*; got -1"),
+        ({"dtypes": ["x"]}, "dtypes must be .*; got 'x'"),
+        ({"dtypes": [mx.int32]}, "dtypes must be .*; got mlx.core.int32"),
+    ],
+)
+def test_warmup_refuses_what_attention_does_not_take(given, message):
+    with pytest.raises(ValueError, match=rf"^\[warmup_kernels\] .*{message}"):
+        mfa.warmup_kernels(**given)
 
 
 def test_errors_are_raised_under_transformations_too():

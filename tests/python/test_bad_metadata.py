@@ -89,7 +89,7 @@ OF_STARTS = [
     ({"cu_seqlens_q": [[0, 3, 6]]}, r"cu_seqlens_q must have 1 dimension; got shape \(1,3\)"),
     ({"cu_seqlens_q": [0, 3, 2**31 + 6]}, "cu_seqlens_q must be integers of 32 bits; got 2147483654"),
     ({"cu_seqlens_q": [0.0, 3.0, 6.0]}, "cu_seqlens_q must have an integer dtype; got float32"),
-    ({"cu_seqlens_q": [[0], [3, 6]]}, "cu_seqlens_q must be an array of integers of 32 bits; got"),
+    ({"cu_seqlens_q": [[0], [3, 6]]}, "cu_seqlens_q must hold integers of 64 bits; got"),
 ]
 OF_STARTS_OF_KEYS = [
     *OF_STARTS,
@@ -108,7 +108,7 @@ OF_PAGES = [
     ({"seq_lens": [8, -1]}, r"seq_lens must be in .* got -1 for batch entry 1"),
     ({"seq_lens": [2**40, 8]}, "seq_lens must be integers of 32 bits; got 1099511627776"),
     ({"seq_lens": [8, 8, 8]}, "block_table and seq_lens must have one count of sequences; got 2 and 3"),
-    ({"seq_lens": [8, 2**64]}, "seq_lens(_kv)? must be an array of integers of 32 bits; got"),
+    ({"seq_lens": [8, 2**64]}, "seq_lens(_kv)? must hold integers of 64 bits; got"),
     ({"cache_batch_idx": [0, 2]}, r"cache_batch_idx must be in \[0, 2\); got 2 at entry 1"),
     ({"cache_batch_idx": [-1, 1]}, r"cache_batch_idx must be in \[0, 2\); got -1 at entry 0"),
     ({"cache_batch_idx": [1, 0], "seq_lens": [8, 9]}, "seq_lens must be in .* got 9 for batch entry 0"),
@@ -121,7 +121,7 @@ OF_LENGTHS = [
     ({"kv_lengths": [1, 2, 3]}, r"kv_lengths must have shape \(2,\)"),
     ({"kv_lengths": [[1, 2]]}, r"kv_lengths must have shape \(2,\)"),
     ({"kv_lengths": [1.0, 2.0]}, "kv_lengths must have an integer dtype; got float32"),
-    ({"kv_lengths": [[1], [2, 3]]}, "kv_lengths must be an array of integers of 32 bits; got"),
+    ({"kv_lengths": [[1], [2, 3]]}, "kv_lengths must hold integers of 64 bits; got"),
 ]
 OF_APPENDS = [
     ({"seq_lens": [13, 14]}, "sequences must have room for .* got length 14 for sequence 1"),
@@ -215,7 +215,7 @@ MISTAKES = {
         ({"kv_lengths": [3, 2**40]}, "kv_lengths must be integers of 32 bits; got 1099511627776"),
         ({"parents": [-1, 1, 0]}, "the parent of node 1 must be a node before it or -1; got 1"),
         ({"parents": [-1, 0]}, r"parents must have shape \[N\] or \[B, N\]"),
-        ({"parents": [[-1, 0, 1], [-1]]}, "parents must be an array of integers of 32 bits; got"),
+        ({"parents": [[-1, 0, 1], [-1]]}, "parents must hold integers of 64 bits; got"),
         ({"window_size": (-5, -9)}, r"window_size must be .* got \(-5, -9\)"),
     ],
     "sparse_attention_dispatch": OF_TILES,

@@ -8,6 +8,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_mfa import _ext
 from problems import (
     DTYPES,
     cpu_kernels_only,
@@ -46,11 +47,21 @@ def run(name, dtype):
     return digest(forward_and_gradients(case.problem, case.arrays, case.d_o_array, case.dlse))
 
 
+@pytest.fixture
+def set_threads():
+    yield _ext.set_cpu_threads
+    _ext.set_cpu_threads(0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_hundred_runs_give_the_same_bits(name, dtype):
+def test_a_hundred_runs_give_the_same_bits_with_one_thread_and_with_two(name, dtype, set_threads):
     case = make_case(make_problem(1, dtype=dtype, **PROBLEMS[name]))
-    digests = {digest(forward_and_gradients(case.problem, case.arrays, case.d_o_array, case.dlse)) for _ in range(100)}
+    digests = set()
+    for threads in (1, 2):
+        set_threads(threads)
+        for _ in range(100):
+            digests.add(digest(forward_and_gradients(case.problem, case.arrays, case.d_o_array, case.dlse)))
     assert len(digests) == 1
 
 

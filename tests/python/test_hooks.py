@@ -50,7 +50,7 @@ def test_importing_the_package_installs_them():
     )
     text = run(code)
     assert text.startswith("False")
-    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__", *SMALL):
+    for name in (*(f"mx.{name}" for name in NAMES), "mx.array.__matmul__", "mx.array.__imatmul__", *SMALL):
         assert f"'{name}'" in text
 
 
@@ -72,6 +72,50 @@ def test_disabling_restores_the_very_objects():
         "print(all(a is b for a, b in zip(before, now())), mlx_mfa.enable(), mlx_mfa.enable())"
     )
     assert run(code).split() == ["True", "False", "True", "True", "False"]
+
+
+def test_a_function_that_another_library_put_over_a_hook_stays():
+    code = """
+import mlx.core as mx, mlx_mfa
+ours, stock, seen = mx.matmul, mx.matmul.__wrapped__, []
+def theirs(*args):
+    seen.append(args)
+    return ours(*args)
+mx.matmul = theirs
+def routed():
+    before = mlx_mfa.hooks_status()["calls"]["matmul"]["mfa"]
+    mx.eval(mx.matmul(mx.ones((2, 64)), mx.ones((64, 3))))
+    return mlx_mfa.hooks_status()["calls"]["matmul"]["mfa"] - before
+print(routed(), mx.matmul is theirs)
+print(mlx_mfa.disable(), mx.matmul is theirs, routed(), mlx_mfa.hooks_status()["hooks"])
+print(mlx_mfa.enable(), mx.matmul is theirs, routed(), len(seen))
+mx.matmul = ours  # they give back what they found
+print(mlx_mfa.disable(), mx.matmul is stock, routed())
+mlx_mfa.enable()
+mx.matmul = theirs
+mlx_mfa.disable()
+mx.matmul = stock  # they know better
+print(mlx_mfa.enable(), mx.matmul is stock, routed(), mlx_mfa.disable(), mx.matmul is stock)
+"""
+    assert run(code).splitlines() == [
+        "1 True", "True True 0 []", "True True 1 3", "True True 0", "True False 1 True True",
+    ]  # fmt: skip
+
+
+def test_multiplying_in_place_changes_the_array_that_others_hold(hooks):
+    for x, w, ours in [(a(2, 64), 2 * a(64, 3), True), (a(2, 4), 2 * a(4, 4), False), (a(64), a(64), False)]:
+        same, expected = x, x @ w
+        before = calls("matmul")
+        x @= w
+        after = calls("matmul")
+        assert (after["mfa"] - before["mfa"], after["mlx"] - before["mlx"]) == ((1, 0) if ours else (0, 1))
+        assert same is x
+        assert mx.array_equal(same, expected).item()
+    x = a(2, 3)
+    with pytest.raises(ValueError, match="matmul"):
+        x @= a(2, 3)
+    with pytest.raises(TypeError):
+        x @= 2
 
 
 def test_layers_run_on_them(hooks):

@@ -117,7 +117,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, transposed):
     x, w = operands(8, (64, 600), (600, 200), dtype)
     x, w = to_mlx(x, dtype), view(w, dtype, "transposed" if transposed else "dense")
     together = mfa.matmul(x, w)
-    for rows in (*range(1, 10), 17, 33, 63):
+    for rows in range(1, 64):
         parts = [mfa.matmul(x[r : r + rows], w) for r in range(0, 64, rows)]
         assert mx.array_equal(mx.concatenate(parts), together).item(), rows
 
@@ -219,6 +219,7 @@ def test_a_stream_can_be_named():
 
 MISTAKES = {
     "no axes": (lambda: mfa.matmul(mx.array(1.0), mx.ones((3, 4))), r"^\[matmul\] x and w must have at least one axis"),
+    "vectors of other K": (lambda: mfa.matmul(mx.ones((7,)), mx.ones((3,))), r"agree in K; got shapes \(7\) and \(3\)"),
     "other K": (lambda: mfa.matmul(mx.ones((2, 3)), mx.ones((4, 5))), r"^\[matmul\] .*agree in K; got shapes \(2,3\)"),
     "batches": (lambda: mfa.matmul(mx.ones((2, 3, 4)), mx.ones((5, 4, 3))), r"^\[matmul\] the leading axes"),
     "integers": (lambda: mfa.matmul(mx.ones((2, 3), mx.int32), mx.ones((3, 4), mx.int32)), "promote to .*int32"),

@@ -78,7 +78,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, bits, transpose):
     packed, scales, biases, _ = quantise(5, (320, 576), 64, bits, dtype)
     x = to_mlx(normal(np.random.default_rng(6), (64, 576 if transpose else 320), dtype), dtype)
     together = mfa.quantized_matmul(x, packed, scales, biases, transpose, 64, bits)
-    for rows in (1, 2, 3, 5, 8, 33, 63):
+    for rows in range(1, 64):
         parts = [
             mfa.quantized_matmul(x[r : r + rows], packed, scales, biases, transpose, 64, bits)
             for r in range(0, 64, rows)
@@ -257,8 +257,8 @@ if "{name}" == "gather_mm":
     product = mlx_mfa.gather_mm(x, mx.ones((5, 64, 3)), None, indices)
 else:
     product = mlx_mfa.gather_qmm(x, *mx.quantize(mx.ones((5, 32, 64)), 64, 4), None, indices)
-mx.async_eval(product)
 try:
+    mx.async_eval(product)
     mx.eval(mx.ones((3,)) + 1)
 except RuntimeError as error:
     print(error)

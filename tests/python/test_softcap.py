@@ -47,3 +47,12 @@ def test_bias_is_added_after_the_cap():
 @pytest.mark.parametrize("N", [20, 70])
 def test_softcap_with_grouped_heads(N):
     check(make_problem(7, B=2, Hq=8, Hkv=2, Nq=N, D=16, softcap=2.0, alibi=np.linspace(0, 0.5, 8)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "composed"])
+@pytest.mark.parametrize("softcap", [1e-30, 1e-42, 1e-60])
+def test_a_cap_that_float32_can_hardly_hold_still_caps(softcap, backend):
+    v = mx.random.normal((1, 1, 9, 8))
+    for x in (mx.random.normal((1, 1, 9, 8)), mx.zeros((1, 1, 9, 8))):
+        out = mfa.flash_attention(x, x, v, softcap=softcap, backend=backend)
+        np.testing.assert_allclose(to_numpy(out), to_numpy(mx.broadcast_to(mx.mean(v, 2, True), v.shape)), atol=1e-6)

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <random>
 
 #include "backend/cpu/matmul.h"
 #include "common/check.h"
@@ -15,6 +16,7 @@
 namespace mfa::testing {
 namespace {
 
+constexpr uint64_t kDraws = 16;  // of plain programs, as tests/python/linear_problems.py
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // The bytes hold `count` elements of NaN.
@@ -32,8 +34,12 @@ double rounded(double x, DType dtype) {
 
 double rounding_of(DType dtype) { return dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8; }
 
-// Terms added one by one in float32, weights and results rounded to the dtype: what a plain program computes.
-std::vector<double> unfused(const MatmulProblem& p) {
+// Terms added one by one in float32, weights and results rounded to the dtype: what a plain program computes, in the
+// order of k or, with `draw`, in some other.
+std::vector<double> unfused(const MatmulProblem& p, uint64_t draw) {
+  std::vector<int32_t> order(static_cast<size_t>(p.K));
+  std::iota(order.begin(), order.end(), 0);
+  if (draw > 0) std::shuffle(order.begin(), order.end(), std::mt19937_64(draw));
   std::vector<double> out;
   out.reserve(static_cast<size_t>(p.M * p.N));
   std::vector<float> w(static_cast<size_t>(p.K) * static_cast<size_t>(p.N));
@@ -43,7 +49,7 @@ std::vector<double> unfused(const MatmulProblem& p) {
   for (int64_t r = 0; r < p.M; ++r)
     for (int32_t n = 0; n < p.N; ++n) {
       float sum = 0;
-      for (int32_t k = 0; k < p.K; ++k)
+      for (const int32_t k : order)
         sum += load_as_float(p.x.data, p.dtype, p.x.at(r) + k) * w[static_cast<size_t>(n) * p.K + k];
       sum *= p.alpha;
       if (p.c.data) sum += p.beta * load_as_float(p.c.data, p.dtype, r * p.c.row_stride + n * p.c.column_stride);
@@ -217,9 +223,9 @@ void MatmulCase::set_group(int64_t n, int32_t group, float scale, float bias) {
 }
 
 void MatmulCase::check() const {
-  const std::vector<double> exact = reference_matmul(problem_), plain = unfused(problem_);
+  const std::vector<double> exact = reference_matmul(problem_);
   const std::vector<float> got = result();
-  double error = 0, plain_error = 0, largest = 0;
+  double error = 0, largest = 0;
   size_t worst = 0;
   for (size_t i = 0; i < exact.size(); ++i) {
     ASSERT_TRUE(std::isfinite(got[i])) << "[" << i << "] = " << got[i] << ", exact " << exact[i];
@@ -227,15 +233,19 @@ void MatmulCase::check() const {
       error = std::abs(got[i] - exact[i]);
       worst = i;
     }
-    plain_error = std::max(plain_error, std::abs(plain[i] - exact[i]));
     largest = std::max(largest, std::abs(exact[i]));
   }
-  // Where there are few results the plain program's error may be small by chance: a few float32 roundings of sums are
-  // let pass.
-  const double noise = 4 * 0x1p-24 * std::sqrt(problem_.K + 1.0) * std::abs(problem_.alpha);
-  EXPECT_LE(error, 2 * plain_error + rounding_of(problem_.dtype) * largest + noise)
-      << "plain error " << plain_error << ", largest " << largest << "; worst [" << worst << "] = " << got[worst]
-      << ", exact " << exact[worst];
+  // Where there are few results one plain program's error may be small by chance.
+  const auto bound = [&, rounding = rounding_of(problem_.dtype) * largest](double plain) {
+    return 2 * plain + rounding;
+  };
+  double plain_error = 0;
+  for (uint64_t draw = 0; draw == 0 || (draw < kDraws && error > bound(plain_error)); ++draw) {
+    const std::vector<double> plain = unfused(problem_, draw);
+    for (size_t i = 0; i < exact.size(); ++i) plain_error = std::max(plain_error, std::abs(plain[i] - exact[i]));
+  }
+  EXPECT_LE(error, bound(plain_error)) << "plain error " << plain_error << ", largest " << largest << "; worst ["
+                                       << worst << "] = " << got[worst] << ", exact " << exact[worst];
   for (int64_t r = 0; r < problem_.M; ++r)
     for (int64_t n = problem_.N; n < out_pitch_; ++n)
       ASSERT_TRUE(std::isnan(load_as_float(out_.data(), problem_.dtype, r * out_pitch_ + n))) << "written beside";
