@@ -134,8 +134,8 @@ AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx:
   if (mask) before.mask = first_keys(*mask, 3);
   if (options.window_left >= 0) {
     const auto keys = mx::reshape(mx::arange(0, most, mx::int32, s), {1, 1, 1, most}, s);
-    const auto distance = mx::subtract(mx::add(tokens, depth, s), keys, s);
-    before.mask = both(before.mask, mx::less_equal(distance, mx::array(options.window_left), s), s);
+    const auto first_seen = mx::subtract(mx::add(tokens, depth, s), mx::array(options.window_left), s);
+    before.mask = both(before.mask, mx::less_equal(first_seen, keys, s), s);
   }
   AttentionResult past = run(q, first_keys(k, 2), first_keys(v, 2), before, std::nullopt, s);
 
@@ -143,8 +143,8 @@ AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx:
   within.mask = mx::reshape(tree.visible, {trees, 1, N, N}, s);
   if (mask) within.mask = both(within.mask, last_keys(*mask, 3), s);
   if (options.window_left >= 0) {
-    const auto distance = mx::subtract(depth, depth_of_key, s);
-    within.mask = both(within.mask, mx::less_equal(distance, mx::array(options.window_left), s), s);
+    const auto first_seen = mx::subtract(depth, mx::array(options.window_left), s);
+    within.mask = both(within.mask, mx::less_equal(first_seen, depth_of_key, s), s);
   }
   if (bias) within.bias = last_keys(*bias, 3);
   if (options.alibi_slopes) {
