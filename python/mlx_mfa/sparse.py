@@ -92,6 +92,7 @@ def sparse_attention_dispatch(
     density_threshold: float = 0.02,
     density: float | None = None,
     precomputed_bias: mx.array | None = None,
+    token_mask: mx.array | None = None,
     **options: Any,
 ) -> mx.array | tuple[mx.array, mx.array]:
     """:func:`flash_attention_sparse` under the name and with the arguments of the package that this one replaces.
@@ -102,6 +103,7 @@ def sparse_attention_dispatch(
         block_tile (int or tuple of int): The size of a tile of a mask that is an array. Default 16.
         scale, causal: As :func:`flash_attention_sparse`.
         density_threshold, density, precomputed_bias: Accepted and not used: there is one path, whatever the density.
+        token_mask (array, optional): The ``mask`` of :func:`flash_attention_sparse`, of tokens.
         **options: The other keywords of :func:`flash_attention_sparse`, except ``backward``.
 
     Returns:
@@ -110,7 +112,9 @@ def sparse_attention_dispatch(
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_sparse`.
     """
-    return _attend("sparse_attention_dispatch", Q, K, V, mask, block_tile, scale=scale, causal=causal, **options)
+    return _attend(
+        "sparse_attention_dispatch", Q, K, V, mask, block_tile, scale=scale, causal=causal, mask=token_mask, **options
+    )
 
 
 @clear_type_errors
@@ -123,6 +127,7 @@ def sparse_attention_nax(
     block_tile: int | Sequence[int] = 32,
     scale: float | None = None,
     causal: bool = False,
+    token_mask: mx.array | None = None,
     **options: Any,
 ) -> mx.array | tuple[mx.array, mx.array]:
     """:func:`flash_attention_sparse` under the name and with the arguments of the package that this one replaces.
@@ -132,6 +137,7 @@ def sparse_attention_nax(
         mask (BlockMask or array): The visible tiles.
         block_tile (int or tuple of int): The size of a tile of a mask that is an array. Default 32.
         scale, causal: As :func:`flash_attention_sparse`.
+        token_mask (array, optional): The ``mask`` of :func:`flash_attention_sparse`, of tokens.
         **options: Its other keywords, except ``backward``.
 
     Returns:
@@ -140,7 +146,9 @@ def sparse_attention_nax(
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_sparse`.
     """
-    return _attend("sparse_attention_nax", Q, K, V, mask, block_tile, scale=scale, causal=causal, **options)
+    return _attend(
+        "sparse_attention_nax", Q, K, V, mask, block_tile, scale=scale, causal=causal, mask=token_mask, **options
+    )
 
 
 def _attend(

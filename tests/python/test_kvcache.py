@@ -91,10 +91,13 @@ def unturned(x, back):
     return x
 
 
-def random_call(rng, rope_append=False):
+def random_call(rng, function):
     """A problem, its cache and the call's arguments; how q and k are turned, and whether k is at load; the lengths."""
     B, sizes = random_sizes(rng)
-    kind, appends = str(rng.choice(KINDS)), bool(rng.random() < 0.6) or rope_append
+    kind, rotated = str(rng.choice(KINDS)), function is not mfa.flash_attention_kvcache
+    appends = bool(rng.random() < 0.6) or rotated
+    if function is mfa.flash_attention_rope_unified:  # it reads pools, and appends to the others
+        appends = kind != "pool"
     remaps = bool(rng.random() < 0.3) and not (kind == "grows" and appends)
     added = int(rng.choice((1, 2, 9, 33))) if appends else 0
     before = np.full(B, rng.choice((0, 1, 16, 40))) if kind == "grows" else rng.choice((0, 1, 7, 16, 31, 64), B)
@@ -109,7 +112,7 @@ def random_call(rng, rope_append=False):
     for name, value in options.items():
         setattr(p, name, value)
     given, turn_q, turn_k, at_load = dict(cache.arguments), unturned, unturned, True
-    if rng.random() < 0.5 or rope_append:
+    if rng.random() < 0.5 or rotated:
         cos, sin = tables(POSITIONS, 2 * int(rng.integers(1, sizes["D"] // 2 + 1)))
         interleaved = bool(rng.random() < 0.5)
         q_first, new_first = np.maximum(0, total - Nq), before
@@ -135,22 +138,29 @@ def random_call(rng, rope_append=False):
     return case_of(rng, p, label), cache, given, arguments, turn_q, turn_k, at_load, total
 
 
-def check_random_caches(block, seed, rope_append):
+@pytest.mark.parametrize(
+    "function",
+    [mfa.flash_attention_kvcache, mfa.flash_attention_kvcache_rope_append, mfa.flash_attention_rope_unified],
+)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_caches_are_within_the_error_rule(block, function, seed):
     def check(rng, index):
-        case, cache, given, arguments, turn_q, turn_k, at_load, total = random_call(rng, rope_append)
+        case, cache, given, arguments, turn_q, turn_k, at_load, total = random_call(rng, function)
         p = case.problem
 
         def attend(x):
             q, k, v = (x.pop(n) for n in "qkv")
             options = given | keywords(p) | arguments | x
-            if not rope_append:
-                return mfa.flash_attention_kvcache(
-                    q, cache.of(k), cache.of(v), k_new=cache.new_of(k), v_new=cache.new_of(v), **options
-                )
+            if function is mfa.flash_attention_kvcache:
+                return function(q, cache.of(k), cache.of(v), k_new=cache.new_of(k), v_new=cache.new_of(v), **options)
+            if cache.new is None:  # rope_unified over pages
+                return function(q, cache.of(k), cache.of(v), **options)
             # An empty cache that grows may be left out.
             old = (None, None) if cache.kind == "grows" and index % 2 and not cache.before.any() else (k, v)
-            old = [x if x is None else cache.of(x) for x in old]
-            return mfa.flash_attention_kvcache_rope_append(q, cache.new_of(k), cache.new_of(v), *old, **options)
+            old = dict(zip(("k_cache", "v_cache"), (x if x is None else cache.of(x) for x in old)))
+            if function is mfa.flash_attention_rope_unified:
+                old["return_updated_cache"] = True
+            return function(q, cache.new_of(k), cache.new_of(v), **old, **options)
 
         inputs = {n: to_mlx(getattr(p, n), p.dtype) for n in "qkv"}
         if cache.new is not None:
@@ -172,16 +182,6 @@ def check_random_caches(block, seed, rope_append):
         check_entry(case, inputs, lambda x: attend(x)[:2], parts, rule=rule)
 
     run_block(block, seed, check)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_random_caches_are_within_the_error_rule(block, seed):
-    check_random_caches(block, seed, rope_append=False)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_random_rotated_appends_are_within_the_error_rule(block, seed):
-    check_random_caches(block, seed, rope_append=True)
 
 
 # ---------------------------------------------------------------------------------------------- in place
