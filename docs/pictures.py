@@ -52,6 +52,24 @@ def tree(parents: list[int], committed: int) -> np.ndarray:
     return seen(lambda q, k, v: mfa.flash_attention_tree(q, k, v, parents), N, committed + N)
 
 
+def topk(Nq: int, Nk: int, ratio: float) -> np.ndarray:
+    q, k = (mx.random.normal((1, 1, n, 8), key=mx.random.key(n)) for n in (Nq, Nk))
+    return np.array(mfa.flash_attention_topk(q, k, mx.eye(Nk)[None, None], ratio))[0, 0] > 0
+
+
+def pages(table: list[list[int]], lengths: list[int], page: int, count: int) -> np.ndarray:
+    """The tokens of a pool that each of the sequences sees, four causal queries a sequence."""
+    q, k = mx.zeros((len(table), 1, 4, 8)), mx.zeros((count, page, 1, 8))
+    v = mx.eye(count * page).reshape(count, page, 1, count * page)
+    out = mfa.flash_attention_paged(q, k, v, mx.array(table), lengths, causal=True)
+    return np.array(out).reshape(-1, count * page) > 0
+
+
+def built(builder: Callable[..., mx.array], *arguments: object, **options: object) -> np.ndarray:
+    """The mask of a builder for tiles of one token."""
+    return np.array(builder(*arguments, block_size=1, **options))
+
+
 def cascade(prefix: int, own: int) -> np.ndarray:
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mfa.flash_attention_cascade(q, k[:, :, :prefix], v[:, :, :prefix], k[:, :, prefix:], v[:, :, prefix:])
@@ -90,6 +108,30 @@ PICTURES: dict[str, tuple[Callable[[], np.ndarray], int]] = {
     "gna_1d_dilation": (lambda: neighbourhood((24,), (5,), (1,), dilation=3), 0),
     "gna_1d_causal": (lambda: neighbourhood((24,), (6,), (1,), causal=True), 0),
     "gna_2d": (lambda: neighbourhood((6, 6), (3, 3), (1, 1)), 6),
+    "gna_3d": (lambda: neighbourhood((3, 4, 3), (2, 3, 3), (1, 1, 1)), 12),
+    "topk": (lambda: topk(16, 24, 0.25), 0),
+    "pages": (lambda: pages([[3, 1, -1], [0, 4, 2]], [7, 10], 4, 6), 4),
+    "segment_mask": (lambda: built(mfa.make_segment_mask, [5, 11, 8]), 0),
+    "cross_stream": (
+        lambda: built(
+            mfa.make_cross_stream_mask, 12, 24, pattern="segment", q_segments=[3, 5, 4], kv_segments=[8, 4, 12]
+        ),
+        0,
+    ),
+    "diagonal": (lambda: np.array(mfa.make_diagonal_mask(24, (1, 1), num_diagonals=3, bandwidth=2)), 0),
+    "strided": (lambda: built(mfa.make_strided_mask, 24, 3, 6), 0),
+    "spatial_2d": (lambda: built(mfa.make_spatial_2d_mask, 5, 5, 1), 5),
+    "spatial_3d": (lambda: built(mfa.make_spatial_3d_mask, 3, 3, 4, 1, 1), 9),
+    "axial_spatial": (lambda: built(mfa.make_axial_spatial_mask, 3, 3, 4), 9),
+    "axial_temporal": (lambda: built(mfa.make_axial_temporal_mask, 3, 3, 4), 9),
+    "dilated_temporal": (lambda: built(mfa.make_dilated_temporal_mask, 2, 2, 8, 3), 4),
+    "reference_frame": (lambda: built(mfa.make_reference_frame_mask, 2, 3, 6, [0], temporal_radius=1), 6),
+    "adaptive_window": (
+        lambda: built(
+            mfa.make_adaptive_window_mask, 4, 4, 2, 4, 4, 1, train_resolution=(8, 8), inference_resolution=(16, 16)
+        ),
+        16,
+    ),
 }  # fmt: skip
 
 

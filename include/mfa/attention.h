@@ -72,6 +72,9 @@ struct AttentionOptions {
   bool return_probs = false;
 
   Backend backend = Backend::automatic;
+
+  // Stands for the name of the function in errors and explanations: a string that outlives the graph.
+  const char* function = nullptr;
 };
 
 struct AttentionResult {

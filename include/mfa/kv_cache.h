@@ -44,9 +44,9 @@ struct KvCacheResult {
   std::optional<mlx::core::array> k, v;  // the cache with the new keys, if there are some
 };
 
-// Appends `added` to the cache and attends to all of it, `function`, a string that outlives the graph, standing in
-// error messages. As attention() with kv_lengths; causal and the other options count queries as the last of a
-// sequence's keys. q is cast to the dtype of the cache and the result back. options.kv_lengths must be empty.
+// Appends `added` to the cache and attends to all of it. As attention() with kv_lengths; causal and the other options
+// count queries as the last of a sequence's keys. q is cast to the dtype of the cache and the result back.
+// options.kv_lengths must be empty.
 //
 // A pool and a preallocated cache are written in place when nothing but this call holds them when it is evaluated: then
 // appending takes the time of the new rows alone. Otherwise they are copied, and the arrays given keep their values.
@@ -59,7 +59,6 @@ MFA_API KvCacheResult attention_kvcache(const mlx::core::array& q, const KvCache
                                         const std::optional<NewKeys>& added = {},
                                         const std::optional<CacheRotation>& rotation = {},
                                         const AttentionOptions& options = {}, bool wants_lse = false,
-                                        const char* function = "flash_attention_kvcache",
                                         mlx::core::StreamOrDevice s = {});
 
 // `cache` with `rows` [B, H, N, D] at tokens starts[b] + t of each sequence: [B, H, S, D] or, with a block_table, pools

@@ -11,19 +11,16 @@ namespace mfa {
 
 // attention() of which only the pairs in visible tiles of `mask` are left, bit for bit on the CPU; all options combine
 // with it. The mask's lengths are those of q and k; its batch and heads are those of q or 1. Throws
-// std::invalid_argument, naming `function`, if they are not, and as attention(); std::runtime_error where no kernel
-// runs.
+// std::invalid_argument if they are not, and as attention(); std::runtime_error where no kernel runs.
 MFA_API mlx::core::array attention_sparse(const mlx::core::array& q, const mlx::core::array& k,
                                           const mlx::core::array& v, const BlockMask& mask,
-                                          const AttentionOptions& options = {}, mlx::core::StreamOrDevice s = {},
-                                          const char* function = "flash_attention_sparse");
+                                          const AttentionOptions& options = {}, mlx::core::StreamOrDevice s = {});
 
 // The same with the log-sum-exp of each row, over its visible keys.
 MFA_API AttentionResult attention_sparse_with_lse(const mlx::core::array& q, const mlx::core::array& k,
                                                   const mlx::core::array& v, const BlockMask& mask,
                                                   const AttentionOptions& options = {},
-                                                  mlx::core::StreamOrDevice s = {},
-                                                  const char* function = "flash_attention_sparse");
+                                                  mlx::core::StreamOrDevice s = {});
 
 // The BlockMask of a bool array for Nq queries and Nk keys, of which `tile` is the size of a tile, or, without it, that
 // one of the replaced package's sizes for the head dimension which fits the array's shape: 32 by 32, or above head

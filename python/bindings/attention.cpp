@@ -103,6 +103,27 @@ Raises:
 )");
 
   m.def(
+      "attention_with_options",
+      [](const mx::array& q, const mx::array& k, const mx::array& v, AttentionOptions options, bool return_lse,
+         bool return_probs, mx::StreamOrDevice stream) {
+        options.return_probs = return_probs;
+        if (!return_lse && !return_probs) {
+          return nb::make_tuple(attention(q, k, v, options, stream), nb::none(), nb::none());
+        }
+        auto result = attention_with_lse(q, k, v, options, stream);
+        return nb::make_tuple(result.out, result.lse, result.probs);
+      },
+      "q"_a, "k"_a, "v"_a, "options"_a, "return_lse"_a, "return_probs"_a, "stream"_a = nb::none(), R"(
+:func:`attention` for an entry point whose name the options give.
+
+Returns:
+    tuple: ``(out, lse, probs)`` as :func:`attention_with_lse`; None for what is not wanted.
+
+Raises:
+    ValueError, RuntimeError: As :func:`attention`.
+)");
+
+  m.def(
       "explain",
       [](const mx::array& q, const mx::array& k, const mx::array& v, std::optional<double> scale, bool causal,
          double softcap, const OptionalArray& alibi_slopes, double dropout_p, int window_left, int window_right,

@@ -3,7 +3,6 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/string_view.h>
 #include <nanobind/stl/variant.h>
 
 #include "bindings.h"
@@ -14,41 +13,27 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace mfa::python {
-namespace {
-
-// The name of the entry point for error messages, which outlives the call.
-const char* static_name(std::string_view function) {
-  for (const char* name :
-       {"flash_attention_kvcache", "flash_attention_kvcache_rope_append", "flash_attention_rope_unified"}) {
-    if (function == name) return name;
-  }
-  throw nb::value_error("unknown entry point");
-}
-
-}  // namespace
-
 void bind_kv_cache(nb::module_& m) {
   m.def(
       "attention_kvcache",
-      [](std::string_view function, const mx::array& q, const OptionalArray& k_cache, const OptionalArray& v_cache,
-         const OptionalArray& k_new, const OptionalArray& v_new, const OptionalArray& block_table,
-         const OptionalArray& seq_lens, const OptionalArray& cache_batch_idx, const OptionalArray& rotary_cos,
-         const OptionalArray& rotary_sin, bool interleaved, std::optional<int> rotary_dim,
-         const OptionalArray& positions, std::optional<bool> rotates_k, bool wants_lse, const AttentionOptions& options,
-         mx::StreamOrDevice stream) {
+      [](const mx::array& q, const OptionalArray& k_cache, const OptionalArray& v_cache, const OptionalArray& k_new,
+         const OptionalArray& v_new, const OptionalArray& block_table, const OptionalArray& seq_lens,
+         const OptionalArray& cache_batch_idx, const OptionalArray& rotary_cos, const OptionalArray& rotary_sin,
+         bool interleaved, std::optional<int> rotary_dim, const OptionalArray& positions, std::optional<bool> rotates_k,
+         bool wants_lse, const AttentionOptions& options, mx::StreamOrDevice stream) {
         std::optional<NewKeys> added;
         if (k_new && v_new) added = NewKeys{*k_new, *v_new};
         std::optional<CacheRotation> rotation;
         if (rotary_cos && rotary_sin)
           rotation = CacheRotation{*rotary_cos, *rotary_sin, interleaved, rotary_dim, positions, rotates_k};
         const auto result = attention_kvcache(q, {k_cache, v_cache, block_table, seq_lens, cache_batch_idx}, added,
-                                              rotation, options, wants_lse, static_name(function), stream);
+                                              rotation, options, wants_lse, stream);
         return nb::make_tuple(result.out, result.lse, result.k, result.v);
       },
-      "function"_a, "q"_a, "k_cache"_a.none(), "v_cache"_a.none(), "k_new"_a.none(), "v_new"_a.none(),
-      "block_table"_a.none(), "seq_lens"_a.none(), "cache_batch_idx"_a.none(), "rotary_cos"_a.none(),
-      "rotary_sin"_a.none(), "interleaved"_a, "rotary_dim"_a.none(), "positions"_a.none(), "rotates_k"_a.none(),
-      "wants_lse"_a, "options"_a, "stream"_a = nb::none(), R"(
+      "q"_a, "k_cache"_a.none(), "v_cache"_a.none(), "k_new"_a.none(), "v_new"_a.none(), "block_table"_a.none(),
+      "seq_lens"_a.none(), "cache_batch_idx"_a.none(), "rotary_cos"_a.none(), "rotary_sin"_a.none(), "interleaved"_a,
+      "rotary_dim"_a.none(), "positions"_a.none(), "rotates_k"_a.none(), "wants_lse"_a, "options"_a,
+      "stream"_a = nb::none(), R"(
 Attention over a cache, with new keys appended. As :func:`mlx_mfa.flash_attention_kvcache`.
 
 Returns:

@@ -1,7 +1,10 @@
 #include "options.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
+#include <set>
+#include <string>
 
 #include "bindings.h"
 
@@ -20,6 +23,12 @@ OptionalArray to_seed_array(const Seed& seed) {
 }
 
 }  // namespace
+
+const char* static_name(std::string_view name) {
+  static std::set<std::string, std::less<>> names;  // under Python's lock
+  const auto at = names.find(name);
+  return (at != names.end() ? at : names.emplace(name).first)->c_str();
+}
 
 AttentionOptions make_options(std::optional<double> scale, bool causal, double softcap,
                               const OptionalArray& alibi_slopes, double dropout_p, int window_left, int window_right,
@@ -51,19 +60,21 @@ void bind_options(nb::module_& m) {
   nb::class_<AttentionOptions>(m, "AttentionOptions", "The options that the entry points of attention share.")
       .def(
           "__init__",
-          [](AttentionOptions* self, std::optional<double> scale, bool causal, double softcap,
-             const OptionalArray& alibi_slopes, double dropout_p, int window_left, int window_right,
+          [](AttentionOptions* self, std::string_view function, std::optional<double> scale, bool causal,
+             double softcap, const OptionalArray& alibi_slopes, double dropout_p, int window_left, int window_right,
              const OptionalArray& attn_bias, std::string_view backend, const OptionalArray& mask,
              const OptionalArray& sinks, const OptionalArray& kv_lengths, const Seed& dropout_seed) {
             new (self) AttentionOptions(make_options(scale, causal, softcap, alibi_slopes, dropout_p, window_left,
                                                      window_right, attn_bias, backend, mask, sinks, kv_lengths,
                                                      dropout_seed, false));
+            self->function = static_name(function);
           },
-          "scale"_a = nb::none(), "causal"_a = false, "softcap"_a = 0.0, "alibi_slopes"_a = nb::none(),
+          "function"_a, "scale"_a = nb::none(), "causal"_a = false, "softcap"_a = 0.0, "alibi_slopes"_a = nb::none(),
           "dropout_p"_a = 0.0, "window_left"_a = -1, "window_right"_a = -1, "attn_bias"_a = nb::none(),
           "backend"_a = "auto", "mask"_a = nb::none(), "sinks"_a = nb::none(), "kv_lengths"_a = nb::none(),
           "dropout_seed"_a = nb::none(),
-          "As the arguments of :func:`mlx_mfa.flash_attention`, with ``window_size`` as two integers.");
+          "As the arguments of :func:`mlx_mfa.flash_attention`, with ``window_size`` as two integers, for "
+          "``function``.");
 }
 
 }  // namespace mfa::python

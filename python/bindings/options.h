@@ -18,6 +18,9 @@ namespace mx = mlx::core;
 using OptionalArray = std::optional<mx::array>;
 using Seed = std::variant<std::monostate, uint64_t, mx::array>;
 
+// The name of an entry point as a string that lives as long as the process.
+const char* static_name(std::string_view name);
+
 AttentionOptions make_options(std::optional<double> scale, bool causal, double softcap,
                               const OptionalArray& alibi_slopes, double dropout_p, int window_left, int window_right,
                               const OptionalArray& attn_bias, std::string_view backend, const OptionalArray& mask,

@@ -41,7 +41,7 @@ void bind_sparse(nb::module_& m) {
       "attention_sparse",
       [](const mx::array& q, const mx::array& k, const mx::array& v, const MaskArgument& mask,
          const TileArgument& block_size, const AttentionOptions& options, bool return_lse, mx::StreamOrDevice stream) {
-        const BlockMask blocks = block_mask_of(mask, block_size, q, k, "flash_attention_sparse");
+        const BlockMask blocks = block_mask_of(mask, block_size, q, k, options.function);
         if (!return_lse) return nb::make_tuple(attention_sparse(q, k, v, blocks, options, stream), nb::none());
         const auto result = attention_sparse_with_lse(q, k, v, blocks, options, stream);
         return nb::make_tuple(result.out, result.lse);

@@ -31,7 +31,7 @@ void bind_varlen(nb::module_& m) {
           };
           sequences.block_mask =
               block_mask_of(*block_mask, block_size, longest(q, max_seqlen_q), longest(k, max_seqlen_k),
-                            q.ndim() == 4 ? q.shape(3) : 0, "flash_attention_varlen");
+                            q.ndim() == 4 ? q.shape(3) : 0, options.function);
         }
         if (!return_lse) return nb::cast(attention_varlen(q, k, v, sequences, options, stream));
         const auto result = attention_varlen_with_lse(q, k, v, sequences, options, stream);

@@ -13,7 +13,8 @@ import mlx.core as mx
 from . import _ext
 
 Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
-Positions = int | mx.array | Sequence[int] | None
+Integers = int | mx.array | Sequence[int] | Sequence[Sequence[int]]
+Positions = int | mx.array | Sequence[int] | None  # one for all, or one for each batch entry
 
 LOG2_E = math.log2(math.e)
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
@@ -32,6 +33,7 @@ def make_options(
     """The options of a call of ``function``; ``others`` are passed on as they are."""
     left, right = (-1, -1) if window_size is None else window(window_size, function)
     return _ext.AttentionOptions(
+        function=function,
         window_left=left,
         window_right=right,
         kv_lengths=optional_integers(function, "kv_lengths", kv_lengths),
@@ -52,32 +54,26 @@ def window(window_size: Sequence[int], function: str) -> tuple[int, int]:
     raise ValueError(f"[{function}] window_size must be a tuple of two integers; got {window_size!r}")
 
 
-def integers(function: str, name: str, values: mx.array | Sequence[int]) -> mx.array:
-    """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
+def integers(function: str, name: str, values: Integers) -> mx.array:
+    """Integers given as a sequence or a number as an array; an array keeps its dtype for the library to check."""
     if isinstance(values, mx.array):
         return values
     # MLX takes neither numpy's integers nor, everywhere, its arrays.
-    listed = values.tolist() if hasattr(values, "tolist") else values
-    numbers = [operator.index(n) if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in listed]
+    listed: Any = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(listed, Iterable):
+        listed = operator.index(listed)
     try:
+        if isinstance(listed, int):
+            return mx.array(listed)
+        numbers = [operator.index(n) if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in listed]
         return mx.array(numbers) if numbers else mx.zeros((0,), mx.int32)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a number of more than 64 bits
         raise ValueError(f"[{function}] {name} must hold integers of 64 bits; got {reprlib.repr(values)}") from None
 
 
-def optional_integers(function: str, name: str, values: mx.array | Sequence[int] | None) -> mx.array | None:
+def optional_integers(function: str, name: str, values: Integers | None) -> mx.array | None:
     """The same of what may be left out."""
     return None if values is None else integers(function, name, values)
-
-
-def positions(function: str, name: str, given: Positions, q: mx.array) -> mx.array | None:
-    """A position for each batch entry of ``q``, from one for all or one for each."""
-    if given is None or (isinstance(given, Iterable) and not (isinstance(given, mx.array) and given.ndim == 0)):
-        return optional_integers(function, name, given)
-    batch = q.shape[0] if q.ndim else 1
-    if isinstance(given, mx.array):
-        return mx.broadcast_to(given, (batch,))
-    return integers(function, name, [operator.index(given)] * batch)
 
 
 def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, function: str) -> int | mx.array | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, integers, optional_integers, window
+from ._options import LOG2_E, Stream, integers, make_options, optional_integers, window
 from ._options import seed as make_seed
 from ._type_errors import clear_type_errors, recover
 
@@ -114,6 +114,29 @@ def flash_attention(
     except TypeError:  # as clear_type_errors has it, without the microsecond of a call between
         given = locals()
         return recover(flash_attention, (), {name: given[name] for name in signature(flash_attention).parameters})
+
+
+def attend(
+    function: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    return_lse: bool = False,
+    return_attn_weights: bool = False,
+    stream: Stream = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, ...]:
+    """:func:`flash_attention` for ``function``, an entry point that takes its arguments in another form."""
+    out, lse, weights = _ext.attention_with_options(
+        q, k, v, make_options(function, stream=stream, **options), return_lse, return_attn_weights, stream
+    )
+    results = [out]
+    if return_lse:
+        results.append(mx.multiply(lse, LOG2_E, stream=stream))
+    if return_attn_weights:
+        results.append(weights)
+    return tuple(results) if len(results) > 1 else out
 
 
 @clear_type_errors

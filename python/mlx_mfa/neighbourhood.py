@@ -79,7 +79,7 @@ def flash_attention_gna(
         raise ValueError(f'[flash_attention_gna] even_bias must be "right" or "left"; got {even_bias!r}')
     axes = _integers("seq_shape", seq_shape)
     dilations = _integers("dilation", dilation if isinstance(dilation, (tuple, list)) else [dilation] * len(axes))
-    causals = [bool(c) for c in causal] if isinstance(causal, (tuple, list)) else [bool(causal)] * len(axes)
+    causals = _booleans("causal", causal if isinstance(causal, (tuple, list)) else [causal] * len(axes))
     options = make_options(
         "flash_attention_gna", scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
         attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed,
@@ -103,3 +103,11 @@ def _integers(name: str, values: object) -> list[int]:
             if all(-(2**31) <= n < 2**31 for n in numbers):
                 return numbers
     raise ValueError(f"[flash_attention_gna] {name} must be a tuple of integers of 32 bits; got {values!r}")
+
+
+def _booleans(name: str, values: list[object] | tuple[object, ...]) -> list[bool]:
+    """The values as bool, if they are that or a number 0 or 1."""
+    numbers = [n.item() if hasattr(n, "item") and getattr(n, "size", 1) == 1 else n for n in values]
+    if not all(isinstance(n, int) and n in (0, 1) for n in numbers):
+        raise ValueError(f"[flash_attention_gna] {name} must be a bool or one for each axis; got {values!r}")
+    return [bool(n) for n in numbers]

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from . import _ext
 from ._type_errors import clear_type_errors
-from .attention import Backend, Stream, flash_attention
+from .attention import Backend, Stream, attend
 
 
 @clear_type_errors
@@ -54,10 +54,13 @@ def flash_attention_qkv_packed(
         ValueError: If the sizes do not fit, and as :func:`flash_attention`.
         RuntimeError, TypeError: As :func:`flash_attention`.
     """
-    q, k, v = _ext.unpack_qkv(qkv, num_heads, num_kv_heads, "flash_attention_qkv_packed", stream)
-    return flash_attention(
-        q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, return_attn_weights, window_size, return_lse, stream,
-        attn_bias, backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed,
+    function = "flash_attention_qkv_packed"
+    q, k, v = _ext.unpack_qkv(qkv, num_heads, num_kv_heads, function, stream)
+    return attend(
+        function, q, k, v, scale=scale, causal=causal, softcap=softcap, alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p, return_attn_weights=return_attn_weights, window_size=window_size, return_lse=return_lse,
+        stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths,
+        dropout_seed=dropout_seed,
     )  # fmt: skip
 
 
@@ -104,8 +107,11 @@ def flash_attention_kv_packed(
         ValueError: If the sizes do not fit, and as :func:`flash_attention`.
         RuntimeError, TypeError: As :func:`flash_attention`.
     """
-    k, v = _ext.unpack_kv(kv, num_kv_heads, "flash_attention_kv_packed", stream)
-    return flash_attention(
-        q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, return_attn_weights, window_size, return_lse, stream,
-        attn_bias, backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed,
+    function = "flash_attention_kv_packed"
+    k, v = _ext.unpack_kv(kv, num_kv_heads, function, stream)
+    return attend(
+        function, q, k, v, scale=scale, causal=causal, softcap=softcap, alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p, return_attn_weights=return_attn_weights, window_size=window_size, return_lse=return_lse,
+        stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths,
+        dropout_seed=dropout_seed,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -70,17 +71,12 @@ def flash_attention_paged(
             or no kernel runs on the stream.
         TypeError: If an argument is of another type than said here.
     """
-    function = "flash_attention_paged"
-    options = make_options(
-        function, scale=scale, causal=causal, softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
-        window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
-        dropout_seed=dropout_seed, stream=stream,
+    return attend_to_pages(
+        "flash_attention_paged", q, k_pages, v_pages, block_table, seq_lens, block_size=block_size,
+        cache_batch_idx=cache_batch_idx, return_lse=return_lse, stream=stream, scale=scale, causal=causal,
+        softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias,
+        backend=backend, mask=mask, sinks=sinks, dropout_seed=dropout_seed,
     )  # fmt: skip
-    check_page_size(block_size, k_pages, function)
-    lengths = integers(function, "seq_lens", seq_lens)
-    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
-    out, lse = _ext.attention_paged(q, k_pages, v_pages, block_table, lengths, tables, options, stream)
-    return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
 @clear_type_errors
@@ -154,3 +150,27 @@ def check_page_size(block_size: int | None, k_pages: mx.array, function: str) ->
         raise ValueError(
             f"[{function}] block_size must be the page size of the pools, {k_pages.shape[1]}; got {block_size}"
         )
+
+
+def attend_to_pages(
+    function: str,
+    q: mx.array,
+    k_pages: mx.array,
+    v_pages: mx.array,
+    block_table: mx.array,
+    seq_lens: mx.array | Sequence[int],
+    *,
+    block_size: int | None,
+    cache_batch_idx: mx.array | Sequence[int] | None,
+    return_lse: bool,
+    stream: Stream,
+    **options: Any,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """The call of ``function``, one of the entry points over pools with a query of each sequence in a batch."""
+    check_page_size(block_size, k_pages, function)
+    lengths = integers(function, "seq_lens", seq_lens)
+    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
+    out, lse = _ext.attention_paged(
+        q, k_pages, v_pages, block_table, lengths, tables, make_options(function, stream=stream, **options), stream
+    )
+    return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out

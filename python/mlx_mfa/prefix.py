@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import mlx.core as mx
 
 from . import _ext
 from ._options import LOG2_E, Stream, make_options, seed
 from ._type_errors import clear_type_errors
-from .attention import Backend, flash_attention
+from .attention import Backend, attend
 
 
 @clear_type_errors
@@ -93,27 +92,31 @@ def make_shared_prefix_cache(
     kv_lengths: mx.array | Sequence[int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | mx.array | None = None,
-) -> tuple[mx.array, mx.array, mx.array]:
+    return_lse: bool = False,
+) -> tuple[mx.array, ...]:
     """Attention of a prefix over itself, with the keys and values that :func:`flash_attention_cascade` goes on from.
 
     Args:
         prefix_q, prefix_k, prefix_v (array): ``[B, Hq, P, D]``, ``[B, Hkv, P, D]``, ``[B, Hkv, P, Dv]``.
         causal (bool): Default True.
+        return_lse (bool): Also return the **base-2** log-sum-exp of each row, to merge the output with others. Default
+            False.
         scale, softcap, window_size, alibi_slopes, sinks, backend, attn_bias, mask, kv_lengths, dropout_p, dropout_seed,
             stream: As :func:`flash_attention`.
 
     Returns:
-        tuple: ``(out, prefix_k, prefix_v)``: the output, and the arrays given.
+        tuple: ``(out, prefix_k, prefix_v)``: the output, and the arrays given; with ``return_lse`` ``(out, lse,
+        prefix_k, prefix_v)``.
 
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention`.
     """
-    out = flash_attention(
-        prefix_q, prefix_k, prefix_v, scale, causal, softcap, alibi_slopes, dropout_p, window_size=window_size,
-        stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths,
-        dropout_seed=dropout_seed,
+    results = attend(
+        "make_shared_prefix_cache", prefix_q, prefix_k, prefix_v, return_lse=return_lse, stream=stream, scale=scale,
+        causal=causal, softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p, window_size=window_size,
+        attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed,
     )  # fmt: skip
-    return cast(mx.array, out), prefix_k, prefix_v
+    return (*results, prefix_k, prefix_v) if isinstance(results, tuple) else (results, prefix_k, prefix_v)
 
 
 @clear_type_errors

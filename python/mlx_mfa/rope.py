@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, make_options, positions
+from ._options import LOG2_E, Positions, Stream, make_options, optional_integers
 from ._type_errors import clear_type_errors
 from .attention import Backend
 from .kv_cache import attend_to_cache
@@ -138,13 +139,18 @@ def flash_attention_rope_unified(
     """
     function = "flash_attention_rope_unified"
     with_cache = k_cache is not None or v_cache is not None or return_updated_cache
-    if block_table is None and not with_cache:
+    standalone = block_table is None and not with_cache
+    name, given = ("seq_lens", seq_lens) if standalone else ("k_offset", k_offset)
+    if given is not None:
+        mode = "without" if standalone else "with"
+        raise ValueError(f"[{function}] {name} must not be given {mode} a cache; got {given!r}")
+    if standalone:
         return _attend(
             function, q, k, v, rotary_cos, rotary_sin, 0 if cache_seqlens is None else cache_seqlens, k_offset, rope_3d,
             interleaved, rotary_dim, return_lse, stream, {"scale": scale, "causal": causal} | options,
         )  # fmt: skip
     if block_table is not None and with_cache:
-        raise ValueError(f"[{function}] block_table excludes k_cache, v_cache and return_updated_cache")
+        raise ValueError(f"[{function}] block_table excludes k_cache, v_cache and return_updated_cache; got both")
     rotary_cos, rotary_sin = _tables(function, q, rotary_cos, rotary_sin, rope_3d, cache_seqlens)
     pools = (k, v, None, None) if block_table is not None else (k_cache, v_cache, k, v)
     results = attend_to_cache(
@@ -174,8 +180,8 @@ def _attend(
     options: dict[str, Any],
 ) -> mx.array | tuple[mx.array, mx.array]:
     cos, sin = _tables(function, q, cos, sin, rope_3d, q_positions)
-    of_q = positions(function, "cache_seqlens", q_positions, q)
-    of_k = positions(function, "k_offset", k_positions, q)
+    of_q = optional_integers(function, "cache_seqlens", q_positions)
+    of_k = optional_integers(function, "k_offset", k_positions)
     out, lse = _ext.attention_rope(
         q, k, v, cos, sin, interleaved, rotary_dim, of_q, of_k, True,
         make_options(function, stream=stream, **options), stream,
@@ -194,12 +200,15 @@ def _tables(
     """The tables that the arguments give."""
     if rope_3d is None:
         if cos is None or sin is None:
-            raise ValueError(f"[{function}] rotary_cos and rotary_sin, or rope_3d, must be given")
+            raise ValueError(f"[{function}] rotary_cos and rotary_sin, or rope_3d, must be given; got neither")
         return cos, sin
     if cos is not None or sin is not None:
-        raise ValueError(f"[{function}] rope_3d excludes rotary_cos and rotary_sin")
+        raise ValueError(f"[{function}] rope_3d excludes rotary_cos and rotary_sin; got both")
     if not (offset is None or (isinstance(offset, int) and offset == 0)):
         raise ValueError(f"[{function}] rope_3d counts positions from 0; got cache_seqlens {offset!r}")
     if not {"grid_h", "grid_w"} <= set(rope_3d):
         raise ValueError(f"[{function}] rope_3d must have grid_h and grid_w; got {sorted(rope_3d)}")
+    known = inspect.signature(make_rope_3d_tables).parameters.keys()
+    if not set(rope_3d) <= known:
+        raise ValueError(f"[{function}] rope_3d must have keys of {sorted(known)}; got {sorted(rope_3d)}")
     return make_rope_3d_tables(**({"num_frames": 1, "head_dim": q.shape[-1]} | dict(rope_3d)))

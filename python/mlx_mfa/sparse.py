@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -71,14 +72,11 @@ def flash_attention_sparse(
     if backward not in _BACKWARDS:
         names = '", "'.join(_BACKWARDS)
         raise ValueError(f'[flash_attention_sparse] backward must be one of "{names}"; got {backward!r}')
-    options = make_options(
-        "flash_attention_sparse", scale=scale, causal=causal, softcap=softcap, alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
-        kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
+    return _attend(
+        "flash_attention_sparse", q, k, v, block_mask, block_size, return_lse=return_lse, stream=stream, scale=scale,
+        causal=causal, softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p, window_size=window_size,
+        attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed,
     )  # fmt: skip
-    tile = optional_tile_sides(block_size, "flash_attention_sparse")
-    out, lse = _ext.attention_sparse(q, k, v, block_mask, tile, options, return_lse, stream)
-    return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
 @clear_type_errors
@@ -94,7 +92,9 @@ def sparse_attention_dispatch(
     density_threshold: float = 0.02,
     density: float | None = None,
     precomputed_bias: mx.array | None = None,
-) -> mx.array:
+    token_mask: mx.array | None = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, mx.array]:
     """:func:`flash_attention_sparse` under the name and with the arguments of the package that this one replaces.
 
     Args:
@@ -103,16 +103,18 @@ def sparse_attention_dispatch(
         block_tile (int or tuple of int): The size of a tile of a mask that is an array. Default 16.
         scale, causal: As :func:`flash_attention_sparse`.
         density_threshold, density, precomputed_bias: Accepted and not used: there is one path, whatever the density.
+        token_mask (array, optional): The ``mask`` of :func:`flash_attention_sparse`, of tokens.
+        **options: The other keywords of :func:`flash_attention_sparse`, except ``backward``.
 
     Returns:
-        array: ``[B, Hq, Nq, Dv]`` in the dtype of ``Q``.
+        array or tuple: As :func:`flash_attention_sparse`.
 
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_sparse`.
     """
-    out = flash_attention_sparse(Q, K, V, mask, scale, causal, block_size=block_tile)
-    assert isinstance(out, mx.array)
-    return out
+    return _attend(
+        "sparse_attention_dispatch", Q, K, V, mask, block_tile, scale=scale, causal=causal, mask=token_mask, **options
+    )
 
 
 @clear_type_errors
@@ -125,7 +127,9 @@ def sparse_attention_nax(
     block_tile: int | Sequence[int] = 32,
     scale: float | None = None,
     causal: bool = False,
-) -> mx.array:
+    token_mask: mx.array | None = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, mx.array]:
     """:func:`flash_attention_sparse` under the name and with the arguments of the package that this one replaces.
 
     Args:
@@ -133,11 +137,35 @@ def sparse_attention_nax(
         mask (BlockMask or array): The visible tiles.
         block_tile (int or tuple of int): The size of a tile of a mask that is an array. Default 32.
         scale, causal: As :func:`flash_attention_sparse`.
+        token_mask (array, optional): The ``mask`` of :func:`flash_attention_sparse`, of tokens.
+        **options: Its other keywords, except ``backward``.
 
     Returns:
-        array: ``[B, Hq, Nq, Dv]`` in the dtype of ``Q``.
+        array or tuple: As :func:`flash_attention_sparse`.
 
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_sparse`.
     """
-    return sparse_attention_dispatch(Q, K, V, mask, block_tile=block_tile, scale=scale, causal=causal)
+    return _attend(
+        "sparse_attention_nax", Q, K, V, mask, block_tile, scale=scale, causal=causal, mask=token_mask, **options
+    )
+
+
+def _attend(
+    function: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    block_mask: BlockMask | mx.array,
+    block_size: int | Sequence[int] | None,
+    *,
+    return_lse: bool = False,
+    stream: Stream = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """The call of ``function``, one of the names of block-sparse attention."""
+    out, lse = _ext.attention_sparse(
+        q, k, v, block_mask, optional_tile_sides(block_size, function),
+        make_options(function, stream=stream, **options), return_lse, stream,
+    )  # fmt: skip
+    return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out

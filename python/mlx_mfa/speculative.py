@@ -8,10 +8,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Stream, make_options
+from ._options import LOG2_E, Stream, integers, make_options
 from ._type_errors import clear_type_errors
-from .attention import Backend, flash_attention
-from .paged import flash_attention_paged
+from .attention import Backend, attend
+from .paged import attend_to_pages
 
 
 class TreeMask(NamedTuple):
@@ -41,7 +41,7 @@ def make_tree_mask(parents: mx.array | Sequence[int] | Sequence[Sequence[int]], 
         ValueError: If a parent is not a node before its child or -1, or the array is not of integers in one or two
             axes.
     """
-    return TreeMask(*_ext.tree_mask(_parents(parents), stream))
+    return TreeMask(*_ext.tree_mask(integers("make_tree_mask", "parents", parents), stream))
 
 
 @clear_type_errors
@@ -100,7 +100,7 @@ def flash_attention_tree(
         backend=backend, sinks=sinks, kv_lengths=kv_lengths, dropout_p=dropout_p, dropout_seed=dropout_seed,
         attn_bias=attn_bias, mask=mask, stream=stream,
     )  # fmt: skip
-    out, lse = _ext.attention_tree(q, k, v, _parents(parents), options, stream)
+    out, lse = _ext.attention_tree(q, k, v, integers("flash_attention_tree", "parents", parents), options, stream)
     return (out, mx.multiply(lse, LOG2_E, stream=stream)) if return_lse else out
 
 
@@ -149,16 +149,13 @@ def flash_attention_speculative_verify(
         ValueError: If ``draft_ids`` or ``temperature`` is not as said here, and as :func:`flash_attention`.
         RuntimeError, TypeError: As :func:`flash_attention`.
     """
-    out, lse = flash_attention(
-        q_target, k_cache, v_cache, scale, causal, softcap, alibi_slopes, dropout_p, window_size=window_size,
-        return_lse=True, stream=stream, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
-        kv_lengths=kv_lengths, dropout_seed=dropout_seed,
+    function = "flash_attention_speculative_verify"
+    out, lse = attend(
+        function, q_target, k_cache, v_cache, return_lse=True, stream=stream, scale=scale, causal=causal,
+        softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias,
+        backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed,
     )  # fmt: skip
-    return (
-        out,
-        lse,
-        _ext.draft_proxy_logprobs(out, draft_ids, temperature, "flash_attention_speculative_verify", stream),
-    )
+    return out, lse, _ext.draft_proxy_logprobs(out, draft_ids, temperature, function, stream)
 
 
 @clear_type_errors
@@ -205,22 +202,11 @@ def flash_attention_speculative_verify_paged(
         ValueError: If ``draft_ids`` or ``temperature`` is not as said here, and as :func:`flash_attention_paged`.
         RuntimeError, TypeError: As :func:`flash_attention_paged`.
     """
-    out, lse = flash_attention_paged(
-        q_target, k_pages, v_pages, block_table, seq_lens, scale=scale, causal=causal, block_size=block_size,
-        cache_batch_idx=cache_batch_idx, return_lse=True, stream=stream, softcap=softcap, alibi_slopes=alibi_slopes,
-        window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks, dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
+    function = "flash_attention_speculative_verify_paged"
+    out, lse = attend_to_pages(
+        function, q_target, k_pages, v_pages, block_table, seq_lens, block_size=block_size,
+        cache_batch_idx=cache_batch_idx, return_lse=True, stream=stream, scale=scale, causal=causal, softcap=softcap,
+        alibi_slopes=alibi_slopes, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask,
+        sinks=sinks, dropout_p=dropout_p, dropout_seed=dropout_seed,
     )  # fmt: skip
-    return (
-        out,
-        lse,
-        _ext.draft_proxy_logprobs(out, draft_ids, temperature, "flash_attention_speculative_verify_paged", stream),
-    )
-
-
-def _parents(parents: mx.array | Sequence[int] | Sequence[Sequence[int]]) -> mx.array:
-    """Parents given as a sequence as an array; an array keeps its dtype for the library to check."""
-    if isinstance(parents, mx.array):
-        return parents
-    values = list(parents)
-    return mx.array(values) if values else mx.zeros((0,), mx.int32)
+    return out, lse, _ext.draft_proxy_logprobs(out, draft_ids, temperature, function, stream)

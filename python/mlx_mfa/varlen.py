@@ -77,19 +77,12 @@ def flash_attention_varlen(
             on the stream.
         TypeError: If an argument is of another type than said here.
     """
-    options = make_options(
-        "flash_attention_varlen", scale=scale, causal=causal, softcap=softcap, alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias, backend=backend, mask=mask, sinks=sinks,
-        kv_lengths=kv_lengths, dropout_seed=dropout_seed, stream=stream,
+    return _attend(
+        "flash_attention_varlen", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        block_mask=block_mask, block_size=block_size, return_lse=return_lse, stream=stream, scale=scale, causal=causal,
+        softcap=softcap, alibi_slopes=alibi_slopes, dropout_p=dropout_p, window_size=window_size, attn_bias=attn_bias,
+        backend=backend, mask=mask, sinks=sinks, kv_lengths=kv_lengths, dropout_seed=dropout_seed,
     )  # fmt: skip
-    tile = optional_tile_sides(block_size, "flash_attention_varlen")
-    starts_q = integers("flash_attention_varlen", "cu_seqlens_q", cu_seqlens_q)
-    starts_k = integers("flash_attention_varlen", "cu_seqlens_k", cu_seqlens_k)
-    result: Any = _ext.attention_varlen(
-        q, k, v, starts_q, starts_k, options, max_seqlen_q, max_seqlen_k, block_mask, tile,
-        return_lse, stream,
-    )  # fmt: skip
-    return (result[0], mx.multiply(result[1], LOG2_E, stream=stream)) if return_lse else result
 
 
 @clear_type_errors
@@ -120,10 +113,9 @@ def flash_attention_varlen_qkv_packed(
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_varlen`, and if the packed sizes do not fit.
     """
-    q, k, v = _ext.unpack_qkv(qkv, num_heads, num_kv_heads, "flash_attention_varlen_qkv_packed", stream)
-    return flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, stream=stream, **options
-    )
+    function = "flash_attention_varlen_qkv_packed"
+    q, k, v = _ext.unpack_qkv(qkv, num_heads, num_kv_heads, function, stream)
+    return _attend(function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, stream=stream, **options)
 
 
 @clear_type_errors
@@ -154,7 +146,31 @@ def flash_attention_varlen_kv_packed(
     Raises:
         ValueError, RuntimeError, TypeError: As :func:`flash_attention_varlen`, and if the packed sizes do not fit.
     """
-    k, v = _ext.unpack_kv(kv, num_kv_heads, "flash_attention_varlen_kv_packed", stream)
-    return flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, stream=stream, **options
-    )
+    function = "flash_attention_varlen_kv_packed"
+    k, v = _ext.unpack_kv(kv, num_kv_heads, function, stream)
+    return _attend(function, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, stream=stream, **options)
+
+
+def _attend(
+    function: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cu_seqlens_q: mx.array | Sequence[int],
+    cu_seqlens_k: mx.array | Sequence[int],
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    *,
+    block_mask: BlockMask | mx.array | None = None,
+    block_size: int | Sequence[int] | None = None,
+    return_lse: bool = False,
+    stream: Stream = None,
+    **options: Any,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """The call of ``function``, one of the entry points over packed sequences."""
+    result: Any = _ext.attention_varlen(
+        q, k, v, integers(function, "cu_seqlens_q", cu_seqlens_q), integers(function, "cu_seqlens_k", cu_seqlens_k),
+        make_options(function, stream=stream, **options), max_seqlen_q, max_seqlen_k, block_mask,
+        optional_tile_sides(block_size, function), return_lse, stream,
+    )  # fmt: skip
+    return (result[0], mx.multiply(result[1], LOG2_E, stream=stream)) if return_lse else result

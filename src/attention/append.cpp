@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/validate.h"
 #include "common/check.h"
 #include "common/thread_pool.h"
 
@@ -43,7 +44,8 @@ void move_rows(const CacheRows& p) {
   auto* const cache = static_cast<T*>(p.cache.data);
   auto* const rows = static_cast<T*>(p.rows.data);
   const int64_t count = int64_t{p.B} * p.H * p.N;
-  const int64_t of_task = std::max<int64_t>(1, kBytesOfTask / (p.D * static_cast<int64_t>(sizeof(T))));
+  const int64_t bytes_of_row = std::max<int64_t>(1, p.D * static_cast<int64_t>(sizeof(T)));
+  const int64_t of_task = std::max<int64_t>(1, kBytesOfTask / bytes_of_row);
   const auto task = [&](int64_t index, int) {
     const int64_t end = std::min(count, (index + 1) * of_task);
     for (int64_t i = index * of_task; i < end; ++i) {
@@ -85,10 +87,11 @@ void check_pages(const CacheRows& p, const char* function) {
   for (int32_t b = 0; b < p.B && p.N > 0; ++b) {
     const int32_t* row = p.pages.table + b * p.pages.table_stride;
     const int32_t first = p.starts[b] / p.pages.page_size, last = (p.starts[b] + p.N - 1) / p.pages.page_size;
-    for (int32_t t = first; t <= last; ++t) {
+    for (int32_t t = p.attended ? 0 : first; t <= last; ++t) {
       check(row[t] >= 0 && row[t] < p.pages.pages, function, "block_table must name pages in [0, ", p.pages.pages,
-            ") for the tokens that are appended; got ", row[t], " at entry ", t, " of sequence ", b);
-      written.emplace_back(row[t], b);
+            ") for the ", t < first ? "keys that a sequence has" : "tokens that are appended", "; got ", row[t],
+            " at entry ", t, " of sequence ", b);
+      if (t >= first) written.emplace_back(row[t], b);
     }
   }
   std::sort(written.begin(), written.end());
@@ -105,12 +108,14 @@ void validate(const CacheRows& p, const char* function) {
     const int64_t start = p.starts[b];
     check(start >= 0 && start + p.N <= p.capacity, function, "sequences must have room for their lengths and the ", p.N,
           " new tokens, ", p.capacity, " in all; got length ", start, " for sequence ", b);
-    if (p.rope.cos) {
-      const int64_t first = first_position(p, b);
-      check(first >= 0 && first + p.N <= p.rope.positions, function,
-            "the positions of new keys must lie in the rotary tables, [0, ", p.rope.positions, "); got [", first, ", ",
-            first + p.N, ") for sequence ", b);
+    if (p.rope.rotary_dim == 0) continue;
+    const int32_t positions = p.rope.positions;
+    if (!p.attended || !p.rope.rotates_k) {
+      validate_positions(first_position(p, b), p.N, positions, b, "new keys", function);
+    } else {
+      validate_positions(0, p.starts[b] + p.N, positions, b, "keys", function);
     }
+    if (p.query_positions) validate_positions(p.query_positions[b], p.queries, positions, b, "queries", function);
   }
   if (p.pages.table) check_pages(p, function);
 }

@@ -17,11 +17,17 @@ struct CacheRows {
   MutableTensorRef rows;   // [B, H, N, D]; append_rows() does not write them
   const int32_t* starts = nullptr;
   PagesRef pages;
-  RopeRef rope;  // of the rows; q_positions are those of row 0
+  RopeRef rope;  // of the rows; q_positions are those of row 0. Where cos is null they are not turned, but checked
+
+  // Whether attention over all keys of the sequences follows, what it needs being checked too: if it failed, it would
+  // fail with the rows written. rope.rotates_k: it turns the keys, from position 0, and the rows are not turned.
+  bool attended = false;
+  int32_t queries = 0;
+  const int32_t* query_positions = nullptr;  // [B], with rope
 };
 
 // Throws std::invalid_argument, "[function] ...", unless all rows have their places: within the capacity, in pages of
-// the pool, no page written by two batch entries, positions in the rotary tables.
+// the pool, no page written by two batch entries, positions in the rotary tables; and attention can follow.
 void validate(const CacheRows& p, const char* function);
 
 // Writes the rows, turned by their positions, into the cache. The rest of the cache keeps what it holds.

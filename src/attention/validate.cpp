@@ -27,7 +27,8 @@ void check_pages(const AttentionProblem& p, const char* function) {
       check(p.kv_lengths[b] >= 0 && p.kv_lengths[b] <= p.Nk, function, "seq_lens must be in [0, ", p.Nk,
             "], what the block table has room for; got ", p.kv_lengths[b], " for sequence ", b);
     }
-    const int64_t used = (int64_t{key_count(p, b)} + p.pages.page_size - 1) / p.pages.page_size;
+    const int64_t keys = key_count(p, b);
+    const int64_t used = keys > 0 ? (keys - 1) / p.pages.page_size + 1 : 0;  // the pages may be of 0 tokens
     const int32_t* row = p.pages.table + b * p.pages.table_stride;
     for (int64_t t = 0; t < used; ++t) {
       check(row[t] >= 0 && row[t] < p.pages.pages, function, "block_table must name pages in [0, ", p.pages.pages,
@@ -56,23 +57,22 @@ void check_lists(const int64_t* offsets, const int32_t* ids, int64_t lists, int3
 
 void check_positions(const AttentionProblem& p, const int32_t* positions, bool of_keys, const char* function) {
   for (int32_t b = 0; b < p.B; ++b) {
-    const int64_t first = positions ? positions[b] : 0;
-    const int64_t last = first + (of_keys ? key_count(p, b) : query_count(p, b));
-    check(first >= 0 && last <= p.rope.positions, function, "the positions of ", of_keys ? "keys" : "queries",
-          " must lie in the rotary tables, [0, ", p.rope.positions, "); got [", first, ", ", last, ") for sequence ",
-          b);
+    const int32_t count = of_keys ? key_count(p, b) : query_count(p, b);
+    validate_positions(positions ? positions[b] : 0, count, p.rope.positions, b, of_keys ? "keys" : "queries",
+                       function);
   }
 }
 
 }  // namespace
 
-void validate(const AttentionProblem& p, const char* function) {
+void validate(const AttentionProblem& p, const char* function, const Unknown& unknown) {
   if (p.query_starts) check_starts(p.query_starts, p.B, p.packed_queries, p.Nq, "queries", "cu_seqlens_q", function);
   if (p.key_starts) check_starts(p.key_starts, p.B, p.packed_keys, p.Nk, "keys", "cu_seqlens_k", function);
-  if (p.pages.table) check_pages(p, function);
-  if (p.rope.cos) {
-    check_positions(p, p.rope.q_positions, false, function);
-    if (p.rope.rotates_k) check_positions(p, p.rope.k_positions, true, function);
+  if (p.pages.table && !unknown.kv_lengths) check_pages(p, function);
+  if (p.rope.rotary_dim > 0) {
+    if (!unknown.query_starts && !unknown.q_positions) check_positions(p, p.rope.q_positions, false, function);
+    const bool counts_keys = !unknown.key_starts && !unknown.kv_lengths;
+    if (p.rope.rotates_k && counts_keys && !unknown.k_positions) check_positions(p, p.rope.k_positions, true, function);
   }
   if (p.blocks.offsets) {
     const BlockListRef& l = p.blocks;
@@ -80,6 +80,13 @@ void validate(const AttentionProblem& p, const char* function) {
     check_lists(l.offsets, l.key_ids, lists, l.query_blocks, l.key_blocks, l.entries, function);
     check_lists(l.transposed_offsets, l.query_ids, lists, l.key_blocks, l.query_blocks, l.entries, function);
   }
+}
+
+void validate_positions(int64_t first, int32_t count, int32_t positions, int32_t b, const char* what,
+                        const char* function) {
+  check(first >= 0 && first + count <= positions, function, "the positions of ", what,
+        " must lie in the rotary tables, [0, ", positions, "); got [", first, ", ", first + count, ") for sequence ",
+        b);
 }
 
 void validate_indices(const int32_t* indices, int64_t stride, int32_t count, int32_t rows, const char* name,

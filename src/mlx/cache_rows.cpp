@@ -7,8 +7,8 @@
 #include "attention/validate.h"
 #include "common/check.h"
 #include "common/thread_pool.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/evaluate.h"
+#include "mlx/integers.h"
 #include "mlx/one_by_one.h"
 #include "mlx/ops.h"
 
@@ -29,10 +29,10 @@ std::vector<mx::array> joined(std::vector<mx::array> first, const std::vector<mx
   return first;
 }
 
-// Sizes and, where `dense` gives arrays that have data, the pointers of the places.
-template <typename Dense>
+// Sizes, and the pointers of the places that set(array, pointer) sets.
+template <typename Set>
 CacheRows describe_rows(const CacheRowsParams& params, const mx::array& cache, int rows,
-                        const std::vector<mx::array>& places, const Dense& dense) {
+                        const std::vector<mx::array>& places, const Set& set) {
   CacheRows p;
   size_t next = 0;
   const mx::array& starts = places[next++];
@@ -41,12 +41,15 @@ CacheRows describe_rows(const CacheRowsParams& params, const mx::array& cache, i
   p.N = rows;
   p.D = cache.shape(3);
   p.dtype = to_dtype(cache.dtype());
-  p.starts = dense(starts).template data<int32_t>();
+  set(starts, p.starts);
+  p.attended = params.attended;
+  p.queries = params.queries;
   const int page_size = cache.shape(params.pool ? 1 : 2);
   p.capacity = page_size;
   if (params.has_table) {
     const mx::array& table = places[next++];
-    p.pages = {dense(table).template data<int32_t>(), table.shape(1), page_size, cache.shape(0)};
+    p.pages = {nullptr, table.shape(1), page_size, cache.shape(0)};
+    set(table, p.pages.table);
     p.capacity = static_cast<int32_t>(std::min<int64_t>(int64_t{table.shape(1)} * page_size, INT32_MAX));
   }
   if (params.rotary) {
@@ -54,17 +57,22 @@ CacheRows describe_rows(const CacheRowsParams& params, const mx::array& cache, i
     p.rope.positions = cos.shape(0);
     p.rope.rotary_dim = 2 * cos.shape(1);
     p.rope.interleaved = params.interleaved;
-    p.rope.cos = dense(cos).template data<float>();
-    p.rope.sin = dense(sin).template data<float>();
-    p.rope.q_positions = dense(positions).template data<int32_t>();
+    p.rope.rotates_k = params.rotates_k;
+    if (params.turns) {
+      set(cos, p.rope.cos);
+      set(sin, p.rope.sin);
+    }
+    set(positions, p.rope.q_positions);
+    if (params.attended) set(places[next + 3], p.query_positions);
   }
   return p;
 }
 
 CacheRows evaluated_rows(const CacheRowsParams& params, mx::array cache, mx::array rows,
                          const std::vector<mx::array>& places, mx::Stream stream) {
-  CacheRows p = describe_rows(params, cache, rows.shape(2), places,
-                              [&](const mx::array& x) { return with_dense_rows(x, stream); });
+  CacheRows p = describe_rows(
+      params, cache, rows.shape(2), places,
+      [&]<typename T>(const mx::array& x, const T*& pointer) { pointer = with_dense_rows(x, stream).data<T>(); });
   p.cache = mutable_key_ref(cache, params.pool);
   p.rows = mutable_tensor_ref(rows);
   return p;
@@ -73,11 +81,13 @@ CacheRows evaluated_rows(const CacheRowsParams& params, mx::array cache, mx::arr
 // Refuses places that are known and wrong before a node is made.
 void validate_known(mx::Stream stream, const CacheRowsParams& params, const mx::array& cache, int rows,
                     const std::vector<mx::array>& places) {
-  if (stream.device != mx::Device::cpu) return;
-  for (const mx::array& x : places) {
-    if (x.is_tracer() || !x.is_available() || !x.flags().row_contiguous) return;
-  }
-  validate(describe_rows(params, cache, rows, places, [](const mx::array& x) { return x; }), params.function);
+  const auto address = [&]<typename T>(const mx::array& x, const T*& pointer) {
+    if (is_known(x, stream) && x.flags().row_contiguous) pointer = x.data<T>();
+  };
+  CacheRows p = describe_rows(params, cache, rows, places, address);
+  if (!p.starts) return;
+  if (params.rotary && !p.rope.q_positions) p.rope.rotary_dim = 0;  // the places can be checked all the same
+  validate(p, params.function);
 }
 
 bool is_writable(const mx::array& x) {
@@ -104,7 +114,7 @@ class CheckedRows : public mx::UnaryPrimitive {
     const auto width = static_cast<int64_t>(out.size()) / std::max(1, count);
     const int32_t *from = x.data<int32_t>(), *index = indices.data<int32_t>();
     auto* to = out.data<int32_t>();
-    mx::cpu::get_command_encoder(stream()).dispatch([=, name = name_, function = function_] {
+    dispatch_or_poison(stream(), {}, [=, name = name_, function = function_] {
       validate_indices(index, 1, count, rows, name, function);
       for (int i = 0; i < count; ++i) std::copy_n(from + index[i] * width, width, to + i * width);
     });
@@ -157,7 +167,7 @@ void CacheAppend::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out)
   const mx::array rows = with_dense_last_axis(inputs[1], stream());
   const CacheRows p = evaluated_rows(params_, out, rows, places(inputs, 2), stream());
   const auto bytes = static_cast<int64_t>(out.nbytes());
-  mx::cpu::get_command_encoder(stream()).dispatch([p, copy_from, bytes, function] {
+  dispatch_or_poison(stream(), {}, [p, copy_from, bytes, function] {
     validate(p, function);
     if (copy_from) copy_bytes(copy_from, static_cast<char*>(p.cache.data), bytes);
     append_rows(p);
@@ -182,7 +192,7 @@ std::vector<mx::array> CacheAppend::vjp(const std::vector<mx::array>& primals, c
   for (const int i : argnums) {
     if (i == 0) {  // where rows were written, the cache had no part in the result
       CacheRowsParams plain = params_;
-      plain.rotary = false;
+      plain.rotary = plain.turns = plain.attended = false;
       auto inputs =
           joined({cotangents[0], mx::zeros(primals[1].shape(), primals[1].dtype(), stream()), primals[2]}, {});
       if (params_.has_table) inputs.push_back(primals[3]);
@@ -221,7 +231,7 @@ void CacheRead::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
   allocate(out);
   const mx::array cache = with_dense_last_axis(inputs[0], stream());
   const CacheRows p = evaluated_rows(params_, cache, out, places(inputs, 1), stream());
-  mx::cpu::get_command_encoder(stream()).dispatch([p, function = params_.function] {
+  dispatch_or_poison(stream(), {}, [p, function = params_.function] {
     validate(p, function);
     read_rows(p);
   });
@@ -267,8 +277,22 @@ std::vector<mx::Shape> CacheRead::output_shapes(const std::vector<mx::array>& in
 // ---- remapping ------------------------------------------------------------------------------------------------------
 mx::array checked_rows(const mx::array& x, const mx::array& indices, const char* name, const char* function,
                        mx::Stream s) {
-  if (s.device == mx::Device::cpu && !indices.is_tracer() && indices.is_available()) {
-    validate_indices(indices.data<int32_t>(), indices.strides(0), indices.shape(0), x.shape(0), name, function);
+  if (is_known(indices, s)) {
+    const auto* index = indices.data<int32_t>();
+    const int count = indices.shape(0);
+    validate_indices(index, 1, count, x.shape(0), name, function);
+    if (is_known(x, s)) {
+      mx::Shape shape = x.shape();
+      shape[0] = count;
+      const auto width = x.shape(0) > 0 ? static_cast<std::ptrdiff_t>(x.size()) / x.shape(0) : 0;
+      std::vector<int32_t> values;
+      values.reserve(static_cast<size_t>(count * width));
+      for (int i = 0; i < count; ++i) {
+        const int32_t* row = x.data<int32_t>() + index[i] * width;
+        values.insert(values.end(), row, row + width);
+      }
+      return mx::array(values.data(), shape, mx::int32);
+    }
   }
   auto primitive = std::make_shared<CheckedRows>(s, name, function);
   const mx::Shape shape = primitive->output_shapes({x, indices})[0];

@@ -15,15 +15,20 @@ struct CacheRowsParams {
   const char* function = "";
   bool pool = false;       // the cache is [pages, page_size, H, D], else [B or rows, H, S, D]
   bool has_table = false;  // without a pool: a table of one row of the cache for each batch entry
-  bool rotary = false;
+  bool rotary = false;     // there are rotary tables and positions
+  bool turns = false;      // by which the rows are turned
   bool interleaved = true;
+  // Of the attention that follows, if one does, so that all of a step is checked before any of it is written.
+  bool attended = false;
+  bool rotates_k = false;
+  int queries = 0;
   bool operator==(const CacheRowsParams&) const = default;
 };
 
 // Inputs: cache; rows [B, H, N, D] of its dtype; starts int32 [B]; if there are such, table int32 [B, pages of a
-// sequence], and cos, sin float32 [positions, rotary_dim / 2] and positions int32 [B] of the first rows. Output: the
-// cache with the rows at starts[b] + t. It takes the memory of the input when nothing else holds that, and a copy of it
-// otherwise. Linear in cache and rows.
+// sequence], and cos, sin float32 [positions, rotary_dim / 2] and positions int32 [B] of the first rows, and, if the
+// cache is attended to, of the first queries. Output: the cache with the rows at starts[b] + t. It takes the memory of
+// the input when nothing else holds that, and a copy of it otherwise. Linear in cache and rows.
 class CacheAppend : public mx::UnaryPrimitive {
  public:
   CacheAppend(mx::Stream stream, const CacheRowsParams& params) : UnaryPrimitive(stream), params_(params) {}
@@ -69,8 +74,9 @@ class CacheRead : public mx::UnaryPrimitive {
   int rows_;
 };
 
-// Rows `indices` (int32 [B]) of `x` (int32 [R, ...]): mx::take with indices that are checked. Known ones are checked at
-// once, others where the work runs; `name` is theirs in the message. Throws std::invalid_argument.
+// Rows `indices` (int32 [B]) of `x` (int32 [R, ...]), both as to_int32() gives them: mx::take with indices that are
+// checked. Known ones are checked at once, others where the work runs; `name` is theirs in the message. Throws
+// std::invalid_argument.
 mx::array checked_rows(const mx::array& x, const mx::array& indices, const char* name, const char* function,
                        mx::Stream s);
 

@@ -6,6 +6,7 @@
 #include "common/ceil_div.h"
 #include "common/check.h"
 #include "mlx/evaluate.h"
+#include "mlx/integers.h"
 
 namespace mfa {
 namespace {
@@ -22,28 +23,22 @@ bool repeats(const mx::array& x) {
   return false;
 }
 
-// Points `p` to the arrays of the sources that say where rows are and what they see. dense(x) gives x in dense rows.
-template <typename Dense>
-void set_sources(AttentionProblem& p, const AttentionParams& params, const std::vector<mx::array>& inputs,
-                 const Dense& dense) {
+// Points `p` to the arrays that say where rows are and what they see; `set(pointer, input)` sets one.
+template <typename Set>
+void set_addresses(AttentionProblem& p, const AttentionParams& params, const Set& set) {
   const InputLayout at(params);
-  if (params.packs_queries) p.query_starts = dense(inputs[at.query_starts]).template data<int32_t>();
-  if (params.packs_keys) p.key_starts = dense(inputs[at.key_starts]).template data<int32_t>();
-  if (params.paged) p.pages.table = dense(inputs[at.table]).template data<int32_t>();
-  if (params.rotary) {
-    p.rope.cos = dense(inputs[at.cos]).template data<float>();
-    p.rope.sin = dense(inputs[at.sin]).template data<float>();
-  }
-  if (params.has_q_positions) p.rope.q_positions = dense(inputs[at.q_positions]).template data<int32_t>();
-  if (params.has_k_positions) p.rope.k_positions = dense(inputs[at.k_positions]).template data<int32_t>();
+  if (params.packs_queries) set(p.query_starts, at.query_starts);
+  if (params.packs_keys) set(p.key_starts, at.key_starts);
+  if (params.paged) set(p.pages.table, at.table);
+  if (params.has_q_positions) set(p.rope.q_positions, at.q_positions);
+  if (params.has_k_positions) set(p.rope.k_positions, at.k_positions);
   if (params.has_blocks) {
-    p.blocks.offsets = dense(inputs[at.offsets]).template data<int64_t>();
-    p.blocks.key_ids = dense(inputs[at.key_ids]).template data<int32_t>();
-    p.blocks.transposed_offsets = dense(inputs[at.transposed_offsets]).template data<int64_t>();
-    p.blocks.query_ids = dense(inputs[at.query_ids]).template data<int32_t>();
+    set(p.blocks.offsets, at.offsets);
+    set(p.blocks.key_ids, at.key_ids);
+    set(p.blocks.transposed_offsets, at.transposed_offsets);
+    set(p.blocks.query_ids, at.query_ids);
   }
-  if (params.has_dropout_keys) p.dropout_first_keys = dense(inputs[at.dropout_keys]).template data<int32_t>();
-  if (params.has_lengths) p.kv_lengths = dense(inputs[at.kv_lengths]).template data<int32_t>();
+  if (params.has_lengths) set(p.kv_lengths, at.kv_lengths);
 }
 
 }  // namespace
@@ -108,17 +103,20 @@ AttentionProblem describe(const AttentionParams& params, const std::vector<mx::a
 
 void validate_known(const Request& request) {
   const AttentionParams& params = request.params;
-  const InputLayout at(params);
   if (request.stream.device != mx::Device::cpu) return;
-  for (const int i : {at.query_starts, at.key_starts, at.table, at.q_positions, at.k_positions, at.offsets, at.key_ids,
-                      at.transposed_offsets, at.query_ids, at.kv_lengths, at.cos, at.sin}) {
-    if (i < 0) continue;
-    const mx::array& x = request.inputs[i];
-    if (x.is_tracer() || !x.is_available() || !x.flags().row_contiguous) return;
-  }
   AttentionProblem p = describe(params, request.inputs);
-  set_sources(p, params, request.inputs, [](const mx::array& x) { return x; });
-  validate(p, params.function);
+  set_addresses(p, params, [&]<typename T>(const T*& pointer, int input) {
+    const mx::array& x = request.inputs[input];
+    if (is_known(x, request.stream) && x.flags().row_contiguous) pointer = x.data<T>();
+  });
+  BlockListRef& l = p.blocks;
+  if (!l.key_ids || !l.transposed_offsets || !l.query_ids) l.offsets = nullptr;
+  validate(p, params.function,
+           {.query_starts = params.packs_queries && !p.query_starts,
+            .key_starts = params.packs_keys && !p.key_starts,
+            .kv_lengths = params.has_lengths && !p.kv_lengths,
+            .q_positions = params.has_q_positions && !p.rope.q_positions,
+            .k_positions = params.has_k_positions && !p.rope.k_positions});
 }
 
 AttentionProblem EvaluatedProblem::checked() const {
@@ -137,7 +135,12 @@ EvaluatedProblem evaluate(const AttentionParams& params, const std::vector<mx::a
   p.q = tensor_ref(with_dense_last_axis(inputs[0], stream));
   p.k = key_ref(with_dense_last_axis(inputs[1], stream), params.paged);
   p.v = key_ref(with_dense_last_axis(inputs[2], stream), params.paged);
-  set_sources(p, params, inputs, dense);
+  set_addresses(p, params, [&]<typename T>(const T*& pointer, int input) { pointer = dense(inputs[input]).data<T>(); });
+  if (params.rotary) {
+    p.rope.cos = dense(inputs[at.cos]).data<float>();
+    p.rope.sin = dense(inputs[at.sin]).data<float>();
+  }
+  if (params.has_dropout_keys) p.dropout_first_keys = dense(inputs[at.dropout_keys]).data<int32_t>();
   if (params.has_floor) p.score_floor = dense(inputs[at.floor]).data<float>();
   if (params.has_alibi) p.alibi_slopes = dense(inputs[at.alibi]).data<float>();
   if (params.has_sinks) p.sinks = dense(inputs[at.sinks]).data<float>();

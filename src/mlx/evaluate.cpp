@@ -1,11 +1,14 @@
 #include "mlx/evaluate.h"
 
+#include <atomic>
 #include <new>
+#include <utility>
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
+#include "mlx/scheduler.h"
 
 namespace mfa {
 namespace {
@@ -19,7 +22,23 @@ mx::array dense_copy(const mx::array& x, mx::Stream stream) {
   return out[0];
 }
 
+// MLX counts every tenth task that is handed to a stream, so as to wait when more than ten of these are under way. If
+// the stream fails while the evaluating thread hands one over, that thread throws before it has enqueued what takes the
+// task off the count again; eleven such losses, and an evaluation waits for ever. So the next of our tasks is preceded
+// by one that takes off as many as may have been lost: what it takes off too much is under way, at most those ten.
+std::atomic<int> failures{0};
+
 }  // namespace
+
+void note_failure() { failures.fetch_add(1); }
+
+void restore_task_count(mx::Stream stream) {
+  if (failures.load(std::memory_order_relaxed) == 0) return;
+  mx::scheduler::enqueue(stream, [stream] {
+    for (int lost = failures.exchange(0); lost > 0 && mx::scheduler::n_active_tasks() > 0; --lost)
+      mx::scheduler::notify_task_completion(stream);
+  });
+}
 
 void allocate(mx::array& out) {
   auto data = mx::allocator::malloc(out.nbytes());

@@ -15,16 +15,23 @@ namespace mfa {
 // Gives `out` dense memory. Throws std::bad_alloc if there is none, naming nothing else.
 void allocate(mx::array& out);
 
+// MLX loses count of its tasks when one throws (evaluate.cpp): a task that throws says so, and what is dispatched after
+// it puts the count right.
+void note_failure();
+void restore_task_count(mx::Stream stream);
+
 // Dispatches `work` to the stream of the primitive whose outputs these are. Should it throw, they are filled with NaN:
 // after mx::async_eval() the error is thrown elsewhere, and what could not be computed may still be read.
 template <typename Work>
 void dispatch_or_poison(mx::Stream stream, const std::vector<mx::array>& outputs, Work work) {
   std::vector<std::span<char>> memory;
   for (mx::array out : outputs) memory.emplace_back(out.data<char>(), out.nbytes());
+  restore_task_count(stream);
   mx::cpu::get_command_encoder(stream).dispatch([memory = std::move(memory), work = std::move(work)] {
     try {
       work();
     } catch (...) {
+      note_failure();
       for (const auto bytes : memory) std::memset(bytes.data(), 0xff, bytes.size());  // NaN in each kernel dtype
       throw;
     }

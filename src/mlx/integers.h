@@ -1,9 +1,11 @@
-// integers.h: the values of arrays of integers, of every integer dtype and any strides, read where they lie.
+// integers.h: the values of arrays of integers, of every integer dtype and any strides, read where they lie, and what
+// becomes of those that say where rows lie.
 #pragma once
 
 #include <cstdint>
 
 #include "mlx/array.h"
+#include "mlx/stream.h"
 
 namespace mfa {
 
@@ -11,6 +13,7 @@ namespace mx = mlx::core;
 
 // Whether values can be looked at when a call is made: that neither computes nor copies anything.
 inline bool is_known(const mx::array& x) { return !x.is_tracer() && x.is_available(); }
+inline bool is_known(const mx::array& x, mx::Stream s) { return s.device == mx::Device::cpu && is_known(x); }
 
 // Whether 0 <= value < count.
 template <typename T>
@@ -62,5 +65,18 @@ class Integers {
   mx::Strides strides_;
   size_t size_;
 };
+
+// Starts, tables, lengths, positions and indices as the primitives take them. What is done to known values is done at
+// once, so that the result is known too and the call can check it.
+
+// `x` as int32, in dense rows if it is known. Throws std::invalid_argument, naming `name`, if it is no integer array of
+// that rank or a known value has no place in 32 bits; values that are not known are clamped to what has.
+mx::array to_int32(const mx::array& x, int rank, const char* name, const char* function, mx::Stream s);
+
+// [count] times `value`, known.
+mx::array repeated(int value, int count);
+
+// max(x + addend, least) of an int32 [n] that to_int32() gave.
+mx::array plus(const mx::array& x, int addend, int least, mx::Stream s);
 
 }  // namespace mfa

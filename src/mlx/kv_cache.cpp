@@ -1,8 +1,11 @@
 #include "mfa/kv_cache.h"
 
+#include <limits>
+
 #include "common/check.h"
 #include "mlx/cache_rows.h"
 #include "mlx/dtypes.h"
+#include "mlx/integers.h"
 #include "mlx/ops.h"
 #include "mlx/page_table.h"
 #include "mlx/rotary.h"
@@ -12,10 +15,6 @@ namespace mfa {
 namespace {
 
 constexpr const char* kIndices = "cache_batch_idx";
-
-mx::array repeated(int value, int count, mx::Stream s) { return mx::full({count}, value, mx::int32, s); }
-
-mx::array at_least_0(const mx::array& x, mx::Stream s) { return mx::maximum(x, mx::array(0), s); }
 
 // A call of attention_kvcache() in the making.
 struct Call {
@@ -37,8 +36,8 @@ struct Call {
 
   // Lengths with the new keys.
   mx::array all_lengths() const {
-    if (!lengths) return repeated(k.shape(2) + added, B, s);
-    return added > 0 ? mx::add(*lengths, mx::array(added), s) : *lengths;
+    if (!lengths) return repeated(k.shape(2) + added, B);
+    return added > 0 ? plus(*lengths, added, std::numeric_limits<int>::min(), s) : *lengths;
   }
 };
 
@@ -59,8 +58,8 @@ void check_new_keys(const Call& c, const NewKeys& added) {
 void set_places(Call& c, const KvCache& cache) {
   c.pool = cache.block_table.has_value();
   c.grows = !cache.seq_lens && !c.pool;
-  c.require(!c.pool || cache.seq_lens, "a block_table needs seq_lens, the keys of each sequence");
-  c.require(c.grows || (cache.k && cache.v), "a cache with seq_lens must be given");
+  c.require(!c.pool || cache.seq_lens, "a block_table needs seq_lens, the keys of each sequence; got none");
+  c.require(c.grows || (cache.k && cache.v), "a cache with seq_lens must be given; got none");
   if (c.pool) {
     const auto checked = make_table({*cache.block_table, *cache.seq_lens, cache.cache_batch_idx}, c.function, c.s);
     c.table = checked.table;
@@ -76,14 +75,15 @@ void set_places(Call& c, const KvCache& cache) {
   }
   if (cache.cache_batch_idx) {
     c.require(!(c.grows && c.added > 0), kIndices,
-              " cannot select rows of a cache that grows: give seq_lens and a "
-              "preallocated cache");
+              " selects rows of a preallocated cache with seq_lens; got a cache that grows");
     const auto rows = to_int32(*cache.cache_batch_idx, 1, kIndices, c.function, c.s);
     c.require(rows.shape(0) == c.B, kIndices, " must have one row for each of the ", c.B, " batch entries; got shape ",
               rows.shape());
-    const auto lengths = c.lengths ? *c.lengths : repeated(c.k.shape(2), c.k.shape(0), c.s);
+    const auto lengths = c.lengths ? *c.lengths : repeated(c.k.shape(2), c.k.shape(0));
     c.lengths = checked_rows(lengths, rows, kIndices, c.function, c.s);
-    c.table = mx::expand_dims(rows, 1, c.s);  // each row of the cache is a page
+    // Each row of the cache is a page.
+    c.table =
+        is_known(rows, c.s) ? mx::array(rows.data<int32_t>(), {c.B, 1}, mx::int32) : mx::expand_dims(rows, 1, c.s);
   } else {
     c.require(c.k.shape(0) == c.B, "q must have one batch entry for each of the ", c.k.shape(0),
               " rows of the cache; got ", c.B);
@@ -100,18 +100,18 @@ void set_rotation(Call& c, const CacheRotation& rotation, int D) {
                        rotation.rotates_k.value_or(c.grows && c.added == 0)};
   c.rotary = make_rotary(rope, c.B, D, c.function, c.s);
   c.new_positions = c.rotary->q_positions;
-  if (!c.new_positions) c.new_positions = c.lengths ? *c.lengths : repeated(c.k.shape(2), c.B, c.s);
+  if (!c.new_positions) c.new_positions = c.lengths ? *c.lengths : repeated(c.k.shape(2), c.B);
   if (!c.rotary->q_positions) {
-    c.rotary->q_positions = at_least_0(mx::subtract(c.all_lengths(), mx::array(c.N), c.s), c.s);
+    c.rotary->q_positions = plus(c.all_lengths(), -c.N, 0, c.s);
   }
 }
 
 // `rows` turned by their positions.
 mx::array turned(const Call& c, const mx::array& rows) {
   // Its own rows are the cache, which all are written to.
-  const CacheRowsParams params{c.function, false, false, true, c.rotary->interleaved};
-  return CacheAppend::make(c.s, params,
-                           {rows, rows, repeated(0, c.B, c.s), c.rotary->cos, c.rotary->sin, *c.new_positions});
+  const CacheRowsParams params{
+      .function = c.function, .rotary = true, .turns = true, .interleaved = c.rotary->interleaved};
+  return CacheAppend::make(c.s, params, {rows, rows, repeated(0, c.B), c.rotary->cos, c.rotary->sin, *c.new_positions});
 }
 
 mx::array appended(const Call& c, const mx::array& cache, mx::array rows, bool turns) {
@@ -120,10 +120,19 @@ mx::array appended(const Call& c, const mx::array& cache, mx::array rows, bool t
     if (turns) rows = turned(c, rows);
     return cache.shape(2) > 0 ? mx::concatenate({cache, rows}, 2, c.s) : rows;
   }
-  const CacheRowsParams params{c.function, c.pool, c.table.has_value(), turns, !turns || c.rotary->interleaved};
+  const bool rotary = c.rotary.has_value();
+  const CacheRowsParams params{.function = c.function,
+                               .pool = c.pool,
+                               .has_table = c.table.has_value(),
+                               .rotary = rotary,
+                               .turns = turns,
+                               .interleaved = !turns || c.rotary->interleaved,
+                               .attended = true,
+                               .rotates_k = rotary && c.rotary->rotates_k,
+                               .queries = c.N};
   std::vector<mx::array> inputs = {cache, rows, *c.lengths};
   if (c.table) inputs.push_back(*c.table);
-  if (turns) inputs.insert(inputs.end(), {c.rotary->cos, c.rotary->sin, *c.new_positions});
+  if (rotary) inputs.insert(inputs.end(), {c.rotary->cos, c.rotary->sin, *c.new_positions, *c.rotary->q_positions});
   return CacheAppend::make(c.s, params, std::move(inputs));
 }
 
@@ -132,6 +141,7 @@ void check_cache(const Call& c, const mx::array& q) {
   c.require(c.k.ndim() == 4, "k_cache must have 4 dimensions ", layout, "; got shape ", c.k.shape());
   c.require(c.v.ndim() == 4, "v_cache must have 4 dimensions ", layout, "; got shape ", c.v.shape());
   check_pools(q, c.k, c.v, c.function);
+  if (c.pool) check_page_size(c.k, c.function);
   const mx::Shape &k = c.k.shape(), &v = c.v.shape();
   c.require(k[0] == v[0] && k[1] == v[1] && k[2] == v[2],
             "k_cache and v_cache must differ in their last axis alone; got shapes ", k, " and ", v);
@@ -147,11 +157,13 @@ mx::array empty_cache(const mx::array& rows, mx::Stream s) {
 
 KvCacheResult attention_kvcache(const mx::array& q, const KvCache& cache, const std::optional<NewKeys>& added,
                                 const std::optional<CacheRotation>& rotation, const AttentionOptions& options,
-                                bool wants_lse, const char* function, mx::StreamOrDevice stream_or_device) {
+                                bool wants_lse, mx::StreamOrDevice stream_or_device) {
   const mx::Stream s = mx::to_stream(stream_or_device);
+  const char* function = name_of(options, "flash_attention_kvcache");
   check(q.ndim() == 4, function, "q must have 4 dimensions [B, Hq, Nq, D]; got shape ", q.shape());
-  check(cache.k.has_value() == cache.v.has_value(), function, "k_cache and v_cache must be given together");
-  check(cache.k || added, function, "a cache or new keys must be given");
+  check(cache.k.has_value() == cache.v.has_value(), function,
+        "k_cache and v_cache must be given together; got one of them");
+  check(cache.k || added, function, "a cache or new keys must be given; got neither");
   check_no_lengths(options, function);
   if (added) {
     check(added->k.ndim() == 4 && added->v.ndim() == 4, function,
@@ -203,6 +215,8 @@ mx::array append_to_cache(const mx::array& cache, const mx::array& rows, const m
   const mx::Stream s = mx::to_stream(stream_or_device);
   check_pools(rows, cache, cache, kFunction);
   check(cache.ndim() == 4, kFunction, "cache must have 4 dimensions; got shape ", cache.shape());
+  check(cache.shape(3) > 0, kFunction, "the head dimension of the cache must be positive; got 0");
+  if (block_table) check_page_size(cache, kFunction);
   const auto lengths = to_int32(starts, 1, "starts", kFunction, s);
   const int B = lengths.shape(0), H = cache.shape(block_table ? 2 : 1), D = cache.shape(3);
   check(rows.shape(0) == B && rows.shape(1) == H && rows.shape(3) == D, kFunction,
@@ -218,7 +232,7 @@ mx::array append_to_cache(const mx::array& cache, const mx::array& rows, const m
           " rows of the cache; got ", B);
   }
   const bool paged = block_table.has_value();
-  return CacheAppend::make(s, {kFunction, paged, paged, false, true}, std::move(inputs));
+  return CacheAppend::make(s, {.function = kFunction, .pool = paged, .has_table = paged}, std::move(inputs));
 }
 
 }  // namespace mfa

@@ -1,5 +1,6 @@
 #include "mfa/masks.h"
 
+#include <cstring>
 #include <limits>
 #include <new>
 #include <utility>
@@ -74,7 +75,11 @@ BlockMask BlockMask::from_dense(const mx::array& mask, int64_t Nq, int64_t Nk, T
   const int NK = grid.key_blocks();
   return BlockMask(BlockPattern::from_rows(grid, batch, heads, [=](int32_t b, int32_t h, int32_t r, uint8_t* row) {
     const bool* source = data + b * stride_b + h * stride_h + r * stride_r;
-    for (int c = 0; c < NK; ++c) row[c] = source[c * stride_c];
+    if (stride_c == 1) {
+      std::memcpy(row, source, static_cast<size_t>(NK));
+    } else {
+      for (int c = 0; c < NK; ++c) row[c] = source[c * stride_c];
+    }
   }));
 }
 

@@ -18,6 +18,9 @@ CheckedTable make_table(const PageTable& table, const char* function, mx::Stream
 // That `k` and `v` are pools of one dtype that attention takes, and that q can be cast to it.
 void check_pools(const mx::array& q, const mx::array& k, const mx::array& v, const char* function);
 
+// That pages of a pool of rank 4 hold tokens.
+void check_page_size(const mx::array& pool, const char* function);
+
 // `lengths` beside those of the sources must not be given.
 void check_no_lengths(const AttentionOptions& options, const char* function);
 

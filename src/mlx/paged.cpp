@@ -3,6 +3,7 @@
 #include "common/check.h"
 #include "mlx/cache_rows.h"
 #include "mlx/dtypes.h"
+#include "mlx/integers.h"
 #include "mlx/ops.h"
 #include "mlx/page_table.h"
 #include "mlx/route.h"
@@ -12,9 +13,11 @@ namespace {
 
 AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const PageTable& given,
                     const PackedQueries* queries, const AttentionOptions& options, mx::StreamOrDevice stream_or_device,
-                    const char* function) {
+                    const char* own_name) {
   const mx::Stream s = mx::to_stream(stream_or_device);
+  const char* function = name_of(options, own_name);
   check_pools(q, k, v, function);
+  check_page_size(k, function);
   check_no_lengths(options, function);
   const CheckedTable table = make_table(given, function, s);
   const int B = table.lengths.shape(0);
@@ -61,6 +64,10 @@ void check_pools(const mx::array& q, const mx::array& k, const mx::array& v, con
   check(mx::issubdtype(q.dtype(), mx::floating), function, "q must have a floating dtype; got ", q.dtype());
   check(is_kernel_dtype(k.dtype()), function, "the keys must be float32, float16 or bfloat16; got ", k.dtype());
   check(k.dtype() == v.dtype(), function, "keys and values must have one dtype; got ", k.dtype(), " and ", v.dtype());
+}
+
+void check_page_size(const mx::array& pool, const char* function) {
+  check(pool.ndim() != 4 || pool.shape(1) > 0, function, "the page size of a pool must be positive; got 0");
 }
 
 void check_no_lengths(const AttentionOptions& options, const char* function) {

@@ -104,10 +104,11 @@ AttentionResult attention_cascade(const mx::array& q, const mx::array& k_prefix,
   int first = 0;  // keys of the prefix before it are seen by no row
   if (options.window_left >= 0 && shifts) {
     const auto rows = mx::reshape(mx::arange(0, Nq, mx::int32, s), {1, 1, Nq, 1}, s);
-    // Counted from the end of the prefix, so that no sum overflows.
+    // Counted from the end of the prefix, so that no sum overflows; compared as they are, so that nothing but the mask
+    // has its size.
     const auto keys = mx::reshape(mx::arange(-P, 0, mx::int32, s), {1, 1, 1, P}, s);
-    const auto distance = mx::subtract(mx::add(rows, *shifts, s), keys, s);
-    shared.mask = mx::less_equal(distance, mx::array(options.window_left), s);
+    const auto first_seen = mx::subtract(mx::add(rows, *shifts, s), mx::array(options.window_left), s);
+    shared.mask = mx::less_equal(first_seen, keys, s);
   } else if (options.window_left >= 0) {
     const int64_t begin = int64_t{P} + shift - options.window_left;  // for row 0
     first = static_cast<int>(std::clamp<int64_t>(begin, 0, P));

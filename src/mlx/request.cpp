@@ -62,9 +62,7 @@ void check_scalars(const AttentionOptions& o, float scale, const char* function)
   check(std::isfinite(o.softcap) && o.softcap >= 0.f, function, "softcap must be finite and not negative; got ",
         o.softcap);
   check(o.dropout_p >= 0.f && o.dropout_p <= 1.f, function, "dropout_p must be in [0, 1]; got ", o.dropout_p);
-  check(o.window_left >= -1 && o.window_right >= -1, function,
-        "window_size must be at least 0 on each side, or -1 for no limit; got (", o.window_left, ", ", o.window_right,
-        ")");
+  check_window(o, function);
 }
 
 // Whether `x` broadcasts to [B, Hq, Nq, Nk] without adding to any of these extents.
@@ -84,25 +82,32 @@ mx::array with_rank_4(const mx::array& x, mx::Stream s) {
   return mx::expand_dims(x, axes, s);
 }
 
-void check_lengths(const mx::array& lengths, int B, int Nk, mx::Stream s, const char* name, const char* function) {
-  check(is_integer(lengths.dtype()), function, name, " must have an integer dtype; got ", lengths.dtype());
-  check(lengths.ndim() == 1 && lengths.shape(0) == B, function, name, " must have shape (", B,
-        ",), one length for each batch entry; got ", lengths.shape());
-  if (s.device != mx::Device::cpu || !is_known(lengths)) return;
-  int b = 0;
-  Integers(lengths).each([&](auto n) {
-    check(is_index(n, int64_t{Nk} + 1), function, name, " must be in [0, Nk] = [0, ", Nk, "]; got ", +n,
-          " for batch entry ", b);
-    ++b;
-  });
+// kv_lengths as int32: refused outside of [0, Nk] where they are known, clamped otherwise.
+mx::array to_lengths(const mx::array& given, int B, int Nk, mx::Stream s, const char* name, const char* function) {
+  check(is_integer(given.dtype()), function, name, " must have an integer dtype; got ", given.dtype());
+  check(given.ndim() == 1 && given.shape(0) == B, function, name, " must have shape (", B,
+        ",), one length for each batch entry; got ", given.shape());
+  if (is_known(given, s)) {
+    int b = 0;
+    Integers(given).each([&](auto n) {
+      check(is_index(n, int64_t{Nk} + 1), function, name, " must be in [0, Nk] = [0, ", Nk, "]; got ", +n,
+            " for batch entry ", b);
+      ++b;
+    });
+  }
+  return to_int32(given, 1, name, function, s);
 }
 
-// int32, clamped first where the values might not fit.
-mx::array to_int32_lengths(const mx::array& lengths, int Nk, mx::Stream s) {
-  if (lengths.dtype() == mx::int32) return lengths;
-  if (lengths.itemsize() < 4) return mx::astype(lengths, mx::int32, s);
-  const auto clamped = mx::clip(lengths, mx::array(0, lengths.dtype()), mx::array(Nk, lengths.dtype()), s);
-  return mx::astype(clamped, mx::int32, s);
+// That no known length is more than its sequence has keys. The starts have been checked.
+void check_packed_lengths(const Request& r, const mx::array& lengths) {
+  const mx::array& starts = r.inputs[InputLayout(r.params).key_starts];
+  if (!is_known(lengths, r.stream) || !is_known(starts, r.stream)) return;
+  const auto *length = lengths.data<int32_t>(), *start = starts.data<int32_t>();
+  for (int b = 0; b < lengths.shape(0); ++b) {
+    const int32_t keys = start[b + 1] - start[b];
+    check(length[b] <= keys, r.params.function, "kv_lengths must be in [0, ", keys, "], the keys of sequence ", b,
+          "; got ", length[b]);
+  }
 }
 
 void add_sources(const AttentionSources& sources, AttentionParams& params, std::vector<mx::array>& inputs) {
@@ -150,22 +155,16 @@ void add_sources(const AttentionSources& sources, AttentionParams& params, std::
 
 }  // namespace
 
+void check_window(const AttentionOptions& o, const char* function) {
+  check(o.window_left >= -1 && o.window_right >= -1, function,
+        "window_size must be at least 0 on each side, or -1 for no limit; got (", o.window_left, ", ", o.window_right,
+        ")");
+}
+
 void check_per_head(const mx::array& x, const char* name, int Hq, const char* function) {
   check(is_floating(x.dtype()) || is_integer(x.dtype()), function, name, " must have a real dtype; got ", x.dtype());
   check(x.ndim() == 1 && x.shape(0) == Hq, function, name, " must have shape (", Hq,
         ",), one value for each head of q; got ", x.shape());
-}
-
-mx::array to_int32(const mx::array& x, int rank, const char* name, const char* function, mx::Stream s) {
-  check(is_integer(x.dtype()), function, name, " must have an integer dtype; got ", x.dtype());
-  check(static_cast<int>(x.ndim()) == rank, function, name, " must have ", rank,
-        rank == 1 ? " dimension" : " dimensions", "; got shape ", x.shape());
-  if (x.dtype() == mx::int32) return x;
-  if (x.itemsize() < 4) return mx::astype(x, mx::int32, s);
-  // Values that do not fit stay out of every range that is checked.
-  const mx::array low(x.dtype() == mx::int64 ? std::numeric_limits<int32_t>::min() : 0, x.dtype());
-  const mx::array high(std::numeric_limits<int32_t>::max(), x.dtype());
-  return mx::astype(mx::clip(x, low, high, s), mx::int32, s);
 }
 
 mx::array checked_bias(const mx::array& bias, const mx::Shape& scores, const char* function, mx::Stream s) {
@@ -185,8 +184,9 @@ mx::array dropout_seed(const AttentionOptions& options, mx::Stream s) {
 }
 
 Request make_request(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& o,
-                     bool returns_probs, mx::StreamOrDevice stream_or_device, const AttentionSources& sources) {
-  const char* function = sources.function;
+                     bool returns_probs, mx::StreamOrDevice stream_or_device, const AttentionSources& given) {
+  AttentionSources sources = given;
+  const char* function = sources.function = name_of(o, given.function);
   check_tensors(q, k, v, sources);
   const float scale = o.scale ? *o.scale : 1.f / std::sqrt(static_cast<float>(q.shape(3)));
   check_scalars(o, scale, function);
@@ -220,7 +220,8 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
   std::optional<mx::array> bias, mask;
   if (o.bias) bias = checked_bias(*o.bias, scores, function, s);
   if (o.mask) mask = checked_mask(*o.mask, scores, function, s);
-  if (o.kv_lengths) check_lengths(*o.kv_lengths, p.B, p.Nk, s, sources.lengths_name, function);
+  std::optional<mx::array> lengths;
+  if (o.kv_lengths) lengths = to_lengths(*o.kv_lengths, p.B, p.Nk, s, sources.lengths_name, function);
   if (o.dropout_seed) {
     check(o.dropout_seed->dtype() == mx::uint32 && o.dropout_seed->ndim() == 1 && o.dropout_seed->shape(0) == 2,
           function, "dropout_seed must be uint32 of shape (2,); got ", o.dropout_seed->dtype(), " of shape ",
@@ -231,13 +232,11 @@ Request make_request(const mx::array& q, const mx::array& k, const mx::array& v,
   if (o.sinks) inputs.push_back(cast_to(*o.sinks, mx::float32, s));
   if (bias) inputs.push_back(*bias);
   if (mask) inputs.push_back(*mask);
-  if (o.kv_lengths) {
-    inputs.push_back(sources.paged ? to_int32(*o.kv_lengths, 1, sources.lengths_name, function, s)
-                                   : to_int32_lengths(*o.kv_lengths, p.Nk, s));
-  }
+  if (lengths) inputs.push_back(*lengths);
   if (drops) inputs.push_back(dropout_seed(o, s));
   Request request{params, std::move(inputs), s};
   if (!params.plain()) validate_known(request);
+  if (params.packs_keys && lengths) check_packed_lengths(request, *lengths);
   return request;
 }
 

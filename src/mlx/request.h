@@ -96,20 +96,24 @@ struct Request {
   mx::Stream stream;
 };
 
+// The name of a call in messages: what the options give, or else the function's own.
+inline const char* name_of(const AttentionOptions& options, const char* own) {
+  return options.function ? options.function : own;
+}
+
 // Checks the arguments of attention() and of the entry points that add `sources`, and brings them into that form; those
 // of sources have their ranks and dtypes already. Values of starts, tables, lengths and positions are checked here
 // where they are known without computing anything, else where the work runs. Throws std::invalid_argument.
 Request make_request(const mx::array& q, const mx::array& k, const mx::array& v, const AttentionOptions& options,
                      bool returns_probs, mx::StreamOrDevice s, const AttentionSources& sources = {});
 
-// `x` as int32 with the rank given, for starts, tables, lengths and positions; throws std::invalid_argument naming
-// `name` if it is no integer array of that rank.
-mx::array to_int32(const mx::array& x, int rank, const char* name, const char* function, mx::Stream s);
-
 // A bias and a mask of the scores [B, Hq, Nq, Nk], of rank 4 and a dtype that the implementations take; throw
 // std::invalid_argument.
 mx::array checked_bias(const mx::array& bias, const mx::Shape& scores, const char* function, mx::Stream s);
 mx::array checked_mask(const mx::array& mask, const mx::Shape& scores, const char* function, mx::Stream s);
+
+// Throws std::invalid_argument unless each side of the window is a size or -1.
+void check_window(const AttentionOptions& options, const char* function);
 
 // The seed given, or one that is drawn.
 mx::array dropout_seed(const AttentionOptions& options, mx::Stream s);

@@ -1,4 +1,5 @@
 #include "mlx/rotary.h"
+#include "mlx/integers.h"
 
 #include "common/check.h"
 #include "mlx/ops.h"
@@ -18,6 +19,10 @@ mx::array float_table(const mx::array& x, const char* name, const char* function
 std::optional<mx::array> positions(const std::optional<mx::array>& x, int batch, const char* name, const char* function,
                                    mx::Stream s) {
   if (!x) return std::nullopt;
+  if (x->ndim() == 0) {  // one for all
+    const auto one = to_int32(*x, 0, name, function, s);
+    return is_known(one, s) ? repeated(one.item<int32_t>(), batch) : mx::broadcast_to(one, {batch}, s);
+  }
   auto result = to_int32(*x, 1, name, function, s);
   check(result.shape(0) == batch, function, name, " must have one position for each of the ", batch,
         " batch entries; got ", result.shape(0));
@@ -27,10 +32,11 @@ std::optional<mx::array> positions(const std::optional<mx::array>& x, int batch,
 AttentionResult run(const mx::array& q, const mx::array& k, const mx::array& v, const RotaryEmbedding& rope,
                     const AttentionOptions& options, mx::StreamOrDevice stream_or_device) {
   const mx::Stream s = mx::to_stream(stream_or_device);
-  check(q.ndim() == 4, kFunction, "q must have 4 dimensions [B, Hq, Nq, D]; got shape ", q.shape());
+  const char* function = name_of(options, kFunction);
+  check(q.ndim() == 4, function, "q must have 4 dimensions [B, Hq, Nq, D]; got shape ", q.shape());
   AttentionSources sources;
-  sources.function = kFunction;
-  sources.rotary = make_rotary(rope, q.shape(0), q.shape(3), kFunction, s);
+  sources.function = function;
+  sources.rotary = make_rotary(rope, q.shape(0), q.shape(3), function, s);
   auto outputs = launch(make_request(q, k, v, options, options.return_probs, s, sources), options.backend,
                         WantedOutputs{.lse = true});
   return {outputs[0], outputs[1], std::nullopt};

@@ -35,8 +35,8 @@ BlockLists block_lists(const BlockMask& mask, const ScoreExtents& scores, const 
 namespace {
 
 std::vector<mx::array> run(const mx::array& q, const mx::array& k, const mx::array& v, const BlockMask& mask,
-                           const AttentionOptions& options, mx::StreamOrDevice s, const char* function,
-                           bool wants_lse) {
+                           const AttentionOptions& options, mx::StreamOrDevice s, bool wants_lse) {
+  const char* function = name_of(options, "flash_attention_sparse");
   AttentionSources sources;
   sources.function = function;
   sources.blocks = block_lists(mask, score_extents(q, k, function), function);
@@ -47,14 +47,14 @@ std::vector<mx::array> run(const mx::array& q, const mx::array& k, const mx::arr
 }  // namespace
 
 mx::array attention_sparse(const mx::array& q, const mx::array& k, const mx::array& v, const BlockMask& mask,
-                           const AttentionOptions& options, mx::StreamOrDevice s, const char* function) {
-  return run(q, k, v, mask, options, s, function, false)[0];
+                           const AttentionOptions& options, mx::StreamOrDevice s) {
+  return run(q, k, v, mask, options, s, false)[0];
 }
 
 AttentionResult attention_sparse_with_lse(const mx::array& q, const mx::array& k, const mx::array& v,
-                                          const BlockMask& mask, const AttentionOptions& options, mx::StreamOrDevice s,
-                                          const char* function) {
-  const auto outputs = run(q, k, v, mask, options, s, function, true);
+                                          const BlockMask& mask, const AttentionOptions& options,
+                                          mx::StreamOrDevice s) {
+  const auto outputs = run(q, k, v, mask, options, s, true);
   return {outputs[0], outputs[1], std::nullopt};
 }
 

@@ -6,6 +6,7 @@
 
 #include "attention/tree.h"
 #include "common/check.h"
+#include "mlx/integers.h"
 #include "mlx/merge.h"
 #include "mlx/ops.h"
 #include "mlx/route.h"
@@ -53,9 +54,9 @@ mx::array committed_tokens(const mx::array& kv_lengths, int B, int N, int Nk, mx
   const auto lengths = to_int32(kv_lengths, 1, "kv_lengths", kFunction, s);
   check(lengths.shape(0) == B, kFunction, "kv_lengths must have shape (", B,
         ",), one length for each batch entry; got ", lengths.shape());
-  if (s.device == mx::Device::cpu && !lengths.is_tracer() && lengths.is_available()) {
+  if (is_known(lengths, s)) {
     for (int b = 0; b < B; ++b) {
-      const int32_t n = lengths.data<int32_t>()[b * lengths.strides(0)];
+      const int32_t n = lengths.data<int32_t>()[b];
       check(n >= N && n <= Nk, kFunction, "kv_lengths must be in [N, Nk] = [", N, ", ", Nk, "]; got ", n,
             " for batch entry ", b);
     }
@@ -73,6 +74,7 @@ AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx:
                                const AttentionOptions& options, mx::StreamOrDevice stream_or_device) {
   const mx::Stream s = mx::to_stream(stream_or_device);
   check(!options.return_probs, kFunction, "return_probs must be false");
+  check_window(options, kFunction);
   check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, kFunction,
         "q, k and v must have 4 dimensions [B, H, N, D]; got shapes ", q.shape(), ", ", k.shape(), " and ", v.shape());
   const TreeMask tree = make_tree_mask(parents, kFunction, s);
@@ -132,8 +134,8 @@ AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx:
   if (mask) before.mask = first_keys(*mask, 3);
   if (options.window_left >= 0) {
     const auto keys = mx::reshape(mx::arange(0, most, mx::int32, s), {1, 1, 1, most}, s);
-    const auto distance = mx::subtract(mx::add(tokens, depth, s), keys, s);
-    before.mask = both(before.mask, mx::less_equal(distance, mx::array(options.window_left), s), s);
+    const auto first_seen = mx::subtract(mx::add(tokens, depth, s), mx::array(options.window_left), s);
+    before.mask = both(before.mask, mx::less_equal(first_seen, keys, s), s);
   }
   AttentionResult past = run(q, first_keys(k, 2), first_keys(v, 2), before, std::nullopt, s);
 
@@ -141,8 +143,8 @@ AttentionResult attention_tree(const mx::array& q, const mx::array& k, const mx:
   within.mask = mx::reshape(tree.visible, {trees, 1, N, N}, s);
   if (mask) within.mask = both(within.mask, last_keys(*mask, 3), s);
   if (options.window_left >= 0) {
-    const auto distance = mx::subtract(depth, depth_of_key, s);
-    within.mask = both(within.mask, mx::less_equal(distance, mx::array(options.window_left), s), s);
+    const auto first_seen = mx::subtract(depth, mx::array(options.window_left), s);
+    within.mask = both(within.mask, mx::less_equal(first_seen, depth_of_key, s), s);
   }
   if (bias) within.bias = last_keys(*bias, 3);
   if (options.alibi_slopes) {
@@ -171,6 +173,7 @@ mx::array draft_proxy_logprobs(const mx::array& out, const mx::array& draft_ids,
         draft_ids.shape());
   check(std::isfinite(temperature) && temperature > 0.f, function, "temperature must be finite and positive; got ",
         temperature);
+  if (draft_ids.size() == 0) return mx::zeros(draft_ids.shape(), mx::float32, s);
   const auto mean = mx::mean(mx::astype(out, mx::float32, s), 1, false, s);
   const auto logits = mx::divide(mean, mx::array(temperature), s);
   const auto wide = draft_ids.itemsize() < 4 ? mx::astype(draft_ids, mx::int32, s) : draft_ids;

@@ -1,5 +1,7 @@
 """flash_attention_kvcache, its rope_append form and append_to_cache: against the float64 oracle, and in place."""
 
+import ctypes
+
 import mlx.core as mx
 import mlx_mfa as mfa
 import numpy as np
@@ -89,10 +91,13 @@ def unturned(x, back):
     return x
 
 
-def random_call(rng, rope_append=False):
+def random_call(rng, function):
     """A problem, its cache and the call's arguments; how q and k are turned, and whether k is at load; the lengths."""
     B, sizes = random_sizes(rng)
-    kind, appends = str(rng.choice(KINDS)), bool(rng.random() < 0.6) or rope_append
+    kind, rotated = str(rng.choice(KINDS)), function is not mfa.flash_attention_kvcache
+    appends = bool(rng.random() < 0.6) or rotated
+    if function is mfa.flash_attention_rope_unified:  # it reads pools, and appends to the others
+        appends = kind != "pool"
     remaps = bool(rng.random() < 0.3) and not (kind == "grows" and appends)
     added = int(rng.choice((1, 2, 9, 33))) if appends else 0
     before = np.full(B, rng.choice((0, 1, 16, 40))) if kind == "grows" else rng.choice((0, 1, 7, 16, 31, 64), B)
@@ -107,7 +112,7 @@ def random_call(rng, rope_append=False):
     for name, value in options.items():
         setattr(p, name, value)
     given, turn_q, turn_k, at_load = dict(cache.arguments), unturned, unturned, True
-    if rng.random() < 0.5 or rope_append:
+    if rng.random() < 0.5 or rotated:
         cos, sin = tables(POSITIONS, 2 * int(rng.integers(1, sizes["D"] // 2 + 1)))
         interleaved = bool(rng.random() < 0.5)
         q_first, new_first = np.maximum(0, total - Nq), before
@@ -133,22 +138,29 @@ def random_call(rng, rope_append=False):
     return case_of(rng, p, label), cache, given, arguments, turn_q, turn_k, at_load, total
 
 
-def check_random_caches(block, seed, rope_append):
+@pytest.mark.parametrize(
+    "function",
+    [mfa.flash_attention_kvcache, mfa.flash_attention_kvcache_rope_append, mfa.flash_attention_rope_unified],
+)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_caches_are_within_the_error_rule(block, function, seed):
     def check(rng, index):
-        case, cache, given, arguments, turn_q, turn_k, at_load, total = random_call(rng, rope_append)
+        case, cache, given, arguments, turn_q, turn_k, at_load, total = random_call(rng, function)
         p = case.problem
 
         def attend(x):
             q, k, v = (x.pop(n) for n in "qkv")
             options = given | keywords(p) | arguments | x
-            if not rope_append:
-                return mfa.flash_attention_kvcache(
-                    q, cache.of(k), cache.of(v), k_new=cache.new_of(k), v_new=cache.new_of(v), **options
-                )
+            if function is mfa.flash_attention_kvcache:
+                return function(q, cache.of(k), cache.of(v), k_new=cache.new_of(k), v_new=cache.new_of(v), **options)
+            if cache.new is None:  # rope_unified over pages
+                return function(q, cache.of(k), cache.of(v), **options)
             # An empty cache that grows may be left out.
             old = (None, None) if cache.kind == "grows" and index % 2 and not cache.before.any() else (k, v)
-            old = [x if x is None else cache.of(x) for x in old]
-            return mfa.flash_attention_kvcache_rope_append(q, cache.new_of(k), cache.new_of(v), *old, **options)
+            old = dict(zip(("k_cache", "v_cache"), (x if x is None else cache.of(x) for x in old)))
+            if function is mfa.flash_attention_rope_unified:
+                old["return_updated_cache"] = True
+            return function(q, cache.new_of(k), cache.new_of(v), **old, **options)
 
         inputs = {n: to_mlx(getattr(p, n), p.dtype) for n in "qkv"}
         if cache.new is not None:
@@ -170,16 +182,6 @@ def check_random_caches(block, seed, rope_append):
         check_entry(case, inputs, lambda x: attend(x)[:2], parts, rule=rule)
 
     run_block(block, seed, check)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_random_caches_are_within_the_error_rule(block, seed):
-    check_random_caches(block, seed, rope_append=False)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_random_rotated_appends_are_within_the_error_rule(block, seed):
-    check_random_caches(block, seed, rope_append=True)
 
 
 # ---------------------------------------------------------------------------------------------- in place
@@ -283,9 +285,46 @@ def test_an_append_that_does_not_fit_writes_nothing():
     cache = mfa.append_to_cache(cache, new, starts)
     with pytest.raises(RuntimeError, match="sequences must have room for their lengths and the 2 new tokens, 8 in all"):
         mx.eval(cache)
-    again = mx.zeros((2, 2, 8, 4))
-    assert address(mfa.append_to_cache(again, new, [0, 6])) != 0  # the stream goes on
-    del place
+    assert not any(ctypes.string_at(place, 2 * 2 * 8 * 4 * 4))  # `cache` still holds the memory
+    written = mfa.append_to_cache(mx.zeros((2, 2, 8, 4)), new, mx.array([0, 6]) + 0)  # the stream goes on
+    assert any(ctypes.string_at(address(written), 2 * 2 * 8 * 4 * 4))
+
+
+# What attention alone would refuse, once rows are in the cache: computed values, so that the evaluation refuses them.
+REFUSED_STEPS = {
+    "positions of queries": ({"cache_seqlens": 10, "queries": 6}, "the positions of queries must lie in"),
+    "positions of new keys": ({"cache_seqlens": 12}, "the positions of new keys must lie in"),
+    "positions of cached keys": ({"rotate_cached_keys": True, "seq_lens": 12}, "the positions of keys must lie in"),
+    "an older page": ({"block_table": [[7, 1, 2, 3]], "seq_lens": 5}, "for the keys that a sequence has; got 7"),
+    "no room": ({"seq_lens": 16}, "sequences must have room for"),
+    "an index behind the cache": ({"cache_batch_idx": 1}, "cache_batch_idx must be in"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED_STEPS)
+def test_a_step_that_is_refused_when_it_is_evaluated_writes_nothing(refused):
+    changes, message = REFUSED_STEPS[refused]
+    changes = dict(changes)
+    q = rows(1, 2, changes.pop("queries", 1), 8)
+    new = rows(1, 2, 1, 8)
+    table = changes.pop("block_table", None)
+    shape = (4, 4, 2, 8) if table else (1, 2, 16, 8)
+    caches = [mx.zeros(shape), mx.zeros(shape)]
+    places = [address(x) for x in caches]
+    options = {name: mx.array([x]) + 0 if type(x) is int else x for name, x in ({"seq_lens": 5} | changes).items()}
+    if table:
+        options["block_table"] = mx.array(table) + 0
+    else:
+        cos = mx.ones((12, 4))
+        options |= {"rotary_cos": cos, "rotary_sin": cos}
+    mx.eval(q, new)
+    results = mfa.flash_attention_kvcache(q, *caches, k_new=new, v_new=new, **options)
+    caches.clear()
+    with pytest.raises(RuntimeError, match=message):
+        mx.eval(results)
+    for place in places:
+        assert not any(ctypes.string_at(place, 16 * 2 * 8 * 4))
+    del results
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -425,13 +464,16 @@ MISTAKES = {
     "new lengths": ({"v_new": (2, 2, 2, 8)}, "k_new and v_new must have the same length; got 3 and 2"),
     "page size": ({"k_cache": (4, 8, 2, 8), "v_cache": (4, 8, 2, 8), "block_table": [[0], [1]], "block_size": 16},
                   "block_size must be the page size of the pools, 8; got 16"),
+    "pages of no tokens": ({"k_cache": (4, 0, 2, 8), "v_cache": (4, 0, 2, 8), "block_table": [[0], [1]],
+                            "seq_lens": [0, 0]}, "the page size of a pool must be positive; got 0"),
     "shared page": ({"k_cache": (4, 8, 2, 8), "v_cache": (4, 8, 2, 8), "block_table": [[1], [1]]},
                     "each page may be appended to once; got page 1 for sequences 0 and 1"),
     "missing page": ({"k_cache": (4, 8, 2, 8), "v_cache": (4, 8, 2, 8), "block_table": [[1], [-1]]},
                      r"block_table must name pages in \[0, 4\) for the tokens that are appended; got -1 at entry 0 of "
                      "sequence 1"),
     "remap of a cache that grows": ({"cache_batch_idx": [1, 0], "seq_lens": None},
-                                    "cache_batch_idx cannot select rows of a cache that grows"),
+                                    "cache_batch_idx selects rows of a preallocated cache with seq_lens; got a cache "
+                                    "that grows"),
     "rows written twice": ({"cache_batch_idx": [1, 1]}, "each page may be appended to once; got page 1"),
     "index behind the cache": ({"cache_batch_idx": [0, 2]}, r"cache_batch_idx must be in \[0, 2\); got 2 at entry 1"),
     "count of indices": ({"cache_batch_idx": [0]}, "cache_batch_idx must have one row for each of the 2 batch entries"),
@@ -452,9 +494,38 @@ def test_bad_input_is_one_clear_error(mistake):
             arguments[name] = mx.zeros(arguments[name])
     if "block_table" in arguments:
         arguments["block_table"] = mx.array(arguments["block_table"])
-    with pytest.raises((ValueError, RuntimeError, TypeError), match=message) as error:
-        mx.eval(mfa.flash_attention_kvcache(**arguments))
-    assert error.type is TypeError or str(error.value).startswith("[flash_attention_kvcache] ")
+    expected = {"lengths twice": TypeError, "backend": RuntimeError}.get(mistake, ValueError)
+    with pytest.raises(expected, match=message) as error:
+        mfa.flash_attention_kvcache(**arguments)
+    assert expected is TypeError or str(error.value).startswith("[flash_attention_kvcache] ")
+
+
+@pytest.mark.parametrize("appended", [None, 0])
+def test_remapped_rows_of_an_empty_cache_see_nothing(appended):
+    cache = mx.zeros((3, 2, 0, 8))
+    new = {} if appended is None else {"k_new": rows(1, 2, 0, 8), "v_new": rows(1, 2, 0, 8)}
+
+    def attend(q):
+        out = mfa.flash_attention_kvcache(q, cache, cache, cache_batch_idx=[1], seq_lens=[0, 0, 0], **new)
+        return out if appended is None else out[0]
+
+    q = rows(1, 2, 5, 8)
+    assert not attend(q).any().item()
+    assert not mx.grad(lambda q: attend(q).sum())(q).any().item()
+
+
+@pytest.mark.parametrize(
+    ("cache", "rows", "table", "message"),
+    [
+        ((1, 2, 4, 0), (1, 2, 1, 0), None, "the head dimension of the cache must be positive; got 0"),
+        ((4, 2, 2, 0), (1, 2, 1, 0), [[0]], "the head dimension of the cache must be positive; got 0"),
+        ((4, 0, 2, 8), (1, 2, 0, 8), [[0]], "the page size of a pool must be positive; got 0"),
+    ],
+)
+def test_a_cache_without_room_for_a_number_is_refused(cache, rows, table, message):
+    table = None if table is None else mx.array(table)
+    with pytest.raises(ValueError, match=r"^\[append_to_cache\] " + message):
+        mfa.append_to_cache(mx.zeros(cache), mx.zeros(rows), [0], table)
 
 
 def test_random_starts_are_written_or_refused(seed):

@@ -31,13 +31,14 @@ def packed_sizes(rng, self_attention):
 def fused(*arrays):
     """``[B, H, N, D]`` arrays as ``[B, N, heads * D]``."""
     tokens = np.concatenate([x.transpose(0, 2, 1, 3) for x in arrays], axis=2)
-    return tokens.reshape(*tokens.shape[:2], -1)
+    B, N, heads, D = tokens.shape
+    return tokens.reshape(B, N, heads * D)
 
 
 def fused_parts(names, heads):
     def split(gradient):
-        B, N, _ = gradient.shape
-        tokens = gradient.reshape(B, N, sum(heads), -1).transpose(0, 2, 1, 3)
+        B, N, width = gradient.shape
+        tokens = gradient.reshape(B, N, sum(heads), width // sum(heads)).transpose(0, 2, 1, 3)
         return dict(zip(names, np.split(tokens, np.cumsum(heads)[:-1], axis=1)))
 
     return split

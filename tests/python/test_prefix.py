@@ -5,7 +5,7 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
-from entry_points import BLOCKS, CASES, check_entry, run_block
+from entry_points import BLOCKS, check_entry, run_block
 from problems import (
     ON_GPU,
     cpu_kernels_only,
@@ -163,6 +163,23 @@ def test_mistake_in_a_cascade_is_refused(mistake):
         mfa.flash_attention_cascade(**(arguments | change))
 
 
+@needs_kernels
+@cpu_kernels_only
+def test_a_window_with_lengths_takes_no_more_than_its_mask(peak_bytes):
+    """`B * Nq * P` bytes, beside what the call without a window takes."""
+    B, Nq, P = 4, 256, 8192
+    q, k, v = random_arrays(5, (B, 2, Nq, 8), (B, 2, Nq, 8), (B, 2, Nq, 8))
+    prefix = random_arrays(6, (1, 2, P, 8), (1, 2, P, 8))
+    mx.eval(q, k, v, prefix)
+
+    def run(**options):
+        mx.eval(mfa.flash_attention_cascade(q, *prefix, k, v, kv_lengths=[200] * B, **options))
+
+    run()
+    plain = peak_bytes(run)
+    assert peak_bytes(lambda: run(window_size=(P, 0))) < plain + 1.1 * B * Nq * P
+
+
 def test_a_shared_prefix_cache_is_attention_and_the_arrays_given():
     q, k, v = random_arrays(2, (1, 4, 50, 16), (1, 2, 50, 16), (1, 2, 50, 16))
     out, k_kept, v_kept = mfa.make_shared_prefix_cache(q, k, v, scale=0.3)
@@ -186,15 +203,22 @@ def test_a_prefix_cache_and_a_cascade_are_one_long_attention():
     assert mx.allclose(whole[:, :, 50:], rest, atol=1e-6)
 
 
-def test_random_prefix_caches_are_attention(seed):
-    for index in range(CASES):
-        case = random_case(np.random.default_rng([seed, index]), cascade_sizes, ("dropout",))
-        q, k, v = (case.arrays[n] for n in "qkv")
-        options = keywords(case.problem, case.arrays)
-        out, k_kept, v_kept = mfa.make_shared_prefix_cache(q, k, v, **options)
-        assert k_kept is k
-        assert v_kept is v
-        assert mx.array_equal(out, mfa.flash_attention(q, k, v, **options)), case.label
+@needs_kernels
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_prefix_caches_are_attention(block, seed):
+    def check(rng, index):
+        case = random_case(rng, cascade_sizes)
+
+        def call(x):
+            options = keywords(case.problem, x)
+            out, lse, k, v = mfa.make_shared_prefix_cache(x["q"], x["k"], x["v"], return_lse=True, **options)
+            assert k is x["k"]
+            assert v is x["v"]
+            return out, lse
+
+        check_entry(case, case.arrays, call, seed=index)
+
+    run_block(block, seed, check)
 
 
 SHARED = ("scale", "causal", "softcap", "window", "alibi", "sinks", "dropout_p", "dropout_seed")  # by both halves
@@ -221,11 +245,11 @@ def random_halves(rng):
 
 
 @needs_kernels
+@pytest.mark.parametrize("which", [0, 1], ids=["prefill", "decode"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_random_halves_of_splitfuse_are_attention(block, seed):
+def test_random_halves_of_splitfuse_are_attention(block, which, seed):
     def check(rng, index):
         halves = random_halves(rng)
-        which = index % 2
 
         def call(x):
             arrays = [case.arrays for case in halves]

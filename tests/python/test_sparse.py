@@ -8,7 +8,8 @@ import pytest
 from entry_points import BLOCKS, check_entry, run_block
 from problems import DTYPES, cpu_kernels_only, keywords, mfa, needs_kernels, random_arrays, random_case, to_numpy
 
-routes = pytest.mark.parametrize("route", [pytest.param("mfa", marks=[needs_kernels, cpu_kernels_only]), "composed"])
+on_kernels = [needs_kernels, cpu_kernels_only]
+routes = pytest.mark.parametrize("route", [pytest.param("mfa", marks=on_kernels), "composed"])
 
 TILES = (16, 32, 48, 64, 128)
 
@@ -44,9 +45,17 @@ def random_tile(rng):
     return int(rng.choice(TILES)), int(rng.choice(TILES))
 
 
-@routes
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        pytest.param("flash_attention_sparse", "mfa", marks=on_kernels),
+        ("flash_attention_sparse", "composed"),
+        pytest.param("sparse_attention_dispatch", "mfa", marks=on_kernels),
+        pytest.param("sparse_attention_nax", "mfa", marks=on_kernels),
+    ],
+)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_random_block_masks_are_attention_with_the_expanded_mask(block, route, seed):
+def test_random_block_masks_are_attention_with_the_expanded_mask(block, name, route, seed):
     def check(rng, index):
         case = random_case(rng, sparse_sizes)
         p, arrays = case.problem, case.arrays
@@ -61,9 +70,12 @@ def test_random_block_masks_are_attention_with_the_expanded_mask(block, route, s
             given, size = mfa.BlockMask(given, tile, q_len=Nq, kv_len=Nk), None
 
         def call(x):
-            return mfa.flash_attention_sparse(
-                x["q"], x["k"], x["v"], given, block_size=size, return_lse=True, backend=route, **keywords(p, x)
-            )
+            options = keywords(p, x)
+            if name == "flash_attention_sparse":
+                options["block_size"] = size
+            else:
+                options |= {"block_tile": size, "token_mask": options.pop("mask", None)}
+            return getattr(mfa, name)(x["q"], x["k"], x["v"], given, return_lse=True, backend=route, **options)
 
         check_entry(case, arrays, call, seed=index)
 

@@ -5,23 +5,26 @@ import mlx_mfa as mfa
 import numpy as np
 import oracle
 import pytest
+from entry_points import BLOCKS, run_block
 from problems import DTYPES, cpu_kernels_only, dtype_name, needs_kernels, normal, strided, to_mlx, to_numpy
 from sequences import make_sequences, pack, unpack
+from test_packed import as_view, fused, fused_parts, stacked, stacked_parts
 
 pytestmark = [needs_kernels, cpu_kernels_only]
 
 LENGTHS = (0, 1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 100)
-CASES, BLOCK = 300, 25
 
 
-def random_sequences(rng):
-    """Sequences with random lengths, dtype and modifiers, and the arguments of the call beside them."""
+def random_sequences(rng, packed=""):
+    """Sequences with random lengths, dtype and modifiers that ``packed`` can hold, and the call's other arguments."""
     B, Hkv, G = int(rng.integers(1, 6)), int(rng.choice((1, 2))), int(rng.choice((1, 1, 2, 3)))
     D, Dv = int(rng.choice((1, 8, 17, 32, 64))), int(rng.choice((1, 8, 24, 64)))
     dtype, Hq = str(rng.choice(DTYPES)), Hkv * G
     nq, nk = rng.choice(LENGTHS, B), rng.choice(LENGTHS, B)
     if rng.random() < 0.1:
         nk[0] = 300
+    Dv = D if packed else Dv
+    nk = nq if packed == "qkv" else nk
     Nq, Nk = max(1, nq.max()), max(1, nk.max())
     options, arguments = {"causal": rng.random() < 0.5}, {}
 
@@ -54,31 +57,37 @@ def random_sequences(rng):
     return s, arguments, str(rng.choice(("dense", "bnhd", "gap", "reversed", "packed")))
 
 
-def call(s, arguments, q, k, v, **extra):
+def call(s, arguments, *arrays, function=mfa.flash_attention_varlen, **extra):
     p = s.problem
     keywords = {
         "max_seqlen_q": p.q.shape[2], "max_seqlen_k": p.k.shape[2], "causal": p.causal, "softcap": p.softcap,
         "window_size": p.window, "dropout_p": p.dropout_p,
         "dropout_seed": p.dropout_seed if p.dropout_p > 0 else None, "return_lse": True,
     }  # fmt: skip
-    return mfa.flash_attention_varlen(q, k, v, mx.array(s.cu_q), mx.array(s.cu_k), **(keywords | arguments | extra))
+    return function(*arrays, mx.array(s.cu_q), mx.array(s.cu_k), **(keywords | arguments | extra))
 
 
-def check_sequences(s, arguments, layout="dense", seed=0):
+def check_sequences(s, arguments, layout="dense", seed=0, packed=""):
+    """``packed`` names the arrays that lie in one: "qkv" or "kv"."""
     p = s.problem
-    arrays = {
-        "q": strided(pack(p.q, s.query_lengths), p.dtype, layout),
-        "k": strided(pack(p.k, s.key_lengths), p.dtype, layout),
-        "v": strided(pack(p.v, s.key_lengths), p.dtype, layout),
-    }
+    rows = {"q": pack(p.q, s.query_lengths), "k": pack(p.k, s.key_lengths), "v": pack(p.v, s.key_lengths)}
+    arrays = {n: strided(x, p.dtype, layout) for n, x in rows.items() if n not in packed}
+    extra, parts = {}, {}
+    if packed:
+        join, split = ((fused, fused_parts), (stacked, stacked_parts))[seed % 2]
+        arrays[packed] = as_view(join(*(rows[n] for n in packed)), np.random.default_rng(seed), p.dtype)
+        parts[packed] = split(packed, [rows[n].shape[1] for n in packed])
+        extra = {"function": getattr(mfa, f"flash_attention_varlen_{packed}_packed"), "num_kv_heads": p.k.shape[1]}
+        if packed == "qkv":
+            extra["num_heads"] = p.q.shape[1]
     own = {"alibi_slopes": "alibi", "attn_bias": "bias", "sinks": "sinks"}  # differentiable arguments
     names = [*arrays, *(n for n in own if n in arguments)]
     given = arrays | arguments
 
     def function(*values):
         changed = dict(zip(names, values))
-        q, k, v = (changed.pop(n) for n in "qkv")
-        return call(s, arguments | changed, q, k, v)
+        now = [changed.pop(n) for n in arrays]
+        return call(s, arguments | changed, *now, **extra)
 
     cotangents = [
         to_mlx(pack(s.d_o, s.query_lengths), p.dtype),
@@ -92,24 +101,21 @@ def check_sequences(s, arguments, layout="dense", seed=0):
     expected = pack(rule.answer.lse, s.query_lengths)
     oracle.assert_lse(np.array(lse) * oracle.LN2, expected, s.label)
     for name, gradient in zip(names, gradients):
-        x = to_numpy(gradient)
-        if name == "q":
-            x = unpack(x, s.query_lengths, Nq)
-        elif name in "kv":
-            x = unpack(x, s.key_lengths, Nk)
-        rule.check(own.get(name, name), x, dtype_name(gradient), s.label)
+        for part, x in parts.get(name, lambda g, name=name: {name: g})(to_numpy(gradient)).items():
+            if part == "q":
+                x = unpack(x, s.query_lengths, Nq)
+            elif part in "kv":
+                x = unpack(x, s.key_lengths, Nk)
+            rule.check(own.get(part, part), x, dtype_name(gradient), s.label)
 
 
-@pytest.mark.parametrize("block", range(CASES // BLOCK))
-def test_random_sequences_are_within_the_error_rule(block, seed):
-    failures = []
-    for index in range(BLOCK):
-        case = random_sequences(np.random.default_rng([seed, 11, block, index]))
-        try:
-            check_sequences(*case, seed=index)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            failures.append(f"block {block} case {index}: {error}"[:1500])
-    assert not failures, f"seed {seed}: {len(failures)} failures\n" + "\n".join(failures[:10])
+@pytest.mark.parametrize("packed", ["", "qkv", "kv"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_random_sequences_are_within_the_error_rule(block, packed, seed):
+    def check(rng, index):
+        check_sequences(*random_sequences(rng, packed), seed=index, packed=packed)
+
+    run_block(block, seed, check)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,7 +242,7 @@ MISTAKES = {
     "short": ({"cu_seqlens_q": [0, 4, 8]}, "cu_seqlens_q must end with the number of packed queries, 9; got 8"),
     "long": ({"cu_seqlens_k": [0, 4, 10]}, "cu_seqlens_k must end with the number of packed keys, 9; got 10"),
     "negative": ({"cu_seqlens_k": [0, -1, 9]}, "cu_seqlens_k must not decrease; got -1 after 0"),
-    "beyond int32": ({"cu_seqlens_k": [0, 2**40, 9]}, "no sequence may have more than 9 keys"),
+    "beyond int32": ({"cu_seqlens_k": [0, 2**40, 9]}, "cu_seqlens_k must be integers of 32 bits; got 1099511627776"),
     "longer than said": ({"max_seqlen_q": 4}, "no sequence may have more than 4 queries; got 5 in sequence 1"),
     "negative longest": ({"max_seqlen_k": -1}, "max_seqlen_k must not be negative; got -1"),
     "mask of other shape": ({"mask": (3, 1, 1, 9)}, "mask must be broadcastable"),
@@ -262,8 +268,9 @@ def test_bad_input_is_one_clear_error(mistake):
         arguments["block_mask"] = mx.ones(arguments["block_mask"], mx.bool_)
     if "beyond" in mistake:
         arguments["cu_seqlens_k"] = mx.array([0, 2**40, 9], mx.int64)
-    with pytest.raises((ValueError, RuntimeError), match=r"^\[flash_attention_varlen\] .*" + message.split(";")[0]):
-        mx.eval(mfa.flash_attention_varlen(**arguments))
+    error = RuntimeError if mistake == "backend" else ValueError
+    with pytest.raises(error, match=r"^\[flash_attention_varlen\] .*" + message):
+        mfa.flash_attention_varlen(**arguments)
 
 
 def test_starts_that_are_computed_are_checked_when_they_are_evaluated():

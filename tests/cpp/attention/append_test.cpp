@@ -163,28 +163,29 @@ TEST(Append, RandomPlacesAreRefusedOrWrittenInsideOfTheCache) {
   for (int n = 0; n < cases; ++n) {
     const auto pick = [&](int low, int high) { return static_cast<int32_t>(random.integer(low, high)); };
     const bool paged = random.chance(0.6), rotates = random.chance(0.4);
-    const int32_t page_size = pick(1, 5), columns = pick(1, 3), count = paged ? pick(1, 8) : pick(1, 3);
+    const int32_t page_size = pick(0, 5), columns = pick(0, 3), count = paged ? pick(0, 8) : pick(0, 3);
     CacheRows p;
-    p.B = paged ? pick(1, 3) : count;
+    p.B = paged ? pick(0, 3) : count;
     p.H = 1;
     p.N = pick(0, 4);
-    p.D = 2;
+    p.D = random.chance(0.05) ? 0 : 2;
     p.capacity = paged ? columns * page_size : page_size;
     const auto wrong = [&](int32_t right) {
       return random.chance(0.06) ? random.pick({-kMost - 1, -1, 0, 3, 7, kMost}) : right;
     };
     std::vector<int32_t> starts, table, positions;
     for (int32_t b = 0; b < p.B; ++b) starts.push_back(wrong(pick(0, std::max(0, p.capacity - p.N))));
-    for (int32_t i = 0; paged && i < p.B * columns; ++i) table.push_back(wrong(i % count));
+    for (int32_t i = 0; paged && i < p.B * columns; ++i) table.push_back(wrong(i % std::max(1, count)));
     for (int32_t b = 0; b < p.B; ++b) positions.push_back(wrong(pick(0, 3)));
     const std::vector<float> angles(7, 0.6f);
-    std::vector<float> cache(static_cast<size_t>(count * page_size * 2), 1.f), rows(static_cast<size_t>(p.B * p.N * 2));
+    std::vector<float> cache(static_cast<size_t>(count * page_size * p.D), 1.f);
+    std::vector<float> rows(static_cast<size_t>(p.B * p.N * p.D));
     std::fill(rows.begin(), rows.end(), 2.f);
-    p.cache = {cache.data(), {page_size * 2, 2, 2}};
-    p.rows = {rows.data(), {p.N * 2, 2, 2}};
+    p.cache = {cache.data(), {page_size * p.D, p.D, p.D}};
+    p.rows = {rows.data(), {p.N * p.D, p.D, p.D}};
     p.starts = starts.data();
     if (paged) p.pages = {table.data(), columns, page_size, count};
-    if (rotates) p.rope = {angles.data(), angles.data(), 7, 2, true, true, positions.data(), nullptr};
+    if (rotates && p.D > 0) p.rope = {angles.data(), angles.data(), 7, 2, true, true, positions.data(), nullptr};
     try {
       validate(p, "f");
     } catch (const std::invalid_argument& error) {
@@ -193,7 +194,7 @@ TEST(Append, RandomPlacesAreRefusedOrWrittenInsideOfTheCache) {
       continue;
     }
     append_rows(p);
-    EXPECT_EQ(std::count_if(cache.begin(), cache.end(), [](float x) { return x != 1.f; }), p.B * p.N * 2);
+    EXPECT_EQ(std::count_if(cache.begin(), cache.end(), [](float x) { return x != 1.f; }), p.B * p.N * p.D);
     read_rows(p);
     ++appended;
   }

@@ -1,5 +1,6 @@
 #include "support/metadata.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 
@@ -93,11 +94,11 @@ Metadata random_metadata(Random& random) {
     m.key_starts = random_starts(random, B, m.p.Nk);
     m.p.packed_keys = m.key_starts.back();
   } else if (random.chance(0.7)) {
-    m.p.pages = {nullptr, pick(1, 4), pick(1, 4), pick(1, 6)};
+    m.p.pages = {nullptr, pick(0, 4), pick(0, 4), pick(1, 6)};
     m.p.Nk = static_cast<int32_t>(m.p.pages.table_stride) * m.p.pages.page_size;
     for (int32_t b = 0; b < B; ++b) {
       m.lengths.push_back(pick(0, m.p.Nk));
-      const int32_t used = (m.lengths.back() + m.p.pages.page_size - 1) / m.p.pages.page_size;
+      const int32_t size = std::max(1, m.p.pages.page_size), used = (m.lengths.back() + size - 1) / size;
       for (int32_t t = 0; t < m.p.pages.table_stride; ++t)
         m.table.push_back(t < used ? pick(0, m.p.pages.pages - 1) : -1);
     }
