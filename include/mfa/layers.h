@@ -79,9 +79,13 @@ struct DecoderLayer {
 // as they were then.
 class DecoderStack;
 
-// Null if there is anything that decoder_layers() does not cover: weights that are being traced, not evaluated or not
-// dense, shapes and dtypes that do not fit each other.
+// Weights move to huge pages. Null if there is anything that decoder_layers() does not cover: weights that are being
+// traced, not evaluated or not dense, shapes and dtypes that do not fit each other.
 MFA_API std::shared_ptr<const DecoderStack> prepare_decoder(std::vector<DecoderLayer> layers);
+
+// Has Linux move the memory of evaluated arrays to pages of 2 MB, where it has them: weights that are read for every
+// token pass faster. Contents and addresses stay.
+MFA_API void prefer_huge_pages(const std::vector<mlx::core::array>& arrays);
 
 struct LayerCache {
   mlx::core::array keys, values;  // the whole cache, [B, Hkv, capacity, D] each

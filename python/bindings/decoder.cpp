@@ -155,6 +155,11 @@ void bind_decoder(nb::module_& m) {
                 scale, freqs or None)``; projections ``(arrays, bits, group_size)`` of q, k, v, o, gate, up and down,
                 the weights ``[out, in]`` with bits 0, or the three arrays of affine quantisation.
         Returns: DecoderStack or None.)");
+  m.def("prefer_huge_pages", nb::overload_cast<const std::vector<mx::array>&>(&prefer_huge_pages), "arrays"_a, R"(
+        Have Linux move the memory of evaluated arrays to pages of 2 MB, where it has them.
+
+        Args:
+            arrays (list): Arrays that are read again and again; small ones are left alone.)");
   m.def("try_decoder_layers", &run, "x"_a, "stack"_a, "caches"_a, "causal"_a, "stream"_a = nb::none(), R"(
         The layers of ``stack`` as few operations, or None if the call is not covered.
 

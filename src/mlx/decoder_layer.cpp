@@ -7,6 +7,7 @@
 
 #include "backend/cpu/attention.h"
 #include "common/check.h"
+#include "common/huge_pages.h"
 #include "mfa/diagnostics.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/dtypes.h"
@@ -21,6 +22,8 @@ namespace {
 constexpr int kMostTokens = 8;
 // Layers of one operation. Each of its outputs refers to all others and to all inputs.
 constexpr size_t kLayersAtOnce = 8;
+// Smaller arrays are few pages, or lie between larger ones.
+constexpr size_t kMinHugeBytes = size_t{64} << 10;
 
 bool has_shape(const mx::array& x, const mx::Shape& shape, mx::Dtype dtype) {
   return x.dtype() == dtype && x.shape() == shape;
@@ -171,6 +174,11 @@ void DecoderLayers::eval_gpu(const std::vector<mx::array>&, std::vector<mx::arra
   throw std::runtime_error(concat("[", name(), "::eval_gpu] this primitive runs on CPU streams only"));
 }
 
+void prefer_huge_pages(const std::vector<mx::array>& arrays) {
+  for (const mx::array& a : arrays)
+    if (a.is_available() && a.nbytes() >= kMinHugeBytes) prefer_huge_pages(a.data<void>(), a.nbytes());
+}
+
 std::shared_ptr<const DecoderStack> prepare_decoder(std::vector<DecoderLayer> layers) {
   if (layers.empty() || !cpu::kernel_traits()) return nullptr;
   const mx::array& norm = layers[0].weights.attention_norm;
@@ -183,8 +191,10 @@ std::shared_ptr<const DecoderStack> prepare_decoder(std::vector<DecoderLayer> la
     if (!fits_together(layer, stack->width, stack->dtype) || !are_readable(layer.weights)) return nullptr;
   for (size_t first = 0; first < layers.size(); first += kLayersAtOnce) {
     auto part = std::make_shared<std::vector<DecoderStack::Layer>>();
-    for (size_t i = first; i < std::min(layers.size(), first + kLayersAtOnce); ++i)
+    for (size_t i = first; i < std::min(layers.size(), first + kLayersAtOnce); ++i) {
+      for (const ProjectionWeights& p : layers[i].weights.projections) prefer_huge_pages(p.arrays);
       part->push_back({problem(layers[i]), std::move(layers[i].weights)});
+    }
     stack->parts.push_back(std::move(part));
   }
   return stack;

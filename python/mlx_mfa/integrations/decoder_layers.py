@@ -167,6 +167,8 @@ class DecoderLayers:
         except (AttributeError, LookupError, TypeError):  # another kind of layer
             return None
         if stack is not None:
+            embedding = owner.get("embed_tokens", {})  # of a model, and often its head
+            _ext.prefer_huge_pages([a for a in embedding.values() if isinstance(a, mx.array)])
             gone = weakref.ref(owner, lambda _owner: self._prepared.pop(key, None))
             self._prepared[key] = _Prepared(gone, list(map(id, layers)), _ext.Snapshot(modules), stack)
         return stack

@@ -1,18 +1,19 @@
 // integer_few_rows-inl.h: products of a few integer rows with codes as they lie in memory. Lanes are terms of a group;
-// the sums of some columns' groups are made first, then their floating-point part with columns in lanes.
+// the sums of some columns' groups are made first, with columns that follow each other in memory as one long column and
+// x repeated beside it, then their floating-point part with columns in lanes.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
-// Columns whose groups are added at once.
+// Columns whose groups are summed, and added, at once.
 using DCol = hn::CappedTag<float, 8>;
 using VCol = hn::Vec<DCol>;
 constexpr DCol dcol;
 constexpr hn::RebindToSigned<DCol> dcoli;
 constexpr int kColumnLanes = static_cast<int>(hn::MaxLanes(DCol()));
-// Codes are asked for as many bytes before they are needed, and the next columns' scales and biases with them: the
-// processor's own prefetchers stop at pages of 4 KB and alone reach two thirds of the rate of memory.
-constexpr int kCodesAhead = 8192;
+// Codes are asked for as many bytes before they are needed, and scales and biases as many columns: the processor's own
+// prefetchers stop at pages of 4 KB and alone reach two thirds of the rate of memory.
+constexpr int kCodesAhead = 8192, kColumnsAhead = 16;
 
 // How groups lie in vectors of codes. A 128-bit block never belongs to two groups.
 template <int kBits, int kGroup>
@@ -64,10 +65,12 @@ HWY_INLINE VI SumsOfGroups(const VI (&v)[kLanes / kGroups]) {
     const auto low = hn::InterleaveLower(d64, hn::BitCast(d64, ab), hn::BitCast(d64, cd));
     const auto high = hn::InterleaveUpper(d64, hn::BitCast(d64, ab), hn::BitCast(d64, cd));
     sums[i] = hn::Add(hn::BitCast(di, low), hn::BitCast(di, high));  // lane j of block b: block b of q[j]
-    if constexpr (kEach >= 2) sums[i] = hn::Add(sums[i], hn::SwapAdjacentBlocks(sums[i]));
+    if constexpr (kEach >= 2 && kBlocks > 2) sums[i] = hn::Add(sums[i], hn::SwapAdjacentBlocks(sums[i]));
   }
   VI sum = sums[0];
-  if constexpr (kEach == 2) {
+  if constexpr (kEach == 2 && kBlocks == 2) {
+    sum = hn::Add(hn::ConcatLowerLower(di, sums[1], sums[0]), hn::ConcatUpperUpper(di, sums[1], sums[0]));
+  } else if constexpr (kEach == 2) {
     sum = hn::OddEvenBlocks(sums[1], sums[0]);
   } else if constexpr (kEach == 4) {
     const VI a = hn::OddEvenBlocks(sums[1], sums[0]), b = hn::OddEvenBlocks(sums[3], sums[2]);
@@ -84,10 +87,9 @@ HWY_INLINE VI SumsOfGroups(const VI (&v)[kLanes / kGroups]) {
   return sum;
 }
 
-// dots[r * dots_stride + g] = the sum of group g of a column and row r, for U units of vectors.
+// Lane g of dots[r] = the sum of group g and row r, for U units of vectors.
 template <int kBits, int kGroup, int U, int R>
-HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_stride, int32_t* dots,
-                         ptrdiff_t dots_stride) {
+HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_stride, VI (&dots)[R]) {
   using C = CodeVectors<kBits, kGroup>;
   const hn::RebindToUnsigned<D16> du16;
   const auto mask = hn::Set(du16, (1 << kBits) - 1);
@@ -122,30 +124,7 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
   for (int r = 0; r < R; ++r) {
     MFA_UNROLL
     for (int u = U; u < C::kUnits; ++u) sums[r][u] = hn::Zero(di);
-    hn::StoreU(SumsOfGroups<C::kGroups>(sums[r]), di, dots + r * dots_stride);
-  }
-}
-
-// The same for all groups of a column of `bytes` bytes. Up to kLanes dots past the last are overwritten.
-template <int kBits, int kGroup, int R>
-HWY_INLINE void DotColumn(const uint8_t* codes, int bytes, const int16_t* x, ptrdiff_t x_stride, int32_t* dots,
-                          ptrdiff_t dots_stride) {
-  using C = CodeVectors<kBits, kGroup>;
-  const uint8_t* end = codes + bytes;
-  const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from) MFA_INLINE_LAMBDA {
-    MFA_UNROLL
-    for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine) __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
-    DotUnits<kBits, kGroup, U, R>(from, x, x_stride, dots, dots_stride);
-    codes += U * C::kUnitBytes;
-    x += U * C::kUnitCodes;
-    dots += U * C::kGroups;
-  };
-  while (end - codes >= C::kUnits * C::kUnitBytes) step(std::integral_constant<int, C::kUnits>(), codes);
-  while (end - codes >= C::kUnitBytes) step(std::integral_constant<int, 1>(), codes);
-  if (codes < end) {  // groups that fill no vector; x is zero past them
-    HWY_ALIGN uint8_t last[C::kUnitBytes] = {};
-    std::memcpy(last, codes, static_cast<size_t>(end - codes));
-    step(std::integral_constant<int, 1>(), last);
+    dots[r] = SumsOfGroups<C::kGroups>(sums[r]);
   }
 }
 
@@ -166,27 +145,17 @@ HWY_INLINE void LoadGroups(const T* const (&in)[kColumnLanes], int start, int co
     for (int i = 0; i < count; ++i) to[i][c] = to_float(in[c][start + i]);
 }
 
-// products[g] = GroupProduct() of group g of a column, lanes being groups. What comes after the last group may be read
-// and written, but of scales and biases it is read only if they are `followed` by others. Vectors do not overlap: a
-// load of what two stores wrote waits until both have left the processor.
-template <int kBits, class T>
-HWY_INLINE void ScaleDots(const T* scales, const T* biases, int groups, bool followed, const int32_t* dots,
-                          const int32_t* sums, float* products) {
-  const auto scale_dots = [&](const T* s, const T* b, int g) MFA_INLINE_LAMBDA {
-    const VCol scale = LoadFloat(dcol, s), centre = CentreOf<kBits>(dcol, scale, LoadFloat(dcol, b));
-    const auto dot = hn::LoadU(dcoli, dots + g), sum = hn::LoadU(dcoli, sums + g);
-    hn::StoreU(GroupProduct<kBits>(dcol, scale, dot, centre, sum), dcol, products + g);
-  };
-  int g = 0;
-  for (; g + kColumnLanes <= groups; g += kColumnLanes) scale_dots(scales + g, biases + g, g);
-  if (g == groups) return;
-  if (HWY_LIKELY(followed)) return scale_dots(scales + g, biases + g, g);
-  T s[kColumnLanes] = {}, b[kColumnLanes] = {};
-  for (int i = 0; g + i < groups; ++i) {
-    s[i] = scales[g + i];
-    b[i] = biases[g + i];
+// A lane from each of the rows, `stride` apart. Not by way of memory: a load of what several stores wrote waits until
+// all have left the processor.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadLanes(D d, const float* p, ptrdiff_t stride) {
+  if constexpr (hn::MaxLanes(D()) > 4) {
+    const hn::Half<D> half;
+    return hn::Combine(d, LoadLanes(half, p + 4 * stride, stride), LoadLanes(half, p, stride));
+  } else {
+    const auto two = hn::InsertLane(hn::Set(d, p[0]), 1, p[stride]);
+    return hn::InsertLane(hn::InsertLane(two, 2, p[2 * stride]), 3, p[3 * stride]);
   }
-  scale_dots(s, b, g);
 }
 
 template <int kBits, int kGroup>
@@ -200,22 +169,32 @@ class IntegerFewRows {
         rows_(static_cast<int>(p_.M)),
         groups_(p_.K / kGroup),
         units_((p_.K + C::kUnitCodes - 1) / C::kUnitCodes),
-        dots_stride_(RoundUp(groups_, kLanes) + kLanes) {
+        period_(WholeUnits(p_.K)),
+        bytes_(p_.K * kBits / 8),
+        products_stride_(RoundUp(kColumnLanes * groups_, kLanes) + kLanes),
+        dense_(p_.w.stride * 32 == int64_t{p_.K} * kBits && p_.w.affine.scale_stride == groups_ &&
+               p_.w.affine.bias_stride == groups_) {
     if (job.rows) View(static_cast<char*>(const_cast<void*>(job.rows)));
   }
 
-  // Of rows of x as integers, sorted for vectors of codes, with lists of the units that have rests.
+  // Of rows of x as integers, repeated and sorted for vectors of codes, with their sums repeated and lists of the units
+  // that have rests.
   size_t row_bytes() const {
-    return IntegerRows::Bytes(rows_, p_.K, groups_) + static_cast<size_t>(rows_ * (units_ + 1)) * sizeof(int32_t);
+    return integer_bytes() + static_cast<size_t>(rows_ * (repeated_groups() + units_ + 1)) * sizeof(int32_t);
   }
   void Prepare(char* rows) {
     View(rows);
     for (int r = 0; r < rows_; ++r) {
       const bool any_rest = QuantiseRow<kBits>(p_, r, 0, groups_, kGroup, x_, r);
-      Sort(x_.first + r * x_.stride);
+      Repeat(x_.first + r * x_.stride, p_.K, repeated_terms());
+      SortForVectors<kBits>(x_.first + r * x_.stride, repeated_terms());
+      std::memcpy(Sums(r), x_.sum + x_.At(0, r), static_cast<size_t>(groups_) * sizeof(int32_t));
+      Repeat(Sums(r), groups_, repeated_groups());
       int32_t& count = RestUnits(r)[0] = 0;
       if (!any_rest) continue;
-      Sort(x_.rest + r * x_.stride);
+      int16_t* rest = x_.rest + r * x_.stride;
+      std::memset(rest + p_.K, 0, static_cast<size_t>(RoundUp(p_.K, C::kCodes) - p_.K) * sizeof(*rest));
+      SortForVectors<kBits>(rest, RoundUp(p_.K, C::kCodes));
       for (int u = 0; u < units_; ++u) {
         bool wanted = false;
         for (int g = u * C::kGroups; g < Min(groups_, (u + 1) * C::kGroups); ++g) wanted |= x_.has_rest[x_.At(g, r)];
@@ -225,16 +204,16 @@ class IntegerFewRows {
   }
 
   size_t scratch_bytes() const {
-    const ptrdiff_t row = (1 + 2 * kColumnLanes) * dots_stride_ + sums_stride();
+    const ptrdiff_t row = 3 * products_stride_ + sums_stride();
     return static_cast<size_t>(rows_ * row) * sizeof(float);
   }
 
   void Run(int64_t task, char* scratch) {
     const int n0 = static_cast<int>(task) * plan_.column_block, n1 = Min(n0 + plan_.column_block, p_.N);
-    dots_ = reinterpret_cast<int32_t*>(scratch);
-    products_ = reinterpret_cast<float*>(dots_ + rows_ * dots_stride_);
-    rest_products_ = products_ + rows_ * kColumnLanes * dots_stride_;
-    sums_ = rest_products_ + rows_ * kColumnLanes * dots_stride_;
+    products_ = reinterpret_cast<float*>(scratch);
+    previous_products_ = products_ + rows_ * products_stride_;
+    rest_products_ = previous_products_ + rows_ * products_stride_;
+    sums_ = rest_products_ + rows_ * products_stride_;
     static_assert(kDirectRowsInteger == 4);
     WithHalf(p_.dtype, [&]<class T>(T*) {
       if (rows_ == 1) return Multiply<1, T>(n0, n1);
@@ -249,65 +228,124 @@ class IntegerFewRows {
   }
 
  private:
-  void View(char* rows) {
-    x_ = IntegerRows(rows_, p_.K, groups_, false, rows);
-    rest_units_ = reinterpret_cast<int32_t*>(rows + IntegerRows::Bytes(rows_, p_.K, groups_));
+  // The first multiple of `terms` that is whole units.
+  static int WholeUnits(int terms) {
+    int period = terms;
+    while (period % C::kUnitCodes != 0) period += terms;
+    return period;
   }
+  // All units where a vector of sums may begin, and those that follow the last of them in the vector.
+  int repeated_terms() const { return period_ + C::kUnits * C::kUnitCodes; }
+  int repeated_groups() const { return repeated_terms() / kGroup; }
+  template <class E>
+  static void Repeat(E* row, int period, int n) {
+    for (int i = period; i < n; i += period)
+      std::memcpy(row + i, row, static_cast<size_t>(Min(period, n - i)) * sizeof(E));
+  }
+
+  size_t integer_bytes() const { return IntegerRows::Bytes(rows_, repeated_terms(), groups_); }
+  void View(char* rows) {
+    x_ = IntegerRows(rows_, repeated_terms(), groups_, false, rows);
+    x_sums_ = reinterpret_cast<int32_t*>(rows + integer_bytes());
+  }
+  // Those of the groups of row r, repeated.
+  int32_t* Sums(int r) const { return x_sums_ + r * repeated_groups(); }
   // How many units of row r have a rest, and which.
-  int32_t* RestUnits(int r) const { return rest_units_ + r * (units_ + 1); }
+  int32_t* RestUnits(int r) const { return x_sums_ + rows_ * repeated_groups() + r * (units_ + 1); }
   ptrdiff_t sums_stride() const { return RoundUp(plan_.column_block, kLanes) + kLanes; }
 
-  // Of whole vectors of codes.
-  void Sort(int16_t* row) const {
-    const int padded = RoundUp(p_.K, C::kCodes);
-    std::memset(row + p_.K, 0, static_cast<size_t>(padded - p_.K) * sizeof(*row));
-    SortForVectors<kBits>(row, padded);
-  }
-
-  float* Products(float* products, int r, int c) const { return products + (r * kColumnLanes + c) * dots_stride_; }
+  // Of row r and column c.
+  float* Products(float* products, int r, int c) const { return products + r * products_stride_ + c * groups_; }
 
   template <int R, class T>
   HWY_NOINLINE void Multiply(int n0, int n1) {
     const AffineRef& a = p_.w.affine;
-    const int bytes = p_.K * kBits / 8;
     for (int n = n0; n < n1; n += kColumnLanes) {
-      for (int c = 0; c < kColumnLanes; ++c) {
-        const int column = Min(n + c, n1 - 1);
-        const T* scales = static_cast<const T*>(a.scales) + column * a.scale_stride;
-        const T* biases = static_cast<const T*>(a.biases) + column * a.bias_stride;
-        const bool followed = (p_.N - 1 - column) * std::min(a.scale_stride, a.bias_stride) >= kColumnLanes;
-        for (int g = 0; g < groups_; g += static_cast<int>(kCacheLine / sizeof(T))) {
-          __builtin_prefetch(scales + kColumnLanes * a.scale_stride + g, 0, 3);
-          __builtin_prefetch(biases + kColumnLanes * a.bias_stride + g, 0, 3);
-        }
-        const auto* codes =
-            reinterpret_cast<const uint8_t*>(static_cast<const uint32_t*>(p_.w.data) + column * p_.w.stride);
-        DotColumn<kBits, kGroup, R>(codes, bytes, x_.first, x_.stride, dots_, dots_stride_);
-        MFA_UNROLL
-        for (int r = 0; r < R; ++r)
-          ScaleDots<kBits>(scales, biases, groups_, followed, dots_ + r * dots_stride_, x_.sum + x_.At(0, r),
-                           Products(products_, r, c));
-        for (int r = 0; r < R; ++r)
-          if (HWY_UNLIKELY(RestUnits(r)[0] > 0)) DotRest(codes, scales, biases, r, c);
-      }
-      AddGroups<R>(n - n0);
+      const int columns = Min(kColumnLanes, n1 - n), together = dense_ ? columns : 1;
+      for (int c = 0; c < columns; c += together)
+        MultiplyColumns<R>(n + c, together, static_cast<const T*>(a.scales) + (n + c) * a.scale_stride,
+                           static_cast<const T*>(a.biases) + (n + c) * a.bias_stride, Products(products_, 0, c));
+      // Only now are all products of the columns before in the first cache. A load that straddles what two stores wrote
+      // waits until both are.
+      if (n > n0) AddGroups<R>(previous_products_, n - n0 - kColumnLanes);
+      for (int r = 0; r < R; ++r)
+        if (HWY_UNLIKELY(RestUnits(r)[0] > 0))
+          for (int c = 0; c < columns; ++c) DotRest<T>(n + c, r, Products(rest_products_, r, c));
+      float* const done = products_;
+      products_ = previous_products_;
+      previous_products_ = done;
+    }
+    AddGroups<R>(previous_products_, (n1 - n0 - 1) / kColumnLanes * kColumnLanes);
+  }
+
+  const uint8_t* Codes(int column) const {
+    return reinterpret_cast<const uint8_t*>(static_cast<const uint32_t*>(p_.w.data) + column * p_.w.stride);
+  }
+
+  // products[r * products_stride_ + i] = GroupProduct() of group i of columns that follow each other in memory, as one
+  // long column. What follows the last is written too.
+  template <int R, class T>
+  HWY_INLINE void MultiplyColumns(int column, int columns, const T* scales, const T* biases, float* products) const {
+    const AffineRef& a = p_.w.affine;
+    const int groups = columns * groups_, period = period_ / kGroup;
+    for (int i = 0; i < groups; i += static_cast<int>(kCacheLine / sizeof(T))) {
+      __builtin_prefetch(scales + kColumnsAhead * a.scale_stride + i, 0, 3);
+      __builtin_prefetch(biases + kColumnsAhead * a.bias_stride + i, 0, 3);
+    }
+    const uint8_t *codes = Codes(column), *end = codes + columns * bytes_;
+    int group = 0;  // of x
+    const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from, const T* s,
+                                 const T* b) MFA_INLINE_LAMBDA {
+      MFA_UNROLL
+      for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine) __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
+      VI dots[R];
+      DotUnits<kBits, kGroup, U, R>(from, x_.first + group * kGroup, x_.stride, dots);
+      const VF scale = LoadFloat(s), centre = CentreOf<kBits>(df, scale, LoadFloat(b));
+      MFA_UNROLL
+      for (int r = 0; r < R; ++r)
+        hn::StoreU(GroupProduct<kBits>(df, scale, dots[r], centre, hn::LoadU(di, Sums(r) + group)), df,
+                   products + r * products_stride_);
+      codes += U * C::kUnitBytes;
+      scales += U * C::kGroups;
+      biases += U * C::kGroups;
+      products += U * C::kGroups;
+      group += U * C::kGroups;
+      while (group >= period) group -= period;
+    };
+    while (end - codes >= C::kUnits * C::kUnitBytes)
+      step(std::integral_constant<int, C::kUnits>(), codes, scales, biases);
+    if (codes == end) return;
+    // Scales and biases past the last group may not be there, codes are zero where groups fill no vector.
+    const T* scales_end = static_cast<const T*>(a.scales) + (column + columns - 1) * a.scale_stride + groups_;
+    T s[C::kUnits * C::kGroups + kLanes] = {}, b[C::kUnits * C::kGroups + kLanes] = {};
+    const auto left = static_cast<size_t>(scales_end - scales);
+    std::memcpy(s, scales, left * sizeof(T));
+    std::memcpy(b, biases, left * sizeof(T));
+    for (int i = 0; codes < end; i += C::kGroups) {
+      HWY_ALIGN uint8_t unit[C::kUnitBytes] = {};
+      std::memcpy(unit, codes, static_cast<size_t>(Min<ptrdiff_t>(C::kUnitBytes, end - codes)));
+      step(std::integral_constant<int, 1>(), unit, s + i, b + i);
     }
   }
 
+  // The products of a column's groups with the rest of row r, where it has one.
   template <class T>
-  HWY_NOINLINE void DotRest(const uint8_t* codes, const T* scales, const T* biases, int r, int c) {
-    const int bytes = p_.K * kBits / 8;
-    float* products = Products(rest_products_, r, c);
+  HWY_NOINLINE void DotRest(int column, int r, float* products) const {
+    const AffineRef& a = p_.w.affine;
+    const T* scales = static_cast<const T*>(a.scales) + column * a.scale_stride;
+    const T* biases = static_cast<const T*>(a.biases) + column * a.bias_stride;
     for (int i = 1; i <= RestUnits(r)[0]; ++i) {
       const int unit = RestUnits(r)[i], first = unit * C::kUnitBytes;
-      const uint8_t* from = codes + first;
+      const uint8_t* from = Codes(column) + first;
       HWY_ALIGN uint8_t last[C::kUnitBytes] = {};
-      if (HWY_UNLIKELY(first + C::kUnitBytes > bytes)) {
-        std::memcpy(last, from, static_cast<size_t>(bytes - first));
+      if (HWY_UNLIKELY(first + C::kUnitBytes > bytes_)) {
+        std::memcpy(last, from, static_cast<size_t>(bytes_ - first));
         from = last;
       }
+      VI sums[1];
+      DotUnits<kBits, kGroup, 1, 1>(from, x_.rest + r * x_.stride + unit * C::kUnitCodes, 0, sums);
       HWY_ALIGN int32_t dots[kLanes];
-      DotUnits<kBits, kGroup, 1, 1>(from, x_.rest + r * x_.stride + unit * C::kUnitCodes, 0, dots, 0);
+      hn::Store(sums[0], di, dots);
       for (int g = unit * C::kGroups; g < Min(groups_, (unit + 1) * C::kGroups); ++g) {
         using One = hn::CappedTag<float, 1>;
         const auto scale = LoadFloat(One(), scales + g), bias = LoadFloat(One(), biases + g);
@@ -318,34 +356,33 @@ class IntegerFewRows {
     }
   }
 
-  // The sums of the columns whose products are made.
+  // The sums of the columns whose products these are.
   template <int R>
-  HWY_INLINE void AddGroups(int column) {
+  HWY_INLINE void AddGroups(float* products, int column) const {
     MFA_UNROLL
     for (int r = 0; r < R; ++r) {
-      const float* from[kColumnLanes];
-      for (int c = 0; c < kColumnLanes; ++c) from[c] = Products(products_, r, c);
-      const bool any_rest = RestUnits(r)[0] > 0;
+      const float *from = Products(products, r, 0), *x_scales = x_.scale + x_.At(0, r);
       VCol total = hn::Zero(dcol);
-      for (int g0 = 0; g0 < groups_; g0 += kColumnLanes) {
-        const int count = Min(kColumnLanes, groups_ - g0);
-        HWY_ALIGN float products[kColumnLanes][kColumnLanes];
-        LoadGroups(from, g0, kColumnLanes, products);  // whole vectors: the buffer is padded
-        if (HWY_LIKELY(!any_rest)) {
-          const float* scales = x_.scale + x_.At(g0, r);
-          for (int i = 0; i < count; ++i)
-            total = hn::MulAdd(hn::Set(dcol, scales[i]), hn::Load(dcol, products[i]), total);
-          continue;
-        }
-        for (int i = 0; i < count; ++i) {
-          const int at = x_.At(g0 + i, r);
-          total = hn::MulAdd(hn::Set(dcol, x_.scale[at]), hn::Load(dcol, products[i]), total);
-          if (HWY_LIKELY(!x_.has_rest[at])) continue;
-          HWY_ALIGN float rest[kColumnLanes];
-          for (int c = 0; c < kColumnLanes; ++c) rest[c] = Products(rest_products_, r, c)[g0 + i];
-          total = hn::MulAdd(hn::Set(dcol, x_.scale[at] * kRestScale), hn::Load(dcol, rest), total);
+      const auto add = [&](int g, VCol product)
+                           MFA_INLINE_LAMBDA { total = hn::MulAdd(hn::Set(dcol, x_scales[g]), product, total); };
+      int g = 0;
+      if (HWY_UNLIKELY(RestUnits(r)[0] > 0)) {
+        for (; g < groups_; ++g) {
+          add(g, LoadLanes(dcol, from + g, groups_));
+          if (!x_.has_rest[x_.At(g, r)]) continue;
+          const VCol rest = LoadLanes(dcol, Products(rest_products_, r, 0) + g, groups_);
+          total = hn::MulAdd(hn::Set(dcol, x_scales[g] * kRestScale), rest, total);
         }
       }
+      for (; g + kColumnLanes <= groups_; g += kColumnLanes) {
+        VCol v[kColumnLanes];
+        MFA_UNROLL
+        for (int c = 0; c < kColumnLanes; ++c) v[c] = hn::LoadU(dcol, from + c * groups_ + g);
+        Transpose(dcol, v);
+        MFA_UNROLL
+        for (int i = 0; i < kColumnLanes; ++i) add(g + i, v[i]);
+      }
+      for (; g < groups_; ++g) add(g, LoadLanes(dcol, from + g, groups_));
       hn::StoreU(total, dcol, sums_ + r * sums_stride() + column);
     }
   }
@@ -353,12 +390,15 @@ class IntegerFewRows {
   const MatmulProblem& p_;
   const MatmulPlan& plan_;
   int rows_, groups_, units_;
-  ptrdiff_t dots_stride_;
+  int period_;  // of terms, whole units: after so many, x begins anew where a unit does
+  int bytes_;   // of a column's codes
+  ptrdiff_t products_stride_;
+  bool dense_;  // columns follow each other in memory, their scales and biases too
   IntegerRows x_;
-  int32_t* rest_units_ = nullptr;
-  int32_t* dots_ = nullptr;                               // [rows, groups], of one column
-  float *products_ = nullptr, *rest_products_ = nullptr;  // [rows, kColumnLanes, groups]
-  float* sums_ = nullptr;                                 // [rows, columns]
+  int32_t* x_sums_ = nullptr;
+  // [rows, kColumnLanes, groups], rows products_stride_ apart: of the columns in hand, those before, and rests.
+  float *products_ = nullptr, *previous_products_ = nullptr, *rest_products_ = nullptr;
+  float* sums_ = nullptr;  // [rows, columns]
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -281,6 +282,62 @@ TEST(CpuIntegerMatmul, NothingIsReadPastTheEndOfWeights) {
           p.out = got.data();
           cpu::matmul({&p, 1});
           EXPECT_EQ(std::memcmp(expected.data(), got.data(), kColumns * sizeof(bfloat16)), 0);
+        });
+      }
+}
+
+// Columns that follow each other in memory are multiplied as one, and a vector of codes may then belong to two.
+TEST(CpuIntegerMatmul, ColumnsThatFollowEachOtherHaveTheBitsOfColumnsApart) {
+  constexpr int32_t kColumns = 21, kRows = 4, kCodesApart = 3, kScalesApart = 5;
+  for (const int32_t bits : {4, 8})
+    for (const int32_t group_size : {32, 64, 128})
+      for (const int32_t groups : {1, 2, 3, 5, 8, 9, 17, 18}) {
+        const int32_t K = groups * group_size, words = K * bits / 32;
+        Random random(13);
+        std::vector<uint32_t> codes(static_cast<size_t>(kColumns * words));
+        std::vector<float16> scales(static_cast<size_t>(kColumns * groups)), biases(scales.size()),
+            x(static_cast<size_t>(kRows * K));
+        for (uint32_t& word : codes) word = static_cast<uint32_t>(random.bits());
+        for (auto* values : {&scales, &biases, &x})
+          for (float16& value : *values) value = to_float16(random.normal());
+        for (size_t i = K; i < x.size(); i += 40) x[i] = to_float16(1000.f);  // groups with rests in all rows but one
+        std::vector<uint32_t> codes_apart(static_cast<size_t>(kColumns * (words + kCodesApart)), 0x5a5a5a5au);
+        std::vector<float16> scales_apart(static_cast<size_t>(kColumns * (groups + kScalesApart)), to_float16(kNaN)),
+            biases_apart(scales_apart);
+        for (int32_t n = 0; n < kColumns; ++n) {
+          std::copy_n(codes.begin() + n * words, words, codes_apart.begin() + n * (words + kCodesApart));
+          std::copy_n(scales.begin() + n * groups, groups, scales_apart.begin() + n * (groups + kScalesApart));
+          std::copy_n(biases.begin() + n * groups, groups, biases_apart.begin() + n * (groups + kScalesApart));
+        }
+        testing::for_each_isa([&](const std::string& isa) {
+          for (int32_t rows = 1; rows <= kRows; ++rows) {
+            SCOPED_TRACE(isa + " bits " + std::to_string(bits) + " groups " + std::to_string(groups) + " of " +
+                         std::to_string(group_size) + " rows " + std::to_string(rows));
+            std::vector<float16> together(static_cast<size_t>(rows * kColumns)), apart(together.size());
+            MatmulProblem p;
+            p.M = rows;
+            p.N = kColumns;
+            p.K = K;
+            p.dtype = DType::f16;
+            p.x = {x.data() + (kRows - rows) * K, K, nullptr};
+            p.w.transposed = true;
+            p.w.data = codes.data();
+            p.w.stride = words;
+            p.w.affine = {bits, group_size, scales.data(), biases.data(), groups, groups};
+            p.out = together.data();
+            cpu::matmul({&p, 1});
+            p.w.data = codes_apart.data();
+            p.w.stride = words + kCodesApart;
+            p.w.affine = {bits,
+                          group_size,
+                          scales_apart.data(),
+                          biases_apart.data(),
+                          groups + kScalesApart,
+                          groups + kScalesApart};
+            p.out = apart.data();
+            cpu::matmul({&p, 1});
+            EXPECT_EQ(std::memcmp(together.data(), apart.data(), together.size() * sizeof(float16)), 0);
+          }
         });
       }
 }
