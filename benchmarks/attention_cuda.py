@@ -36,7 +36,7 @@ class Case:
     D: int
     Dv: int = 0
     causal: bool = False
-    mask: str = ""  # "bool", "additive"
+    mask: str = ""  # "bool", "block" (a quarter of 256 x 256 blocks, the diagonal among them, is shown), "additive"
     kind: str = "forward"  # "forward", "backward" (forward and backward together), "decode"
     dtype: str = "bfloat16"
 
@@ -78,6 +78,7 @@ def cases() -> list[Case]:
         for mask in ("bool", "additive"):
             rows.append(Case(f"{mask} mask D{D} 4k", 4, 16, 16, 4096, 4096, D, mask=mask))
             rows.append(Case(f"backward {mask} mask D{D} 4k", 4, 16, 16, 4096, 4096, D, mask=mask, kind="backward"))
+        rows.append(Case(f"block mask D{D} 4k", 4, 16, 16, 4096, 4096, D, mask="block"))
     for B in (32, 1):
         for D in (128, 256):
             rows.append(Case(f"decode B{B} 8k D{D}", B, 32, 8, 1, 8192, D, kind="decode"))
@@ -140,11 +141,13 @@ def mlx_rows(selected: list[Case], reps: int, with_sdpa: bool) -> list[dict]:
         mask = None
         if case.mask:
             mask = mx.random.uniform(shape=(1, 1, case.Nq, case.Nk)) < 0.9
+            if case.mask == "block":
+                mask = mask & shown_blocks(mx, case)
             if case.mask == "additive":
                 mask = mx.where(mask, 0.0, -1.0).astype(mx.bfloat16)
             mx.eval(mask)
         scale = case.D**-0.5
-        keyword = {"bool": "mask", "additive": "attn_bias"}.get(case.mask)
+        keyword = {"bool": "mask", "block": "mask", "additive": "attn_bias"}.get(case.mask)
 
         def ours(q, k, v, case=case, mask=mask, keyword=keyword):
             extra = {keyword: mask} if keyword else {}
@@ -187,6 +190,13 @@ def mlx_rows(selected: list[Case], reps: int, with_sdpa: bool) -> list[dict]:
     return results
 
 
+def shown_blocks(mx, case):
+    """A quarter of the blocks of 256 x 256, among them the diagonal's."""
+    n = case.Nq // 256
+    blocks = (mx.random.uniform(shape=(n, n)) < 0.25 - 0.75 / (n - 1)) | mx.eye(n, dtype=mx.bool_)
+    return mx.repeat(mx.repeat(blocks, 256, axis=0), 256, axis=1)
+
+
 def check(mx, case, step, inputs, mask):
     """The largest error of a few rows of the output against float32; raises if it is large."""
     q, k, v = inputs
@@ -202,7 +212,7 @@ def check(mx, case, step, inputs, mask):
             row = s[n]
             if case.causal:
                 row = mx.where(mx.arange(case.Nk) <= r + case.Nk - case.Nq, row, -mx.inf)
-            if case.mask == "bool":
+            if case.mask in ("bool", "block"):
                 row = mx.where(mask[0, 0, r], row, -mx.inf)
             if case.mask == "additive":
                 row = row + mask[0, 0, r].astype(mx.float32)
@@ -279,6 +289,11 @@ def torch_rows(selected: list[Case], reps: int) -> list[dict]:
             mask = None
             if case.mask:
                 mask = torch.rand((1, 1, case.Nq, case.Nk), device="cuda") < 0.9
+                if case.mask == "block":
+                    n = case.Nq // 256
+                    blocks = torch.rand((n, n), device="cuda") < 0.25 - 0.75 / (n - 1)
+                    blocks |= torch.eye(n, dtype=torch.bool, device="cuda")
+                    mask &= blocks.repeat_interleave(256, 0).repeat_interleave(256, 1)
                 if case.mask == "additive":
                     mask = torch.where(mask, 0.0, -1.0).to(dtype)
             backend = SDPBackend.CUDNN_ATTENTION if case.dtype != "float32" else SDPBackend.EFFICIENT_ATTENTION

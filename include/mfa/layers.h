@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -45,20 +46,17 @@ MFA_API bool fuses_rope(const mlx::core::array& x, int dims, std::optional<float
 
 MFA_API bool fuses_swiglu(const mlx::core::array& gate, const mlx::core::array& x, mlx::core::StreamOrDevice s = {});
 
-// A layer of a llama-like decoder, for a few new tokens: two RMS norms, seven products, rotary encoding of q and k,
-// attention over a cache, SwiGLU and the two sums, as one operation with the bits of these one by one.
+// A layer of a llama-like decoder: two RMS norms, seven products, rotary encoding of q and k, attention over a cache,
+// SwiGLU and the two sums. For a few new tokens that is one operation, with the bits of these one by one.
 enum DecoderProjection { kQ, kK, kV, kO, kGate, kUp, kDown, kProjections };
 
 struct DecoderLayerShape {
   int Hq = 0, Hkv = 0, D = 0;
-  int offset = 0;         // tokens in the cache before the new ones
-  bool causal = false;    // else every new token sees all keys
   float scale = 1.f;      // of scores
   float eps[2] = {0, 0};  // of the norms before attention and before the MLP
   int rope_dims = 0;
   bool traditional = false;
   float rope_base = 0.f, rope_scale = 1.f;  // the base is not used if there are frequencies
-  bool operator==(const DecoderLayerShape&) const = default;
 };
 
 struct ProjectionWeights {
@@ -72,10 +70,22 @@ struct DecoderLayerWeights {
   std::array<ProjectionWeights, kProjections> projections;
 };
 
-struct CachedDecoderLayer {
-  mlx::core::array keys, values;  // the whole cache, [B, Hkv, capacity, D] each
+struct DecoderLayer {
   DecoderLayerShape shape;
   DecoderLayerWeights weights;
+};
+
+// Layers that follow each other, checked and brought into the kernels' terms once for all tokens. It keeps the weights
+// as they were then.
+class DecoderStack;
+
+// Null if there is anything that decoder_layers() does not cover: weights that are being traced, not evaluated or not
+// dense, shapes and dtypes that do not fit each other.
+MFA_API std::shared_ptr<const DecoderStack> prepare_decoder(std::vector<DecoderLayer> layers);
+
+struct LayerCache {
+  mlx::core::array keys, values;  // the whole cache, [B, Hkv, capacity, D] each
+  int offset = 0;                 // tokens in it before the new ones
 };
 
 struct DecoderOutputs {
@@ -83,11 +93,12 @@ struct DecoderOutputs {
   std::vector<std::pair<mlx::core::array, mlx::core::array>> caches;  // keys and values of every layer
 };
 
-// Layers that follow each other, of x [B, T, width]; or nullopt if there is anything that this does not cover: more
-// than 8 tokens, a cache without room for them, arrays that are being traced, weights that are not evaluated or not
-// dense, shapes and dtypes that do not fit each other, GPU streams. Caches are written in place where nothing else
-// refers to them.
-MFA_API std::optional<DecoderOutputs> decoder_layers(const mlx::core::array& x, std::vector<CachedDecoderLayer> layers,
+// The layers of x [B, T, width], a cache for each; causal, or every new token sees all keys. Nullopt if there is
+// anything that this does not cover: more than 8 tokens, a cache without room for them, arrays that are being traced,
+// shapes and dtypes that do not fit the layers, GPU streams. Caches are written in place where nothing else refers to
+// them.
+MFA_API std::optional<DecoderOutputs> decoder_layers(const mlx::core::array& x, const DecoderStack& stack,
+                                                     const std::vector<LayerCache>& caches, bool causal,
                                                      mlx::core::StreamOrDevice s = {});
 
 }  // namespace mfa

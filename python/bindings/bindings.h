@@ -7,6 +7,7 @@ namespace mfa::python {
 
 void bind_attention(nanobind::module_& m);
 void bind_block_selection(nanobind::module_& m);
+void bind_decoder(nanobind::module_& m);
 void bind_diagnostics(nanobind::module_& m);
 void bind_kv_cache(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);

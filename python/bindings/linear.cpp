@@ -24,45 +24,6 @@ namespace mfa::python {
 namespace {
 
 using OptionalArray = std::optional<mx::array>;
-using Rotation = std::tuple<int, bool, std::optional<float>, float, OptionalArray>;
-using Norm = std::pair<mx::array, float>;
-using Weights = std::tuple<std::vector<mx::array>, int, int>;
-
-// keys, values, heads, offset, causal, scale, norms, rotation, projections
-using Layer = std::tuple<mx::array, mx::array, std::array<int, 3>, int, bool, float, std::vector<Norm>, Rotation,
-                         std::vector<Weights>>;
-using Outputs = std::pair<mx::array, std::vector<std::pair<mx::array, mx::array>>>;
-
-std::optional<Outputs> try_decoder_layers(const mx::array& x, std::vector<Layer> layers, mx::StreamOrDevice stream) {
-  std::vector<CachedDecoderLayer> described;
-  described.reserve(layers.size());
-  for (auto& [keys, values, heads, offset, causal, scale, norms, rotation, projections] : layers) {
-    const auto& [dims, traditional, base, rope_scale, freqs] = rotation;
-    if (base.has_value() == freqs.has_value() || norms.size() != 2 || projections.size() != kProjections)
-      return std::nullopt;
-    const DecoderLayerShape shape{.Hq = heads[0],
-                                  .Hkv = heads[1],
-                                  .D = heads[2],
-                                  .offset = offset,
-                                  .causal = causal,
-                                  .scale = scale,
-                                  .eps = {norms[0].second, norms[1].second},
-                                  .rope_dims = dims,
-                                  .traditional = traditional,
-                                  .rope_base = base.value_or(0.f),
-                                  .rope_scale = rope_scale};
-    DecoderLayerWeights weights{norms[0].first, norms[1].first, freqs, {}};
-    for (int i = 0; i < kProjections; ++i) {
-      auto& [arrays, bits, group_size] = projections[i];
-      weights.projections[i] = {std::move(arrays), bits, group_size};
-    }
-    described.push_back({std::move(keys), std::move(values), shape, std::move(weights)});
-  }
-  layers.clear();
-  auto outputs = decoder_layers(x, std::move(described), stream);
-  if (!outputs) return std::nullopt;
-  return Outputs{std::move(outputs->x), std::move(outputs->caches)};
-}
 
 }  // namespace
 
@@ -192,18 +153,6 @@ void bind_linear(nb::module_& m) {
   m.def("try_argmax", &try_argmax, "a"_a, "axis"_a = nb::none(), "keepdims"_a = false, nb::kw_only(),
         "stream"_a = nb::none(),
         "``argmax`` as one operation, or None if MLX should compute it or report what is wrong.");
-  m.def("try_decoder_layers", &try_decoder_layers, "x"_a, "layers"_a, "stream"_a = nb::none(), R"(
-        Consecutive layers of a llama-like decoder as few operations, or None if one is not covered.
-
-        Args:
-            x (array): ``[B, T, width]``, the new tokens, 8 at most in all.
-            layers (list): Of each ``(keys, values, heads, offset, causal, scale, norms, rotation, projections)``:
-                keys and values are the whole cache ``[B, Hkv, capacity, D]``; heads ``(Hq, Hkv, D)``; offset the tokens
-                in the cache; causal whether a new token sees only those up to itself; scale that of scores; norms
-                ``(weight, eps)`` of the two RMS norms; rotation ``(dims, traditional, base or None, scale, freqs or
-                None)``; projections ``(arrays, bits, group_size)`` of q, k, v, o, gate, up and down, the weights
-                ``[out, in]`` with bits 0, or the three arrays of affine quantisation.
-        Returns: tuple or None: The output, and for each layer keys and values with the new rows.)");
 
   m.def(
       "linear_counters",

@@ -35,6 +35,7 @@ NB_MODULE(_ext, m) {
   m.attr("built_for_mlx_version") = mfa::built_for_mlx_version();
   mfa::python::bind_options(m);
   mfa::python::bind_attention(m);
+  mfa::python::bind_decoder(m);
   mfa::python::bind_diagnostics(m);
   mfa::python::bind_kv_cache(m);
   mfa::python::bind_linear(m);

@@ -23,17 +23,21 @@ def clear_type_errors(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except TypeError:
-            if any(map(_is_numpy_bool, [*args, *kwargs.values()])):
-                plain = [bool(x) if _is_numpy_bool(x) else x for x in args]
-                named = {name: bool(x) if _is_numpy_bool(x) else x for name, x in kwargs.items()}
-                return wrapper(*plain, **named)  # type: ignore[arg-type]
-            message = _mismatch(function, args, kwargs)
-            if message is None:
-                raise
-            failure = TypeError(f"[{function.__name__}] {message}")
-        raise failure  # here: without the extension's own error
+            return recover(function, args, kwargs)
 
     return wrapper
+
+
+def recover(function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    """The same for a call that has failed; to be called where its TypeError is handled."""
+    if any(map(_is_numpy_bool, [*args, *kwargs.values()])):
+        plain = [bool(x) if _is_numpy_bool(x) else x for x in args]
+        named = {name: bool(x) if _is_numpy_bool(x) else x for name, x in kwargs.items()}
+        return clear_type_errors(function)(*plain, **named)
+    message = _mismatch(function, args, kwargs)
+    if message is None:
+        raise
+    raise TypeError(f"[{function.__name__}] {message}") from None
 
 
 def _is_numpy_bool(value: object) -> bool:
@@ -50,7 +54,7 @@ def _mismatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:
         return None
-    hints = get_type_hints(inspect.unwrap(flash_attention)) | get_type_hints(function)
+    hints = get_type_hints(flash_attention) | get_type_hints(function)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(name, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -10,12 +11,11 @@ import mlx.core as mx
 from . import _ext
 from ._options import LOG2_E, Stream, integers, make_options, optional_integers, window
 from ._options import seed as make_seed
-from ._type_errors import clear_type_errors
+from ._type_errors import clear_type_errors, recover
 
 Backend = Literal["auto", "mfa", "sdpa", "composed"]
 
 
-@clear_type_errors
 def flash_attention(
     q: mx.array,
     k: mx.array,
@@ -91,25 +91,29 @@ def flash_attention(
         RuntimeError: If ``backend="mfa"`` cannot run the problem; the message says why.
         TypeError: If an argument is of another type than said here.
     """
-    left, right = (-1, -1) if window_size is None else window(window_size, "flash_attention")
-    if kv_lengths is not None:
-        kv_lengths = integers("flash_attention", "kv_lengths", kv_lengths)
-    seed = None
-    if dropout_p or dropout_seed is not None:
-        seed = make_seed(dropout_p, dropout_seed, stream, "flash_attention")
-    if not (return_lse or return_attn_weights):
-        return _ext.attention(
+    try:
+        left, right = (-1, -1) if window_size is None else window(window_size, "flash_attention")
+        if kv_lengths is not None:
+            kv_lengths = integers("flash_attention", "kv_lengths", kv_lengths)
+        seed = None
+        if dropout_p or dropout_seed is not None:
+            seed = make_seed(dropout_p, dropout_seed, stream, "flash_attention")
+        if not (return_lse or return_attn_weights):
+            return _ext.attention(
+                q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, left, right, attn_bias, backend, mask, sinks,
+                kv_lengths, seed, stream,
+            )  # fmt: skip
+        out, lse, weights = _ext.attention_with_lse(
             q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, left, right, attn_bias, backend, mask, sinks,
-            kv_lengths, seed, stream,
+            kv_lengths, seed, stream, return_attn_weights,
         )  # fmt: skip
-    out, lse, weights = _ext.attention_with_lse(
-        q, k, v, scale, causal, softcap, alibi_slopes, dropout_p, left, right, attn_bias, backend, mask, sinks,
-        kv_lengths, seed, stream, return_attn_weights,
-    )  # fmt: skip
-    if not return_lse:
-        return out, weights
-    lse = mx.multiply(lse, LOG2_E, stream=stream)
-    return (out, lse, weights) if return_attn_weights else (out, lse)
+        if not return_lse:
+            return out, weights
+        lse = mx.multiply(lse, LOG2_E, stream=stream)
+        return (out, lse, weights) if return_attn_weights else (out, lse)
+    except TypeError:  # as clear_type_errors has it, without the microsecond of a call between
+        given = locals()
+        return recover(flash_attention, (), {name: given[name] for name in signature(flash_attention).parameters})
 
 
 def attend(

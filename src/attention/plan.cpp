@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "attention/tile_keys.h"
 #include "attention/visibility.h"
 #include "common/check.h"
 
@@ -12,9 +13,6 @@ namespace {
 constexpr int32_t kMinSplitBlocks = 2;
 // Fewer keys than this are soon computed: what a row costs by itself counts.
 constexpr int32_t kManyKeys = 1024;
-// Key blocks of a task that decodes all heads of a pool: it takes each block for all heads before the next, as the
-// heads of a page lie together in memory.
-constexpr int32_t kPagedSplitBlocks = 4;
 
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
@@ -29,6 +27,17 @@ void share_heads(const AttentionProblem& p, RowTiling& t) {
   const int32_t group = p.Hq / p.Hkv;
   t.heads = p.blocks.offsets && p.blocks.stride_h != 0 ? 1 : group;
   t.parts = group / t.heads;
+}
+
+// The heads of a pool's pages that decode together, a divisor of all: more than these bytes of a token or these rows
+// would not stay in the second cache until they are used.
+int32_t heads_together(const AttentionProblem& p, int64_t rows) {
+  constexpr int64_t kBytes = 2048, kRows = kMostTogether;
+  if (!p.pages.table || TileKeys::cuts(p)) return 1;
+  const auto fit = std::min(kRows / rows, kBytes / (std::max(p.D, p.Dv) * static_cast<int64_t>(size_of(p.dtype))));
+  auto heads = static_cast<int32_t>(std::clamp<int64_t>(fit, 1, p.Hkv));
+  while (p.Hkv % heads != 0) --heads;
+  return heads;
 }
 
 // Cuts tiles of at most `most_rows` so that their rows see the same keys: one block of the lists, or a box of the grid.
@@ -85,20 +94,16 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, 
   plan.row_tiles = tile_count(t, p.neighbourhood, p.Nq);
   plan.tiles = TileMap(p, t);
   const int64_t row_tasks = plan.tiles.count();
+  if (plan.kernel == ForwardKernel::decode) plan.together = heads_together(p, plan.rows);
+  const int64_t parts = row_tasks / plan.together;
   int32_t splits = 1;
-  if (!wants_probs && threads > 1 && row_tasks > 0 && row_tasks < 4 * threads)
-    splits = std::clamp<int32_t>(ceil_div(4 * threads, row_tasks), 1, std::max(1, blocks / kMinSplitBlocks));
+  if (!wants_probs && threads > 1 && parts > 0 && parts < 4 * threads)
+    splits = std::clamp<int32_t>(ceil_div(4 * threads, parts), 1, std::max(1, blocks / kMinSplitBlocks));
   plan.split_blocks = std::max(1, ceil_div(blocks, splits));
-  if (plan.kernel == ForwardKernel::decode && p.pages.page_size > 0 && p.Hkv > 1)
-    plan.split_blocks = std::min(plan.split_blocks, kPagedSplitBlocks);
   plan.key_splits = std::max(1, ceil_div(blocks, plan.split_blocks));
-  plan.turn_blocks = plan.split_blocks;
-  if (plan.kernel == ForwardKernel::decode && p.pages.page_size > 0 && p.Hkv > 1 && plan.key_splits > 1) {
-    plan.batch = p.Hkv;
-    plan.turn_blocks = 1;
-  }
+  plan.batch = plan.together;
   if (plan.key_splits == 1)
-    plan.batch = static_cast<int32_t>(std::clamp<int64_t>(row_tasks / (int64_t{64} * std::max(1, threads)), 1, 32));
+    plan.batch *= static_cast<int32_t>(std::clamp<int64_t>(parts / (int64_t{64} * std::max(1, threads)), 1, 32));
   plan.tasks = (row_tasks + plan.batch - 1) / plan.batch * plan.key_splits;
   return plan;
 }

@@ -16,6 +16,9 @@ namespace mfa {
 // the blocks are merged in order, so a row has the same bits whatever batch, chunk, split or thread computes it.
 inline constexpr int32_t kKeyBlock = 256;
 
+// Most tiles that decode together.
+inline constexpr int32_t kMostTogether = 64;
+
 // What an instruction set offers to the planner.
 struct CpuKernelTraits {
   const char* isa = "";             // "avx2", "avx512", "avx512_bf16", "neon"
@@ -46,7 +49,7 @@ struct ForwardPlan {
   int32_t key_splits = 1;    // tasks along the keys; > 1 stores a partial result a block, merged afterwards
   int32_t split_blocks = 0;  // key blocks per split
   int32_t batch = 1;         // row tiles of a task: more where there are thousands of short sequences
-  int32_t turn_blocks = 0;   // key blocks that all tiles of a task take before the next ones: split_blocks, or fewer
+  int32_t together = 1;      // tiles of a task that take each step of the keys together: heads of the same pages
   int64_t tasks = 0;         // row tiles of all sequences and KV heads / batch * key_splits
   RowTiling tiling;
   TileMap tiles;

@@ -180,7 +180,7 @@ TileMap::TileMap(const AttentionProblem& p, const RowTiling& t) : heads_(p.Hkv) 
     count_ = uniform_ * p.B * p.Hkv;
     return;
   }
-  heads_first_ = std::abs(p.q.stride[1]) > std::abs(p.q.stride[2]);
+  heads_first_ = !p.pages.table && std::abs(p.q.stride[1]) > std::abs(p.q.stride[2]);
   order_.resize(static_cast<size_t>(p.B));
   std::iota(order_.begin(), order_.end(), 0);
   const auto work = [&](int32_t b) { return int64_t{query_count(p, b)} * key_count(p, b); };

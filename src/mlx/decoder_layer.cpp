@@ -7,7 +7,6 @@
 
 #include "backend/cpu/attention.h"
 #include "common/check.h"
-#include "layers/decoder_layer.h"
 #include "mfa/diagnostics.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/dtypes.h"
@@ -39,20 +38,13 @@ bool fits(const ProjectionWeights& p, int N, int K, mx::Dtype dtype) {
          has_shape(p.arrays[1], groups, dtype) && has_shape(p.arrays[2], groups, dtype);
 }
 
-bool all_fit(const mx::array& x, const mx::array& keys, const mx::array& values, const DecoderLayerWeights& w,
-             const DecoderLayerShape& s) {
-  if (x.ndim() != 3 || !is_kernel_dtype(x.dtype())) return false;
-  const int64_t tokens = int64_t{x.shape(0)} * x.shape(1);
-  if (tokens < 1 || tokens > kMostTokens || x.shape(2) < 1) return false;
-  const mx::Dtype dtype = x.dtype();
+// Whether a layer is one for x of this width and dtype.
+bool fits_together(const DecoderLayer& layer, int width, mx::Dtype dtype) {
+  const auto& [s, w] = layer;
   if (s.Hkv < 1 || s.Hq < 1 || s.Hq % s.Hkv != 0 || s.D < kMinHeadDim || s.D > kMaxHeadDim) return false;
-  if (keys.ndim() != 4 || keys.dtype() != dtype || !has_shape(values, keys.shape(), dtype)) return false;
-  const int capacity = keys.shape(2);
-  if (!has_shape(keys, {x.shape(0), s.Hkv, capacity, s.D}, dtype)) return false;
-  if (s.offset < 0 || s.offset > capacity - x.shape(1)) return false;
   if (s.rope_dims < 2 || s.rope_dims % 2 != 0 || s.rope_dims > s.D) return false;
   if (w.freqs && !has_shape(*w.freqs, {s.rope_dims / 2}, mx::float32)) return false;
-  const int width = x.shape(2), q = s.Hq * s.D, kv = s.Hkv * s.D;
+  const int q = s.Hq * s.D, kv = s.Hkv * s.D;
   if (!has_shape(w.attention_norm, {width}, dtype) || !has_shape(w.mlp_norm, {width}, dtype)) return false;
   const auto& gate = w.projections[kGate].arrays;
   if (gate.empty() || gate[0].ndim() != 2 || gate[0].shape(0) < 1) return false;
@@ -62,6 +54,15 @@ bool all_fit(const mx::array& x, const mx::array& keys, const mx::array& values,
   for (int i = 0; i < kProjections; ++i)
     if (!fits(w.projections[i], shapes[i][0], shapes[i][1], dtype)) return false;
   return true;
+}
+
+bool fits_tokens(const LayerCache& cache, const DecoderLayerProblem& layer, const mx::array& x) {
+  const mx::array &keys = cache.keys, &values = cache.values;
+  if (keys.ndim() != 4 || keys.is_tracer() || values.is_tracer()) return false;
+  const int capacity = keys.shape(2);
+  const mx::Shape shape = {x.shape(0), layer.Hkv, capacity, layer.D};
+  return has_shape(keys, shape, x.dtype()) && has_shape(values, shape, x.dtype()) && cache.offset >= 0 &&
+         cache.offset <= capacity - x.shape(1);
 }
 
 bool is_writable(const mx::array& x) {
@@ -107,28 +108,23 @@ void take_over(mx::array cache, mx::array& out, std::vector<Copy>& copies, mx::S
   copies.push_back({cache.data<char>(), out.data<char>(), out.nbytes()});
 }
 
-DecoderLayerProblem problem(const DecoderLayers::Layer& layer, const mx::array& x, mx::array& keys, mx::array& values) {
+DecoderLayerProblem problem(const DecoderLayer& layer) {
   const auto& [s, weights] = layer;
+  const mx::array& norm = weights.attention_norm;
   DecoderLayerProblem p;
-  p.B = x.shape(0);
-  p.T = x.shape(1);
-  p.width = x.shape(2);
+  p.width = norm.shape(0);
   p.Hq = s.Hq;
   p.Hkv = s.Hkv;
   p.D = s.D;
-  p.dtype = to_dtype(x.dtype());
-  p.attention_norm = {weights.attention_norm.data<void>(), s.eps[0]};
+  p.dtype = to_dtype(norm.dtype());
+  p.attention_norm = {norm.data<void>(), s.eps[0]};
   p.mlp_norm = {weights.mlp_norm.data<void>(), s.eps[1]};
   p.rope_dims = s.rope_dims;
   p.traditional = s.traditional;
   p.rope_scale = s.rope_scale;
   p.rope_base = s.rope_base;
   if (weights.freqs) p.rope_periods = weights.freqs->data<float>();
-  p.keys = mutable_tensor_ref(keys);
-  p.values = mutable_tensor_ref(values);
-  p.offset = s.offset;
   p.scale = s.scale;
-  p.causal = s.causal;
   const std::array<Projection*, kProjections> projections = {&p.q, &p.k, &p.v, &p.o, &p.gate, &p.up, &p.down};
   for (int i = 0; i < kProjections; ++i) *projections[i] = projection(weights.projections[i]);
   return p;
@@ -154,8 +150,16 @@ void DecoderLayers::eval_cpu(const std::vector<mx::array>& inputs, std::vector<m
   }
   const void* x = with_dense_rows(inputs[0], stream()).data<void>();
   std::vector<DecoderLayerProblem> problems;
-  for (size_t i = 0; i < layers_->size(); ++i)
-    problems.push_back(problem((*layers_)[i], inputs[0], outputs[1 + 2 * i], outputs[2 + 2 * i]));
+  problems.reserve(layers_->size());
+  for (size_t i = 0; i < layers_->size(); ++i) {
+    DecoderLayerProblem& p = problems.emplace_back((*layers_)[i].problem);
+    p.B = inputs[0].shape(0);
+    p.T = inputs[0].shape(1);
+    p.keys = mutable_tensor_ref(outputs[1 + 2 * i]);
+    p.values = mutable_tensor_ref(outputs[2 + 2 * i]);
+    p.offset = offsets_[i];
+    p.causal = causal_;
+  }
   mx::cpu::get_command_encoder(stream()).dispatch(
       [x, out = outputs[0].data<void>(), problems = std::move(problems), copies = std::move(copies), layers = layers_] {
         for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
@@ -167,31 +171,55 @@ void DecoderLayers::eval_gpu(const std::vector<mx::array>&, std::vector<mx::arra
   throw std::runtime_error(concat("[", name(), "::eval_gpu] this primitive runs on CPU streams only"));
 }
 
-std::optional<DecoderOutputs> decoder_layers(const mx::array& x, std::vector<CachedDecoderLayer> layers,
+std::shared_ptr<const DecoderStack> prepare_decoder(std::vector<DecoderLayer> layers) {
+  if (layers.empty() || !cpu::kernel_traits()) return nullptr;
+  const mx::array& norm = layers[0].weights.attention_norm;
+  if (norm.ndim() != 1 || norm.size() == 0 || !is_kernel_dtype(norm.dtype())) return nullptr;
+  auto stack = std::make_shared<DecoderStack>();
+  stack->dtype = norm.dtype();
+  stack->width = norm.shape(0);
+  stack->size = layers.size();
+  for (const DecoderLayer& layer : layers)
+    if (!fits_together(layer, stack->width, stack->dtype) || !are_readable(layer.weights)) return nullptr;
+  for (size_t first = 0; first < layers.size(); first += kLayersAtOnce) {
+    auto part = std::make_shared<std::vector<DecoderStack::Layer>>();
+    for (size_t i = first; i < std::min(layers.size(), first + kLayersAtOnce); ++i)
+      part->push_back({problem(layers[i]), std::move(layers[i].weights)});
+    stack->parts.push_back(std::move(part));
+  }
+  return stack;
+}
+
+std::optional<DecoderOutputs> decoder_layers(const mx::array& x, const DecoderStack& stack,
+                                             const std::vector<LayerCache>& caches, bool causal,
                                              mx::StreamOrDevice stream) {
   const mx::Stream s = mx::to_stream(stream);
-  if (s.device != mx::Device::cpu || !cpu::kernel_traits() || x.is_tracer()) return std::nullopt;
-  for (const CachedDecoderLayer& layer : layers) {
-    if (!all_fit(x, layer.keys, layer.values, layer.weights, layer.shape)) return std::nullopt;
-    // There is no derivative, and weights are read as they are now.
-    if (layer.keys.is_tracer() || layer.values.is_tracer() || !are_readable(layer.weights)) return std::nullopt;
-  }
+  if (s.device != mx::Device::cpu || x.is_tracer() || caches.size() != stack.size) return std::nullopt;
+  if (x.ndim() != 3 || x.dtype() != stack.dtype || x.shape(2) != stack.width) return std::nullopt;
+  if (const int64_t tokens = int64_t{x.shape(0)} * x.shape(1); tokens < 1 || tokens > kMostTokens) return std::nullopt;
+  auto cache = caches.begin();
+  for (const DecoderStack::Part& part : stack.parts)
+    for (const DecoderStack::Layer& layer : *part)
+      if (!fits_tokens(*cache++, layer.problem, x)) return std::nullopt;
+
   DecoderOutputs result{x, {}};
-  for (size_t first = 0; first < layers.size(); first += kLayersAtOnce) {
-    const size_t end = std::min(layers.size(), first + kLayersAtOnce);
+  result.caches.reserve(caches.size());
+  cache = caches.begin();
+  for (const DecoderStack::Part& part : stack.parts) {
     std::vector<mx::array> inputs = {result.x};
     std::vector<mx::Shape> shapes = {x.shape()};
-    std::vector<DecoderLayers::Layer> constants;
-    for (size_t i = first; i < end; ++i) {
-      for (const mx::array& cache : {layers[i].keys, layers[i].values}) {
-        shapes.push_back(cache.shape());
-        inputs.push_back(cache);
+    std::vector<int> offsets;
+    for (size_t i = 0; i < part->size(); ++i, ++cache) {
+      for (const mx::array& rows : {cache->keys, cache->values}) {
+        shapes.push_back(rows.shape());
+        inputs.push_back(rows);
       }
-      constants.push_back({layers[i].shape, std::move(layers[i].weights)});
+      offsets.push_back(cache->offset);
     }
     const std::vector<mx::Dtype> dtypes(shapes.size(), x.dtype());
-    const auto outputs = mx::array::make_arrays(
-        std::move(shapes), dtypes, std::make_shared<DecoderLayers>(s, std::move(constants)), std::move(inputs));
+    const auto outputs =
+        mx::array::make_arrays(std::move(shapes), dtypes,
+                               std::make_shared<DecoderLayers>(s, part, std::move(offsets), causal), std::move(inputs));
     result.x = outputs[0];
     for (size_t i = 1; i < outputs.size(); i += 2) result.caches.emplace_back(outputs[i], outputs[i + 1]);
   }

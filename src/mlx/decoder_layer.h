@@ -5,24 +5,35 @@
 #include <utility>
 #include <vector>
 
+#include "layers/decoder_layer.h"
 #include "mfa/layers.h"
 #include "mlx/operands.h"
 #include "mlx/primitives.h"
 
 namespace mfa {
 
+class DecoderStack {
+ public:
+  struct Layer {
+    DecoderLayerProblem problem;  // all but what differs from call to call
+    DecoderLayerWeights weights;  // which it points to
+  };
+  // Layers of one operation.
+  using Part = std::shared_ptr<const std::vector<Layer>>;
+
+  mlx::core::Dtype dtype = mlx::core::float32;
+  int width = 0;
+  size_t size = 0;  // layers
+  std::vector<Part> parts;
+};
+
 // Inputs: x, then keys and values of every layer. Outputs: as x, and the caches with the new rows, in place where
 // nothing else refers to them. Weights are constants of the primitive: inputs of their own, which every output has a
 // list of, would cost more to build than the rest of a layer.
 class DecoderLayers : public mx::Primitive {
  public:
-  struct Layer {
-    DecoderLayerShape shape;
-    DecoderLayerWeights weights;
-  };
-
-  DecoderLayers(mx::Stream stream, std::vector<Layer> layers)
-      : Primitive(stream), layers_(std::make_shared<const std::vector<Layer>>(std::move(layers))) {}
+  DecoderLayers(mx::Stream stream, DecoderStack::Part layers, std::vector<int> offsets, bool causal)
+      : Primitive(stream), layers_(std::move(layers)), offsets_(std::move(offsets)), causal_(causal) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -35,7 +46,9 @@ class DecoderLayers : public mx::Primitive {
   }
 
  private:
-  std::shared_ptr<const std::vector<Layer>> layers_;
+  DecoderStack::Part layers_;
+  std::vector<int> offsets_;  // of each layer's cache
+  bool causal_;
 };
 
 }  // namespace mfa

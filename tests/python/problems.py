@@ -19,6 +19,7 @@ OWN_ROUTE = "mfa_cuda" if ON_GPU else "mfa_cpu"
 needs_kernels = pytest.mark.skipif(not mfa.is_mfa_available(), reason="no kernel for this processor")
 routes = pytest.mark.parametrize("route", [pytest.param("mfa", marks=needs_kernels), "auto", "sdpa", "composed"])
 # What is promised of the CPU kernels alone: on GPUs a row's bits depend on the kernel that its call gets.
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 cpu_kernels_only = pytest.mark.skipif(ON_GPU, reason="a promise of the CPU kernels")
 # With these no kernel takes scratch memory for its inputs: some GPUs' split float32 into parts, but for a softcap.
 READ_IN_PLACE = {"softcap": 30.0} if ON_GPU else {}

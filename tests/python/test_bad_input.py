@@ -193,7 +193,7 @@ def test_a_type_error_names_the_argument_as_the_caller_knows_it(name):
     with pytest.raises(TypeError, match=rf"^\[{function}\] {message}") as raised:
         call()
     assert "\n" not in str(raised.value)
-    assert raised.value.__context__ is None
+    assert raised.value.__suppress_context__
 
 
 @pytest.mark.parametrize("arguments", [{"v": None}, {"colour": 1}])

@@ -1,6 +1,7 @@
 """test_decoder_layers.py: layers of a llama model as one operation have the bits of their parts, and step aside."""
 
 import copy
+import gc
 import itertools
 
 import mlx.core as mx
@@ -72,9 +73,9 @@ def one_operation(monkeypatch):
 
     original = _ext.try_decoder_layers
 
-    def counted(x, layers):
-        result = original(x, layers) if Switch.allowed else None
-        Switch.taken += len(layers) if result is not None else 0
+    def counted(x, stack, caches, causal):
+        result = original(x, stack, caches, causal) if Switch.allowed else None
+        Switch.taken += len(caches) if result is not None else 0
         Switch.calls += result is not None
         return result
 
@@ -212,6 +213,99 @@ def test_weights_that_change_are_seen(one_operation):
     seen.append(steps(model, filled(model), [1])[0])
     assert one_operation.taken == 6
     assert not any(mx.array_equal(a, b).item() for a, b in itertools.pairwise(seen))
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """One entry for each time that layers were read, their number."""
+    numbers = []
+    original = _ext.prepare_decoder
+
+    def counted(layers):
+        numbers.append(len(layers))
+        return original(layers)
+
+    monkeypatch.setattr(_ext, "prepare_decoder", counted)
+    return numbers
+
+
+def test_layers_are_read_once_for_all_tokens(readings):
+    model, other = make_model(), make_model()
+    cache, others = filled(model), filled(other)
+    steps(model, cache, [1, 1, 3])
+    steps(other, others, [1, 1])
+    steps(model, filled(model), [1, 1])
+    assert readings == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.layers[1].self_attn.rope, "base", 777.0),
+        lambda m: setattr(m.layers[1].self_attn.rope, "scale", 0.5),
+        lambda m: setattr(m.layers[0].self_attn, "scale", 0.3),
+        lambda m: setattr(m.layers[1].post_attention_layernorm, "eps", 0.5),
+        lambda m: m.layers[1].input_layernorm.weight.__setitem__(slice(3, 5), 4),
+        lambda m: m.layers[0].self_attn.__setitem__("v_proj", m.layers[1].self_attn.v_proj),
+        lambda m: m.layers[0].mlp.gate_proj.__setitem__("weight", m.layers[1].mlp.gate_proj.weight),
+        lambda m: nn.quantize(m, 64, 4, class_predicate=lambda path, _module: path.endswith("up_proj")),
+        lambda m: m.model.layers.reverse(),
+        lambda m: m.model.__setitem__("layers", m.layers[1:] + m.layers[:1]),
+        lambda m: m.model.layers.__setitem__(1, copy.deepcopy(m.layers[0])),
+    ],
+)
+def test_what_changes_between_tokens_is_read_again(one_operation, readings, change):
+    model = make_model()
+    before = steps(model, filled(model), [1])[0]
+    prompt = filled(model)
+    change(model)
+    mx.eval(model.parameters())
+    cache, again = copy.deepcopy(prompt), copy.deepcopy(prompt)
+    after = steps(model, cache, [1, 1])
+    assert readings == [2, 2]
+    assert not mx.array_equal(before, after[0]).item()
+    one_operation.allowed = False
+    for a, b in zip(after, steps(model, again, [1, 1]), strict=True):
+        assert mx.array_equal(a, b).item()
+
+
+def test_a_bias_put_in_between_tokens_is_added():
+    model = make_model()
+    cache = filled(model)
+    steps(model, cache, [1])
+    projection = model.layers[1].self_attn.q_proj
+    projection.bias = mx.full((128,), 3, mx.bfloat16)
+    with_bias = steps(model, cache, [1])[0]
+    del projection.bias
+    cache[0].trim(1), cache[1].trim(1)
+    assert not mx.array_equal(with_bias, steps(model, cache, [1])[0]).item()
+
+
+@pytest.mark.parametrize("decoded", ["model", "layer"])
+def test_what_was_read_goes_with_the_model(decoded):
+    gc.collect()
+    before = mx.get_active_memory()
+    model = make_model(hidden_size=512)
+    cache = filled(model)
+    mx.eval(model(mx.array([[1]]), cache=cache))
+    if decoded == "layer":
+        mx.eval(model.layers[0](mx.ones((1, 1, 512), mx.bfloat16), None, cache=cache[0]))
+    assert mx.get_active_memory() - before > 1 << 20
+    del model, cache
+    gc.collect()
+    assert mx.get_active_memory() - before < 1 << 16
+
+
+def test_a_call_without_a_cache_lets_go_of_the_weights():
+    model = make_model()
+    steps(model, filled(model), [1])
+    weight = model.layers[0].mlp.up_proj.weight
+    mx.eval(model(mx.array([[1, 2]])))
+    before = mx.get_active_memory()
+    model.layers[0].mlp.up_proj.weight = weight + 1
+    del weight
+    mx.eval(model.parameters())
+    assert mx.get_active_memory() == before
 
 
 def test_weights_that_are_not_evaluated_run_part_by_part_once(one_operation):

@@ -13,6 +13,7 @@ from problems import (
     DTYPES,
     cpu_kernels_only,
     forward_and_gradients,
+    gpu_only,
     make_case,
     make_problem,
     mfa,
@@ -65,17 +66,44 @@ def test_a_hundred_runs_give_the_same_bits_with_one_thread_and_with_two(name, dt
     assert len(digests) == 1
 
 
+def printed(program, **variables):
+    """What a Python program prints in a process of its own with these environment variables."""
+    paths = [os.path.dirname(__file__), *sys.path]
+    env = os.environ | variables | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ALL_DIGESTS = "import test_determinism as t\nfor n in t.PROBLEMS:\n  for d in t.DTYPES: print(n, d, t.run(n, d))"
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
-    program = "import test_determinism as t\nfor n in t.PROBLEMS:\n  for d in t.DTYPES: print(n, d, t.run(n, d))"
-    outputs = []
-    for threads in ("1", "2", "3"):
-        paths = [os.path.dirname(__file__), *sys.path]
-        env = os.environ | {"MFA_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
+    outputs = [printed(ALL_DIGESTS, MFA_NUM_THREADS=threads) for threads in ("1", "2", "3")]
     assert outputs[0].count("\n") == len(PROBLEMS) * len(DTYPES)
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@gpu_only
+def test_bits_do_not_depend_on_cuda_graphs():
+    outputs = [printed(ALL_DIGESTS, MLX_USE_CUDA_GRAPHS=use) for use in ("0", "1")]
+    assert outputs[0].count("\n") == len(PROBLEMS) * len(DTYPES)
+    assert outputs[0] == outputs[1]
+
+
+def decode_rows(B):
+    """Digests of B sequences that decode together, a query each."""
+    q, k, v = random_arrays(2, (8, 8, 1, 64), (8, 2, 3000, 64), (8, 2, 3000, 64), dtype="bfloat16")
+    out, lse = mfa.flash_attention(q[:B], k[:B], v[:B], return_lse=True)
+    return [digest({"o": out[b], "lse": lse[b]}) for b in range(B)]
+
+
+def test_decode_is_batch_invariant_where_that_is_asked_for():
+    program = "import test_determinism as t\nfor B in (1, 3, 8): print(*t.decode_rows(B))"
+    alone, three, eight = (line.split() for line in printed(program, MFA_BATCH_INVARIANT="1").splitlines())
+    assert alone == eight[:1]
+    assert three == eight[:3]
+    assert len(set(eight)) == 8
 
 
 @cpu_kernels_only

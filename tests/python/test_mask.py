@@ -6,7 +6,18 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from problems import READ_IN_PLACE, check, check_case, make_case, make_problem, mfa, random_arrays, routes, to_numpy
+from problems import (
+    READ_IN_PLACE,
+    attention,
+    check,
+    check_case,
+    make_case,
+    make_problem,
+    mfa,
+    random_arrays,
+    routes,
+    to_numpy,
+)
 
 FULL = (2, 4, 33, 70)
 BROADCASTS = list(itertools.product(*((1, n) for n in FULL)))
@@ -51,6 +62,40 @@ def test_strided_masks_are_read_right(view):
     mx.eval(mask)
     case.arrays["mask"] = mask
     check_case(case)
+
+
+def blocky_mask(seed, Nq, Nk, planes=(1, 1)):
+    """Shows few blocks of 64 x 32: whole tiles of kernels are hidden, also first and last ones, and some rows."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.random((*planes, -(-Nq // 64), -(-Nk // 32))) < 0.15
+    blocks[..., 1, :] = False
+    mask = blocks.repeat(64, axis=2).repeat(32, axis=3)[..., :Nq, :Nk]
+    return mask & (rng.random(mask.shape) < 0.9)
+
+
+@pytest.mark.parametrize(
+    ("D", "Nk", "dtype"),
+    [(64, 1040, "float32"), (64, 1040, "bfloat16"), (128, 901, "bfloat16"), (320, 912, "bfloat16")],
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window": (300, 50)}, {"softcap": 5.0}, {"kv_lengths": np.array([901, 411])}],
+    ids=["plain", "causal", "window", "softcap", "lengths"],
+)
+def test_tiles_that_a_mask_hides_are_left_out(options, D, Nk, dtype):
+    Nq, B = 200, 2 if "kv_lengths" in options else 1
+    mask = blocky_mask(Nk + D, Nq, Nk, (B, 1))
+    p = make_problem(D, B=B, Hq=4, Hkv=2, Nq=Nq, Nk=Nk, D=D, dtype=dtype, mask=mask, **options)
+    hidden = ~mask.any(axis=(0, 1, 2))
+    assert hidden.any()
+    case = make_case(p)
+    check_case(case)
+    # What no row sees may be anything.
+    dirty = dict(case.arrays)
+    for name in ("k", "v"):
+        dirty[name] = mx.where(mx.array(hidden)[:, None], mx.array(np.nan, dtype=dirty[name].dtype), dirty[name])
+    clean_out, dirty_out = attention(p, case.arrays), attention(p, dirty)
+    assert mx.array_equal(clean_out, dirty_out)
 
 
 @routes

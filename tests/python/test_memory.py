@@ -116,3 +116,8 @@ def test_offsets_beyond_32_bits_are_addressed():
     weight = 1 / (1 + np.exp(-8.0))  # scores 0 and 64 / 8
     assert np.allclose(np.array(out.astype(mx.float32)), weight, atol=1e-3)
     assert np.allclose(np.array(lse) * np.log(2), np.log1p(np.exp(8.0)), atol=1e-4)
+    mx.eval(k)
+    gradients = mx.grad(lambda q, k, v: (mfa.flash_attention(q, k, v) * q).sum(), argnums=(0, 1, 2))
+    near = mx.contiguous(k)
+    for far_gradient, near_gradient in zip(gradients(q, k, k), gradients(q, near, near), strict=True):
+        assert mx.array_equal(far_gradient, near_gradient)

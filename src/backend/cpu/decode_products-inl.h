@@ -8,7 +8,8 @@ namespace mfa::cpu::MFA_ISA {
 namespace {
 
 constexpr int kMaxDecodeRows = 8;
-constexpr int kValueChunk = 32;               // keys whose values are added up before the next
+template <class T>
+constexpr int kValueChunk = 128 / sizeof(T);  // keys whose values are added up before the next
 constexpr int kKeysOfFetch = 4;               // values that are added between two calls of Fetch()
 constexpr int kScoreStride = kKeyBlock + 16;  // room for a whole vector from any key of the block
 static_assert(kLanes <= 16);
@@ -87,10 +88,11 @@ constexpr int kFewRows = 2;
 // Vectors of keys that `rows` rows take together: the sums of one are a chain, several hide its latency.
 HWY_INLINE constexpr int KeyVectors(int rows) { return rows <= kFewRows ? 8 / rows : kTileVectors; }
 
-// S[g][k] for NK vectors of keys: rows[] point at the keys, q[] at the terms of the queries.
-template <int G, int NK, bool kPairs, class T, class Q>
-HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, const Q* q, ptrdiff_t q_stride, int D,
-                             VF scale, float* S, ptrdiff_t s_stride) {
+// The scores of NK vectors of keys, rows[i] of lane i: query(n, g, term) is what row g of the queries has for vector n,
+// and store(n, g, sums) takes the sums of its products.
+template <int G, int NK, bool kPairs, class T, class Query, class Store>
+HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, int D, const Query& query,
+                             const Store& store) {
   using Columns = KeyColumns<T, kPairs>;
   VF acc[NK][G];
   MFA_UNROLL
@@ -100,7 +102,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, const
   }
   const auto add = [&](int n, int term, auto k) MFA_INLINE_LAMBDA {
     MFA_UNROLL
-    for (int g = 0; g < G; ++g) acc[n][g] = Accumulate(k, BroadcastTerm(q + g * q_stride + term), acc[n][g]);
+    for (int g = 0; g < G; ++g) acc[n][g] = Accumulate(k, query(n, g, term), acc[n][g]);
   };
   int d = 0;
   for (; d + Columns::kStep <= D; d += Columns::kStep) {
@@ -124,10 +126,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, const
   MFA_UNROLL
   for (int n = 0; n < NK; ++n) {
     MFA_UNROLL
-    for (int g = 0; g < G; ++g) {
-      const VF s = kPairs ? hn::Mul(acc[n][g], scale) : acc[n][g];
-      hn::StoreU(s, df, S + g * s_stride + n * kLanes);
-    }
+    for (int g = 0; g < G; ++g) store(n, g, acc[n][g]);
   }
 }
 
@@ -152,28 +151,41 @@ HWY_INLINE void PackColumns(const T* const* rows, UpcomingRows& upcoming, int D,
   }
 }
 
-// Vectors of channels of a pass over the values for G rows.
+// Vectors of channels of a pass over the values for G rows. Of 16 registers three rows of them take the most.
 template <int G>
-constexpr int kValueVectors = Min(8, 2 * kTileRows / G);
-static_assert(kValueVectors<kTileRows> == 2);
+constexpr int kValueVectors = HWY_TARGET == HWY_AVX2 && G == kTileRows ? kTileVectors : Min(8, 2 * kTileRows / G);
 
-// NV vectors of a row of values. Those of bfloat16 come in pairs of vectors, the even channels and the odd ones: two
-// steps instead of four. InOrder() puts them right.
-template <class T, int NV>
-constexpr bool kSplitsChannels = std::is_same_v<T, bfloat16> && NV % 2 == 0;
-template <int NV, class T, class Use>
-HWY_INLINE void ForValues(const T* row, const Use& use) {
-  if constexpr (kSplitsChannels<T, NV>) {
+// Values of bfloat16 are widened as pairs of vectors, the even channels and the odd ones: two steps instead of four.
+// InOrder() puts the sums right.
+template <class T>
+constexpr bool kSplitsChannels = std::is_same_v<T, bfloat16>;
+// The odd halves of `halves` and the even ones of `zeros`. Highway's OddEven has the operands the other way round, so
+// that memory could not be one of them.
+HWY_INLINE VF WidenOdd(hn::Vec<hn::Repartition<uint16_t, DF>> halves, VF zeros) {
+  const hn::Repartition<uint16_t, DF> d16;
+#if HWY_TARGET == HWY_AVX2
+  return hn::BitCast(df, decltype(halves){_mm256_blend_epi16(hn::BitCast(d16, zeros).raw, halves.raw, 0xaa)});
+#else
+  return hn::BitCast(df, hn::OddEven(halves, hn::BitCast(d16, zeros)));
+#endif
+}
+// NV vectors of a row of values from `row` on, of pairs if kSplit; kOdd says whether the first is a second one. The
+// even halves of a first vector are the zeros that a second one needs: no mask takes a register.
+template <int NV, bool kSplit, bool kOdd, class T>
+HWY_INLINE void LoadValues(const T* row, VF (&values)[NV]) {
+  if constexpr (kSplit) {
+    constexpr int kFirst = kOdd ? 1 : 0;
+    const auto pair_of = [&](int i) MFA_INLINE_LAMBDA {
+      const int pair = (i + kFirst) / 2 * 2 - kFirst;
+      return hn::LoadU(hn::Repartition<uint16_t, DF>(), reinterpret_cast<const uint16_t*>(row) + pair * kLanes);
+    };
     MFA_UNROLL
-    for (int c = 0; c < NV; c += 2) {
-      const VU bits = hn::BitCast(
-          du, hn::LoadU(hn::Repartition<uint16_t, DF>(), reinterpret_cast<const uint16_t*>(row) + c * kLanes));
-      use(c, hn::BitCast(df, hn::ShiftLeft<16>(bits)));
-      use(c + 1, hn::BitCast(df, hn::And(bits, hn::Set(du, 0xffff0000u))));
-    }
+    for (int i = kFirst; i < NV; i += 2) values[i] = hn::BitCast(df, hn::ShiftLeft<16>(hn::BitCast(du, pair_of(i))));
+    MFA_UNROLL
+    for (int i = 1 - kFirst; i < NV; i += 2) values[i] = WidenOdd(pair_of(i), values[kFirst]);
   } else {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) use(c, LoadFloat(row + c * kLanes));
+    for (int i = 0; i < NV; ++i) values[i] = LoadFloat(row + i * kLanes);
   }
 }
 HWY_INLINE void InOrder(float* pair) {
@@ -181,31 +193,72 @@ HWY_INLINE void InOrder(float* pair) {
   hn::StoreInterleaved2(even, odd, df, pair);
 }
 
-// out[g][d .. d + NV * kLanes) = or, unless `begins`, += sum_k P[g][k] V[k][d ..] for k in [lo, hi).
-template <int G, int NV, class Rows>
-HWY_INLINE void DecodeValues(const Rows& v, int lo, int hi, bool begins, const float* P, float* out,
+// out[g][c * kLanes ..] = or, unless `begins`, += sum_k P[g][k] V[k][..] for k in [lo, hi) and NV vectors from c on.
+template <int G, int NV, bool kSplit, bool kOdd, class Rows>
+HWY_INLINE void DecodeValues(const Rows& v, int c, int lo, int hi, bool begins, const float* P, float* out,
                              ptrdiff_t out_stride, UpcomingRows& upcoming) {
   VF acc[G][NV];
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) acc[g][c] = begins ? hn::Zero(df) : hn::Load(df, out + g * out_stride + c * kLanes);
+    for (int i = 0; i < NV; ++i)
+      acc[g][i] = begins ? hn::Zero(df) : hn::Load(df, out + g * out_stride + (c + i) * kLanes);
   }
-  for (int k = lo; k < hi; ++k) {
-    if (k % kKeysOfFetch == 0) upcoming.Fetch(kKeysOfFetch);
-    VF w[G];
+  Rows at = v.Columns(c * kLanes).From(lo);
+  const float* w = P + lo;
+  const auto add = [&](int k) MFA_INLINE_LAMBDA {
+    VF values[NV];
+    LoadValues<NV, kSplit, kOdd>(at.At(k), values);
     MFA_UNROLL
-    for (int g = 0; g < G; ++g) w[g] = hn::Set(df, P[g * kScoreStride + k]);
-    ForValues<NV>(v.At(k), [&](int c, VF value) MFA_INLINE_LAMBDA {
+    for (int g = 0; g < G; ++g) {
+      const VF weight = hn::Set(df, w[g * kScoreStride + k]);
       MFA_UNROLL
-      for (int g = 0; g < G; ++g) acc[g][c] = hn::MulAdd(value, w[g], acc[g][c]);
-    });
+      for (int i = 0; i < NV; ++i) acc[g][i] = hn::MulAdd(values[i], weight, acc[g][i]);
+    }
+  };
+  const auto advance = [&](int keys) MFA_INLINE_LAMBDA {
+    at = at.From(keys);
+    w += keys;
+  };
+  int left = hi - lo;
+  for (; left >= kKeysOfFetch; left -= kKeysOfFetch, advance(kKeysOfFetch)) {
+    upcoming.Fetch(kKeysOfFetch);
+    MFA_UNROLL
+    for (int i = 0; i < kKeysOfFetch; ++i) add(i);
   }
+  for (; left > 0; --left, advance(1)) add(0);
   MFA_UNROLL
   for (int g = 0; g < G; ++g) {
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) hn::Store(acc[g][c], df, out + g * out_stride + c * kLanes);
+    for (int i = 0; i < NV; ++i) hn::Store(acc[g][i], df, out + g * out_stride + (c + i) * kLanes);
   }
+}
+
+// The same for all of `vectors` vectors, with as many passes as ValuePasses<G>() says. A vector alone would leave the
+// multiply-adds waiting for each other: four are taken as two and two, not as three and one.
+template <int G, class Rows>
+HWY_INLINE void DecodeAllValues(const Rows& v, int vectors, int lo, int hi, bool begins, const float* P, float* out,
+                                ptrdiff_t out_stride, UpcomingRows& upcoming) {
+  constexpr int kMost = kValueVectors<G>;
+  constexpr bool kSplits = kSplitsChannels<std::remove_cvref_t<decltype(*v.At(0))>>;
+  const auto pass = [&]<int NV, bool kSplit, bool kOdd>(int c) HWY_ATTR {
+    DecodeValues<G, NV, kSplit, kOdd>(v, c, lo, hi, begins, P, out, out_stride, upcoming);
+  };
+  const auto take = [&]<int NV>(int c) HWY_ATTR {
+    if constexpr (kSplits && NV % 2 == 1 && NV > 1) {
+      if (c % 2 == 1) return pass.template operator()<NV, true, true>(c);
+    }
+    pass.template operator()<NV, kSplits, false>(c);
+  };
+  const int n = kSplits ? vectors & ~1 : vectors;
+  const int twos = kMost == 3 && n % 3 == 1 && n > 1 ? n - 4 : n;
+  ForRowTiles<kMost>(0, twos, take);
+  ForRowTiles<2>(twos, n, take);
+  if (n < vectors) pass.template operator()<1, false, false>(n);
+}
+template <int G>
+constexpr int ValuePasses(int vectors) {
+  return (vectors + kValueVectors<G> - 1) / kValueVectors<G>;
 }
 
 // The same for pairs of keys [lo, hi), both even; `P` holds a pair of probabilities for each pair of keys. A key

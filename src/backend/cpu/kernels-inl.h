@@ -22,6 +22,8 @@
 #include "backend/cpu/forward_tiled-inl.h"
 #include "backend/cpu/decode_products-inl.h"
 #include "backend/cpu/decode_scores-inl.h"
+#include "backend/cpu/decode_scratch-inl.h"
+#include "backend/cpu/decode_tile-inl.h"
 #include "backend/cpu/forward_decode-inl.h"
 #include "backend/cpu/key_mean-inl.h"
 #include "backend/cpu/backward_scratch-inl.h"
@@ -74,19 +76,18 @@ void ForwardTask(const ForwardJob& job, int64_t task, void* scratch) {
   const int64_t batches = plan.tasks / plan.key_splits;
   const int begin = static_cast<int>(task / batches) * plan.split_blocks, end = begin + plan.split_blocks;
   const int64_t first = task % batches * plan.batch, last = Min(plan.tiles.count(), first + plan.batch);
-  for (int block = begin; block < end; block += plan.turn_blocks) {
-    TileMap::Place place = plan.tiles.locate(first);
-    for (int64_t index = first; index < last;) {
-      const bool decodes = Decodes(job, place);
-      WithForward(job, decodes, scratch, [&](auto& kernel) {
-        do {
-          const bool turns = index + 1 == last;
-          const Upcoming next{plan.tiles.locate(turns ? first : index + 1), turns ? block + plan.turn_blocks : block};
-          kernel.Run(index++, place, block, Min(block + plan.turn_blocks, end), next.block < end ? &next : nullptr);
-          place = next.place;
-        } while (index < last && Decodes(job, place) == decodes);
-      });
-    }
+  TileMap::Place place = plan.tiles.locate(first);
+  for (int64_t index = first; index < last;) {
+    const bool decodes = Decodes(job, place);
+    WithForward(job, decodes, scratch, [&](auto& kernel) {
+      do {
+        const int64_t at = index;
+        index += plan.together;
+        const Upcoming next{index < last ? plan.tiles.locate(index) : place, begin};
+        kernel.Run(at, place, begin, end, index < last ? &next : nullptr);
+        place = next.place;
+      } while (index < last && Decodes(job, place) == decodes);
+    });
   }
 }
 void MergeTask(const ForwardJob& job, int64_t index, void* scratch) {

@@ -113,6 +113,7 @@ struct StridedRows {
   ptrdiff_t step;
   HWY_INLINE const T* At(int r) const { return first + r * step; }
   HWY_INLINE StridedRows Columns(int c) const { return {first + c, step}; }
+  HWY_INLINE StridedRows From(int r) const { return {At(r), step}; }
 };
 template <class T>
 struct RowTable {
@@ -120,6 +121,7 @@ struct RowTable {
   ptrdiff_t column = 0;
   HWY_INLINE const T* At(int r) const { return rows[r] + column; }
   HWY_INLINE RowTable Columns(ptrdiff_t c) const { return {rows, column + c}; }
+  HWY_INLINE RowTable From(int r) const { return {rows + r, column}; }
 };
 
 // Turns the pairs of the float row `x` by the angles of `position`; `back` by their negatives.

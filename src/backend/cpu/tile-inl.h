@@ -71,8 +71,9 @@ struct NothingBetween {
   HWY_INLINE void operator()(int) const {}
 };
 
-// Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps; `between`(i) is called before step i.
-template <int MR, int NR, class A, class B, class Layout, class Store, class Between = NothingBetween>
+// Runs the tile and hands acc[r][c] to store(r, c, acc). n counts steps; `between`(i) is called before step i, for
+// every kEvery-th i that as many steps follow.
+template <int MR, int NR, int kEvery = 1, class A, class B, class Layout, class Store, class Between = NothingBetween>
 HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HWY_RESTRICT b, ptrdiff_t b_step, int n,
                              const Store& store, Between&& between = {}) {
   VF acc[MR][NR];
@@ -81,9 +82,7 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) acc[r][c] = hn::Zero(df);
   }
-  MFA_UNROLL_4  // for the branch predictor more than for the adder
-      for (int i = 0; i < n; ++i) {
-    between(i);
+  const auto step = [&]() MFA_INLINE_LAMBDA {
     decltype(LoadStep(b)) bv[NR];
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) bv[c] = LoadStep(b + c * kLanes);
@@ -95,6 +94,19 @@ HWY_INLINE void MultiplyTile(const A* HWY_RESTRICT a, Layout layout, const B* HW
     }
     a += layout.template Step<A>();
     b += b_step;
+  };
+  int i = 0;
+  if constexpr (kEvery > 1) {
+    for (; i + kEvery <= n; i += kEvery) {
+      between(i);
+      MFA_UNROLL_4
+      for (int j = 0; j < kEvery; ++j) step();
+    }
+  }
+  MFA_UNROLL_4  // for the branch predictor more than for the adder
+      for (; i < n; ++i) {
+    if constexpr (kEvery == 1) between(i);
+    step();
   }
   MFA_UNROLL
   for (int r = 0; r < MR; ++r) {

@@ -1,4 +1,4 @@
-// upcoming_rows-inl.h: what is read next is fetched into the second cache while something else is computed.
+// upcoming_rows-inl.h: what is read next is fetched into the caches while something else is computed.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -39,16 +39,15 @@ class UpcomingRows {
   }
   // Fetches what falls to a part of the work.
   HWY_INLINE void Fetch(int work) {
-    if (left_ == 0) return;
     credit_ += rate_ * work;
+    if (credit_ < int64_t{1} << kShift) return;
     const int64_t due = Min(credit_ >> kShift, left_);  // of each stream
-    if (due == 0) return;
     credit_ &= (int64_t{1} << kShift) - 1;
     left_ -= due;
     MFA_UNROLL
     for (Stream& stream : streams_) {
       for (int64_t i = 0; i < due; ++i) {
-        __builtin_prefetch(stream.line, 0, 2);
+        __builtin_prefetch(stream.line, 0, 3);
         stream.line += kLine;
         if (stream.line < stream.end) continue;
         if (stream.run + 1 < count_) ++stream.run;

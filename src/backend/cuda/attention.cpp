@@ -3,9 +3,11 @@
 #include <cuda.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <numbers>
 #include <optional>
 #include <stdexcept>
+#include <string_view>
 
 #include "backend/cuda/module.h"
 #include "backend/cuda/params.h"
@@ -241,6 +243,19 @@ struct Parts {
   }
 };
 
+// Launches what finds the tiles that a mask shows; the next launch waits for it.
+void find_shown_tiles(Call& call, const ForwardPlan& plan, ForwardParams& f) {
+  const auto words = scratch({plan.shown_words()}, mx::uint32, call.stream, call.encoder);
+  const auto* grid = plan.mask_tiles.grid;
+  const int row = static_cast<int>(grid[0]), plane = static_cast<int>(grid[0] * grid[1]);
+  const bool per_batch = f.p.mask.stride[0] != 0, per_head = f.p.mask.stride[1] != 0;
+  f.shown = {pointer<uint32_t>(words),
+             {per_batch ? plane * (per_head ? f.p.Hq : 1) : 0, per_head ? plane : 0, f.p.mask.stride[2] != 0 ? row : 0},
+             plan.key_tile};
+  call.launch(plan.mask_tiles, f);
+  call.use(words);
+}
+
 void launch_forward(Call& call, const Launch& launch, const ForwardParams& f) {
   if (!is_hopper(launch.kernel)) return call.launch(launch, f);
   const Maps maps(f.p, launch);
@@ -264,10 +279,12 @@ DeviceTraits read_traits(int ordinal) {
     check_driver(cuDeviceGetAttribute(&value, name, device), "reading an attribute of the CUDA device");
     return value;
   };
+  const char* invariant = std::getenv("MFA_BATCH_INVARIANT");
   return {10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +
               attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
           attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
-          attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)};
+          attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+          invariant && std::string_view(invariant) == "1"};
 }
 
 class CudaAttention final : public GpuAttention {
@@ -296,6 +313,7 @@ class CudaAttention final : public GpuAttention {
     CallTraits traits = traits_of(params);
     traits.mapped = is_mapped(f.p);
     traits.mask_in_words = has_words(f.p.mask, p.Nk);
+    for (int a = 0; a < 3; ++a) traits.mask_varies[a] = f.p.mask.stride[a] != 0;
     const ForwardPlan plan = plan_forward(p, traits, traits_);
     f.lse_base2 = true;
     f.splits = plan.splits;
@@ -303,6 +321,7 @@ class CudaAttention final : public GpuAttention {
     if (plan.splits == 1) {
       std::optional<Parts> parts;
       if (plan.split.threads > 0) parts.emplace(call, plan, f);
+      if (plan.mask_tiles.threads > 0) find_shown_tiles(call, plan, f);
       write_outputs(f);
       if (parts)
         call.launch(plan.attention, f, parts->operands, with_slot(plan.attention.schedule), parts->maps[0],
@@ -372,7 +391,7 @@ class CudaAttention final : public GpuAttention {
     if (fused) {
       const int tiles = hopper::fused_query_tiles(p.Nq);
       sums = scratch({p.B * p.Hq, tiles * hopper::fused_tile, plan.fused_columns}, mx::float32, stream, call.encoder);
-      turns = scratch({p.B * p.Hq, tiles}, mx::int32, stream, call.encoder);
+      turns = scratch({p.B * p.Hq * tiles + 1}, mx::int32, stream, call.encoder);
       f.dq_sums = pointer<float>(*sums);
       f.dq_turns = pointer<int32_t>(*turns);
     }
@@ -395,14 +414,9 @@ class CudaAttention final : public GpuAttention {
       if (fused) {
         call.use(*turns);
         call.encoder.set_output_array(*sums);
+        f.dq = call.output(*output(Gradient::q));
       }
       launch_backward(call, fused ? plan.fused : plan.keys, f);
-      next();
-    }
-    if (fused) {
-      call.use(*sums);
-      f.dq = call.output(*output(Gradient::q));
-      call.launch(plan.finish, f);
       next();
     }
     if (mx::array* dbias = output(Gradient::bias); dbias && dbias->size() > 0) {

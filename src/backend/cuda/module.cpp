@@ -71,6 +71,7 @@ Family family_of(const Launch& launch) {
     case Kernel::hopper_forward_mask:
     case Kernel::hopper_forward_modified:
     case Kernel::hopper_split:
+    case Kernel::hopper_mask_tiles:
       return is_wide(launch.head_dim) ? hopper_forward_wide : hopper_forward;
     case Kernel::hopper_backward_prepare:
     case Kernel::hopper_dq:
@@ -78,7 +79,6 @@ Family family_of(const Launch& launch) {
     case Kernel::hopper_dkv_shared:
       return hopper_backward;
     case Kernel::hopper_backward_fused:
-    case Kernel::hopper_backward_finish:
       return hopper_backward_fused;
     case Kernel::hopper_dq_modified:
     case Kernel::hopper_dkv_modified:

@@ -64,8 +64,17 @@ struct Problem {
   float dropout_scale;           // 1 / (1 - p), 0 for p = 1
 };
 
+// Which tiles of `keys` keys a boolean mask shows anything of to a tile of 64 queries: bit n % 32 of word n / 32. The
+// strides of [b, h, query tile], in words, are 0 along the axes that the mask does not vary over.
+struct ShownTiles {
+  uint32_t* words;  // null: not known
+  int32_t stride[3];
+  int32_t keys;
+};
+
 struct ForwardParams {
   Problem p;
+  ShownTiles shown;   // written by a kernel of its own, for those that read masks
   MutableTensor o;    // [B, Hq, Nq, Dv]
   float* lse;         // [B, Hq, Nq] dense, or null; -inf for a row that sees nothing and has no sink
   int32_t lse_base2;  // write lse / ln 2
@@ -106,7 +115,8 @@ struct BackwardParams {
   float* lse2;
   int32_t Nq_padded;
   // Of the kernel that computes dq, dk and dv in one pass, or null: sums of dq by tiles of 64 queries, as fragments,
-  // and how many key tiles have added to each, [B, Hq, ceil(Nq / 64)], zeroed by the preprocess kernel.
+  // and how many key tiles have added to each, [B, Hq, ceil(Nq / 64)], then how many of the tiles have been drawn to be
+  // finished; zeroed by the preprocess kernel.
   float* dq_sums;
   int32_t* dq_turns;
 
@@ -120,6 +130,6 @@ struct BackwardParams {
 };
 
 // The host's compiler and nvcc must agree.
-static_assert(sizeof(Problem) == 296 && sizeof(ForwardParams) == 368 && sizeof(BackwardParams) == 584);
+static_assert(sizeof(Problem) == 296 && sizeof(ForwardParams) == 392 && sizeof(BackwardParams) == 584);
 
 }  // namespace mfa::cuda

@@ -13,6 +13,7 @@ namespace mfa::cuda {
 namespace {
 
 constexpr int kMaxSplits = 128;
+constexpr int kInvariantKeys = 1024;  // of a split whose size depends on nothing else
 constexpr int kPackedQueries = 16;
 constexpr int kRowsPerBlock = 4;  // of the kernels in which a warp takes a row
 constexpr int kWarpRowThreads = 128;
@@ -113,6 +114,8 @@ const char* stem_of(Kernel kernel) {
       return "hopper_forward_modified";
     case Kernel::hopper_split:
       return "hopper_split";
+    case Kernel::hopper_mask_tiles:
+      return "hopper_mask_tiles";
     case Kernel::hopper_backward_prepare:
       return "hopper_backward_prepare";
     case Kernel::hopper_dq:
@@ -129,8 +132,6 @@ const char* stem_of(Kernel kernel) {
       return "hopper_dkv_shared_modified";
     case Kernel::hopper_backward_fused:
       return "hopper_backward_fused";
-    case Kernel::hopper_backward_finish:
-      return "hopper_backward_finish";
     case Kernel::count:
       break;
   }
@@ -145,6 +146,7 @@ bool is_tiled(Kernel kernel) {
 bool is_hopper(Kernel kernel) { return kernel >= Kernel::hopper_forward && kernel < Kernel::count; }
 
 std::string name_of(const Launch& launch) {
+  if (launch.kernel == Kernel::hopper_mask_tiles) return stem_of(launch.kernel);
   const char* dtype = launch.dtype == Element::f32 ? "f32" : launch.dtype == Element::f16 ? "f16" : "bf16";
   if (is_hopper(launch.kernel) && launch.kernel != Kernel::hopper_backward_prepare)
     return concat(stem_of(launch.kernel), "_", kHopperColumns[launch.head_dim], "_", dtype);
@@ -159,7 +161,7 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, cons
   const int64_t heads = int64_t{p.B} * p.Hkv;
   ForwardPlan plan;
   if (fills_hopper_tiles(p) && hopper_takes(p, call, device)) {
-    plan.attention = plan_hopper_forward(p, call, device, plan.row_tile, plan.key_tile);
+    plan_hopper_forward(p, call, device, plan);
     return plan;
   }
   if (fills_hopper_tiles(p) && hopper_splits(p, call, device)) {
@@ -182,7 +184,9 @@ ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, cons
   }
   if (!fills_hopper_tiles(p) && heads > 0) {
     const int64_t resident = std::clamp<int64_t>(device.shared_bytes / plan.attention.shared_bytes, 1, 2);
-    const int splits = choose_splits(plan.attention.grid[0], p.Nk, device.multiprocessors * resident);
+    const int splits = device.batch_invariant
+                           ? static_cast<int>(std::clamp<int64_t>(ceil_div(p.Nk, kInvariantKeys), 1, kMaxSplits))
+                           : choose_splits(plan.attention.grid[0], p.Nk, device.multiprocessors * resident);
     // Whole tiles, for decode one for each warp.
     const int unit = std::lcm(64, plan.key_tile);
     plan.split_keys = static_cast<int>(ceil_div(ceil_div(p.Nk, splits), unit) * unit);

@@ -16,6 +16,9 @@ struct DeviceTraits {
   int compute_capability = 0;  // 10 * major + minor
   int multiprocessors = 0;
   int shared_bytes = 0;  // most that a block may have
+  // A problem's results must not depend on how many heads and batch entries travel with it: keys are split by their
+  // number alone. MFA_BATCH_INVARIANT.
+  bool batch_invariant = false;
 };
 
 // What a plan depends on beside shapes and options: which arrays there are, and how they lie in memory.
@@ -23,6 +26,7 @@ struct CallTraits {
   bool alibi = false, bias = false, mask = false, lengths = false, dropout = false;
   bool mapped = true;         // tensor copies can read q, k, v and, for the backward, o and d_o
   bool mask_in_words = true;  // the mask's rows are dense and aligned to 16 bytes
+  bool mask_varies[3] = {};   // the mask does, over the axes of B, Hq, Nq
 };
 
 // Kernels by the stem of their names: <stem>_<dtype>, <stem>_<dtype>_<DP> if they are tiled, <stem>_<columns>_<dtype>
@@ -42,6 +46,7 @@ enum class Kernel : uint8_t {
   hopper_forward_mask,
   hopper_forward_modified,
   hopper_split,
+  hopper_mask_tiles,
   hopper_backward_prepare,
   hopper_dq,
   hopper_dkv,
@@ -50,7 +55,6 @@ enum class Kernel : uint8_t {
   hopper_dkv_modified,
   hopper_dkv_shared_modified,
   hopper_backward_fused,
-  hopper_backward_finish,
   count,
 };
 const char* stem_of(Kernel kernel);
@@ -72,12 +76,15 @@ struct Launch {
 std::string name_of(const Launch& launch);
 
 struct ForwardPlan {
-  Launch split;  // of float32 inputs into parts, where `attention` reads those
+  Launch split;       // of float32 inputs into parts, where `attention` reads those
+  Launch mask_tiles;  // finds tiles that a mask hides, where that is cheap and `attention` leaves them out
   Launch attention;
   Launch merge;  // if splits > 1
   int row_tile = 0, key_tile = 0;
   int splits = 1, split_keys = 0;
   int split_columns = 0;  // of the parts
+  // Of the words that mask_tiles writes.
+  int shown_words() const { return static_cast<int>(mask_tiles.grid[0] * mask_tiles.grid[1] * mask_tiles.grid[2]); }
 };
 ForwardPlan plan_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device);
 
@@ -87,8 +94,7 @@ struct BiasAxes {
 };
 struct BackwardPlan {
   Launch rows, queries, keys, bias, slopes, heads;
-  Launch fused,
-      finish;  // dq, dk and dv in one pass instead of `queries` and `keys`; no blocks if there is no such kernel
+  Launch fused;  // dq, dk and dv in one pass instead of `queries` and `keys`; no blocks if there is no such kernel
   Launch lse;  // computes it again, where the forward's kernel sums scores in another order than these; else no blocks
   int Nq_padded = 0;
   int fused_columns = 0;  // of its sums of dq

@@ -7,6 +7,7 @@ namespace mfa::cuda {
 namespace {
 
 constexpr int kPrepareThreads = 256;
+constexpr int64_t kMaxItems = int64_t{1} << 30;  // that the kernels can number
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -54,17 +55,29 @@ void plan_fused(const AttentionProblem& p, const DeviceTraits& device, BackwardP
   plan.fused.query_box = tile.tile;
   plan.fused.key_box = 64;
   plan.fused_columns = tile.columns;
-  plan.finish = Launch{Kernel::hopper_backward_finish, element_of(p.dtype), index_of(columns_of(p))};
-  plan.finish.grid[0] = static_cast<uint32_t>(p.Hq * hopper::fused_query_tiles(p.Nq));
-  plan.finish.grid[1] = static_cast<uint32_t>(p.B);
-  plan.finish.threads = static_cast<uint32_t>(2 * tile.columns);
+}
+
+// A pass over a mask that several heads share costs little beside their attention.
+void plan_mask_tiles(const AttentionProblem& p, const CallTraits& call, ForwardPlan& plan) {
+  constexpr int kMinSharing = 4, kThreads = 1024;
+  constexpr int64_t kMaxGrid = 65535;
+  const int64_t planes = int64_t{call.mask_varies[0] ? p.B : 1} * (call.mask_varies[1] ? p.Hq : 1);
+  const int64_t tiles = call.mask_varies[2] ? ceil_div(p.Nq, 64) : 1, words = ceil_div(p.Nk, 32 * plan.key_tile);
+  if (planes * kMinSharing > int64_t{p.B} * p.Hq || p.Nk <= plan.key_tile || tiles > kMaxGrid || planes > kMaxGrid ||
+      planes * tiles * words >= kMaxItems)
+    return;
+  plan.mask_tiles = Launch{Kernel::hopper_mask_tiles, element_of(p.dtype), 0};
+  plan.mask_tiles.grid[0] = static_cast<uint32_t>(words);
+  plan.mask_tiles.grid[1] = static_cast<uint32_t>(tiles);
+  plan.mask_tiles.grid[2] = static_cast<uint32_t>(planes);
+  plan.mask_tiles.threads = kThreads;
 }
 
 // Of a size that the kernels can number.
 bool is_countable(const AttentionProblem& p) {
-  constexpr int64_t kMaxPositions = int64_t{1} << 29, kMaxTiles = int64_t{1} << 30;
+  constexpr int64_t kMaxPositions = int64_t{1} << 29;
   const int64_t tiles = int64_t{p.B} * p.Hq * (ceil_div(p.Nq, 64) + 2 * ceil_div(p.Nk, 64));
-  return p.B > 0 && p.Nq > 0 && p.Nk > 0 && int64_t{p.Nq} + p.Nk < kMaxPositions && tiles < kMaxTiles;
+  return p.B > 0 && p.Nq > 0 && p.Nk > 0 && int64_t{p.Nq} + p.Nk < kMaxPositions && tiles < kMaxItems;
 }
 
 }  // namespace
@@ -91,8 +104,8 @@ bool is_modified(const AttentionProblem& p, const CallTraits& call) {
   return p.softcap > 0.f || call.alibi || call.bias || call.mask || call.dropout;
 }
 
-Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
-                           int& key_tile) {
+void plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
+                         ForwardPlan& plan) {
   const bool mask_alone = call.mask && call.mask_in_words && columns_of(p) <= 256 &&
                           !(p.softcap > 0.f || call.alibi || call.bias || call.dropout);
   const Kernel kernel = !is_modified(p, call) ? Kernel::hopper_forward
@@ -103,16 +116,16 @@ Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, co
                                   : kernel == Kernel::hopper_forward      ? tile_of(hopper::forward_tiles, p)
                                   : kernel == Kernel::hopper_forward_mask ? tile_of(hopper::forward_mask_tiles, p)
                                                                           : tile_of(hopper::forward_modified_tiles, p);
-  row_tile = 64 * tile.consumers;
-  key_tile = tile.tile;
+  plan.row_tile = 64 * tile.consumers;
+  plan.key_tile = tile.tile;
   const auto layout = hopper::forward_layout(tile);
-  const auto schedule = hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, row_tile)),
+  const auto schedule = hopper::schedule(p.B * p.Hq, static_cast<int>(ceil_div(p.Nq, plan.row_tile)),
                                          int64_t{p.Nk} * (p.D + p.Dv) * 2, has_unequal_tiles(p, call), true, 0);
-  Launch launch = persistent(kernel, p, device, schedule, layout.threads, layout.bytes);
-  if (narrow_values) launch.head_dim = kNarrowValues;
-  launch.query_box = 64;
-  launch.key_box = tile.tile;
-  return launch;
+  plan.attention = persistent(kernel, p, device, schedule, layout.threads, layout.bytes);
+  if (narrow_values) plan.attention.head_dim = kNarrowValues;
+  plan.attention.query_box = 64;
+  plan.attention.key_box = tile.tile;
+  if (call.mask) plan_mask_tiles(p, call, plan);
 }
 
 void plan_hopper_split(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,

@@ -23,8 +23,8 @@ bool hopper_takes_backward(const AttentionProblem& p, const CallTraits& call, co
 // Whether more than visibility by position and sinks changes the scores or weights.
 bool is_modified(const AttentionProblem& p, const CallTraits& call);
 
-Launch plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device, int& row_tile,
-                           int& key_tile);
+void plan_hopper_forward(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
+                         ForwardPlan& plan);
 
 void plan_hopper_split(const AttentionProblem& p, const CallTraits& call, const DeviceTraits& device,
                        ForwardPlan& plan);

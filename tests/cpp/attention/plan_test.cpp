@@ -198,19 +198,37 @@ TEST(PlanForward, LongKeysOfFewRowsAreSharedByTheThreads) {
   EXPECT_GT(plan_forward(shape(1, 1, 1, 1, 32768), all_traits()[0], 16, false).tasks, 15);
 }
 
-TEST(PlanForward, DecodeOverPagesTakesEachBlockOfKeysForAllHeadsInTurn) {
-  AttentionProblem p = shape(1, 8, 8, 1, 32768);
-  for (const CpuKernelTraits& cpu : all_traits()) {
-    EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 1);
+TEST(PlanForward, HeadsOfPagesDecodeTogether) {
+  const int32_t table[2048] = {};
+  const auto paged = [&](int32_t heads, int32_t group, int32_t D) {
+    AttentionProblem p = shape(1, heads * group, heads, 1, 32768, D);
     p.pages.page_size = 16;
-    const ForwardPlan paged = plan_forward(p, cpu, 1, false);
-    EXPECT_EQ(paged.key_splits, 32);
-    EXPECT_EQ(paged.batch, 8);
-    EXPECT_EQ(paged.turn_blocks, 1);
-    EXPECT_EQ(paged.tasks, 32);
-    p.Hq = p.Hkv = 1;  // nothing lies beside the head
-    EXPECT_EQ(plan_forward(p, cpu, 1, false).key_splits, 1);
-    p = shape(1, 8, 8, 1, 32768);
+    p.pages.table = table;
+    return p;
+  };
+  for (const CpuKernelTraits& cpu : all_traits()) {
+    const auto together = [&](const AttentionProblem& p) {
+      const ForwardPlan plan = plan_forward(p, cpu, 1, false);
+      EXPECT_EQ(plan.batch % plan.together, 0);
+      EXPECT_EQ(plan.tiles.count() % plan.batch, 0);
+      EXPECT_EQ(plan.key_splits, 1);
+      return plan.together;
+    };
+    AttentionProblem p = paged(8, 1, 64);
+    EXPECT_EQ(together(p), 8);
+    EXPECT_EQ(plan_forward(p, cpu, 2, false).tasks, plan_forward(p, cpu, 2, false).key_splits);
+    EXPECT_GT(plan_forward(p, cpu, 2, false).key_splits, 1) << "one task would leave a thread idle";
+    EXPECT_EQ(together(paged(1, 1, 64)), 1);
+    EXPECT_EQ(together(paged(12, 1, 128)), 4) << "a divisor of the heads whose rows fit";
+    EXPECT_EQ(together(paged(7, 1, 128)), 1);
+    EXPECT_EQ(together(paged(64, 2, 16)), 32) << "rows of a task";
+    const int64_t offsets[2] = {0, 1};
+    p.blocks.offsets = offsets;
+    p.blocks.block_q = p.blocks.block_k = 64;
+    EXPECT_EQ(together(p), 1) << "a list is of one tile";
+    p.blocks = BlockListRef{};
+    p.pages = PagesRef{};
+    EXPECT_EQ(together(p), 1) << "without pages a head's keys are one range of memory";
   }
 }
 

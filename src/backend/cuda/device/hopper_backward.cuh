@@ -240,10 +240,8 @@ __device__ __forceinline__ void clean_step(const BackwardShared<Tile>& shared, i
 template <class Tile>
 __device__ __forceinline__ void vote(const BackwardShared<Tile>& shared, uint32_t parity, bool finite, int lane) {
   const bool any = __any_sync(0xffffffffu, !finite);
-  if (lane == 0) {
-    if (any) *shared.found(parity) = 1;
-    barrier_arrive(shared.barrier(Tile::voted));
-  }
+  if (any && lane == 0) *shared.found(parity) = 1;
+  warp_arrive(shared.barrier(Tile::voted), lane);
 }
 template <class Tile>
 __device__ __forceinline__ void clean_as_voted(const BackwardShared<Tile>& shared, uint32_t parity, int stage) {
@@ -381,10 +379,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
   Ring<1> stay;
   Ring<Tile::stages> ring;
   uint32_t vote_parity = 0;
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
 
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
@@ -463,7 +458,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         products_wait<Tile::values ? 1 : 0>();
         settle(y);
         barrier_arrive_if(shared.barrier(Tile::stay_empty + warpgroup),
-                          lane == 0 && pass == passes - 1 && column0 + BN >= work.last());
+                          lane < warp_arrivals && pass == passes - 1 && column0 + BN >= work.last());
         if constexpr (!Tile::values) release(Tile::second_empty + ring.stage());
         if constexpr (!Tile::modified) subtract_delta<Tile>(y, delta, shared, ring.stage(), lane);
         score_gradients<BN>(x, y, partial);

@@ -1,6 +1,5 @@
 // hopper_backward_fused.cu: dq, dk and dv in one pass, without modifiers of scores, for heads of up to 64 columns and
-// from 104 to 128. On a stream: hopper_backward_prepare_<dtype>, hopper_backward_fused_<columns>_<dtype>,
-// hopper_backward_finish_<columns>_<dtype>.
+// from 104 to 128. On a stream: hopper_backward_prepare_<dtype>, hopper_backward_fused_<columns>_<dtype>.
 #include "hopper_backward_fused.cuh"
 
 #define MFA_HOPPER_FUSED(COLUMNS, CHOICE, SUFFIX, TYPE)                                                               \
@@ -12,10 +11,6 @@
           const __grid_constant__ mfa::cuda::TensorMap d_o) {                                                         \
     mfa::cuda::hopper::backward_fused<mfa::cuda::hopper::FusedTile<TYPE, CHOICE>>(params, schedule,                   \
                                                                                   {&k, &v, &q, &d_o});                \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(256)                                                                   \
-      hopper_backward_finish_##COLUMNS##_##SUFFIX(const __grid_constant__ mfa::cuda::BackwardParams params) {         \
-    mfa::cuda::hopper::finish_queries<mfa::cuda::hopper::FusedTile<TYPE, CHOICE>>(params);                            \
   }
 
 MFA_HOPPER_FUSED(64, 0, bf16, __nv_bfloat16)

@@ -97,10 +97,7 @@ __device__ __forceinline__ void consume_together(const BackwardParams& params, c
   Ring<2> slot;
   Ring<1> stay;
   uint32_t step = 0;  // says at which stage every ring is
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
 
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
@@ -192,10 +189,7 @@ __device__ __forceinline__ void consume_alternate(const BackwardParams& params, 
   Ring<2> slot;
   Ring<1> stay;
   uint32_t end = 0;  // steps say at which stage every ring is; the even ones are the first warpgroup's
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
 
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
@@ -322,8 +316,8 @@ __device__ __forceinline__ void backward_fused(const BackwardParams& params, con
     prefetch_map(maps.stay_second);
     prefetch_map(maps.pass_first);
     prefetch_map(maps.pass_second);
-    constexpr int readers = Tile::consumer_warps, all_readers = 4 * Tile::consumers;
-    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, all_readers + Tile::adders);
+    constexpr int readers = warp_arrivals * Tile::consumer_warps, all_readers = warp_arrivals * 4 * Tile::consumers;
+    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, all_readers + warp_arrivals * Tile::adders);
     init_ring(shared, Tile::dq_full, Tile::dq_empty, Tile::parts, readers, 1);
     init_ring(shared, Tile::stay_full, Tile::stay_empty, 1, 1, all_readers);
     init_ring(shared, Tile::first_full, Tile::first_empty, Tile::stages, 1, readers);
@@ -344,6 +338,7 @@ __device__ __forceinline__ void backward_fused(const BackwardParams& params, con
       consume_alternate<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
     else
       consume_together<Tile>(params, shared, warpgroup - 1, threadIdx.x % 128);
+    finish_queries<Tile>(params, lane);
   }
 }
 

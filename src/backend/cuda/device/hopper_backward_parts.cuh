@@ -157,44 +157,55 @@ __device__ __forceinline__ void add_queries(const BackwardParams& params, const 
       }
       __syncwarp();
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
+    warp_arrive(shared.barrier(Tile::work_empty + slot.stage()), lane);
   }
 }
 
-// dq from its sums. Grid: Hq * Nq_padded / BN, B blocks of 2 * columns; the last sums, which were written last, come
-// first.
+// dq from its sums, by warps whose block has no more key tiles: each draws tiles, waits until every part has been added
+// and writes them. The first tiles of all heads come first: where keys behind the queries are hidden, those have been
+// complete for long.
 template <class Tile>
-__device__ __forceinline__ void finish_queries(const BackwardParams& params) {
+__device__ __forceinline__ void finish_queries(const BackwardParams& params, int lane) {
   using T = typename Tile::T;
   const Problem& p = params.p;
-  const int n = (gridDim.x - 1 - blockIdx.x) / p.Hq, h = blockIdx.x % p.Hq, b = blockIdx.y;
-  if (n * Tile::BN >= p.Nq) return;
-  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
-  const KeyTiles tiles = key_tiles<Tile::rows>(visibility(p, b), n * Tile::BN, min((n + 1) * Tile::BN, p.Nq));
   constexpr int columns = Tile::dq_columns;
-  float d[columns / 2] = {};
-  if (tiles.last > tiles.first) {
-    const int64_t at = (int64_t{b} * p.Hq + h) * fused_query_tiles(p.Nq) + n;
-    const float4* from = reinterpret_cast<const float4*>(params.dq_sums) + at * (Tile::layout.dq_bytes / 16) +
-                         warpgroup * columns * 16 + thread;
+  const int heads = p.B * p.Hq, tiles = fused_query_tiles(p.Nq);
+  const float weight[2] = {p.scale, p.scale};
+  for (;;) {
+    int drawn = 0;
+    if (lane == 0) drawn = atomicAdd(params.dq_turns + heads * tiles, 1);
+    drawn = __shfl_sync(0xffffffffu, drawn, 0);
+    if (drawn >= heads * tiles) break;
+    const int head = drawn % heads, b = head / p.Hq, h = head % p.Hq, row0 = drawn / heads * Tile::BN;
+    const int64_t at = int64_t{head} * tiles + drawn / heads;
+    const KeyTiles seen = key_tiles<Tile::rows>(visibility(p, b), row0, min(row0 + Tile::BN, p.Nq));
+    const int parts = seen.last - seen.first;
+    if (parts > 0)
+      while (load_acquire(params.dq_turns + at) != parts) __nanosleep(1000);
+#pragma unroll 1
+    for (int i = 0; i < Tile::BN / 16 * (Tile::columns / columns); ++i) {
+      const int row = i % (Tile::BN / 16) * 16, column0 = i / (Tile::BN / 16) * columns;
+      float d[columns / 2] = {};
+      if (parts > 0) {
+        const float4* from = reinterpret_cast<const float4*>(params.dq_sums) + at * (Tile::layout.dq_bytes / 16) +
+                             column0 * (Tile::BN / 4) + row * 2 + lane;
 #pragma unroll
-    for (int i = 0; i < columns / 8; ++i) {
-      const float4 x = from[128 * i];
-      d[4 * i] = x.x, d[4 * i + 1] = x.y, d[4 * i + 2] = x.z, d[4 * i + 3] = x.w;
+        for (int j = 0; j < columns / 8; ++j) {
+          const float4 x = __ldcg(from + 128 * j);
+          d[4 * j] = x.x, d[4 * j + 1] = x.y, d[4 * j + 2] = x.z, d[4 * j + 3] = x.w;
+        }
+      }
+      T* to[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int q = row0 + row + lane / 4 + 8 * r;
+        to[r] = q < p.Nq ? static_cast<T*>(params.dq.data) + b * params.dq.stride[0] + h * params.dq.stride[1] +
+                               q * params.dq.stride[2] + column0
+                         : nullptr;
+      }
+      write_rows<T, columns>(d, weight, to, p.D - column0, lane);
     }
   }
-  const int column0 = columns * warpgroup;
-  const float weight[2] = {p.scale, p.scale};
-  T* row[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int i = n * Tile::BN + thread / 32 * 16 + lane / 4 + 8 * r;
-    row[r] = i < p.Nq ? static_cast<T*>(params.dq.data) + b * params.dq.stride[0] + h * params.dq.stride[1] +
-                            i * params.dq.stride[2] + column0
-                      : nullptr;
-  }
-  write_rows<T, columns>(d, weight, row, p.D - column0, lane);
 }
 
 }  // namespace mfa::cuda::hopper

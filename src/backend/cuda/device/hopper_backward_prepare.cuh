@@ -74,8 +74,11 @@ __device__ __forceinline__ void prepare(const BackwardParams& params) {
   const int own = row0 + lane * step;
   if (lane >= rows_a_lane || own >= params.Nq_padded) return;
   const float lse = own < p.Nq ? params.lse[head * p.Nq + own] : -INFINITY;
-  if (params.dq_turns && own % fused_tile == 0 && own < p.Nq)
-    params.dq_turns[head * fused_query_tiles(p.Nq) + own / fused_tile] = 0;
+  if (params.dq_turns && own % fused_tile == 0 && own < p.Nq) {
+    const int tiles = fused_query_tiles(p.Nq);
+    params.dq_turns[head * tiles + own / fused_tile] = 0;
+    if (head == 0 && own == 0) params.dq_turns[int64_t{p.B} * p.Hq * tiles] = 0;
+  }
   params.delta[head * params.Nq_padded + own] =
       own_delta - (params.dlse && own < p.Nq ? params.dlse[head * p.Nq + own] : 0.f);
   constexpr float hidden = 1e30f;

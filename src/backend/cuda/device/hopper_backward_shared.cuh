@@ -23,10 +23,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
   Ring<2> slot, p_ring;
   Ring<1> stay;
   Ring<Tile::stages> ring;
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
@@ -50,7 +47,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
         products_wait<0>();
         settle(x);
         barrier_arrive_if(shared.barrier(Tile::stay_empty),
-                          lane == 0 && pass == passes - 1 && column0 + BN >= work.last());
+                          lane < warp_arrivals && pass == passes - 1 && column0 + BN >= work.last());
         if (started) {
           release(Tile::first_empty + ring.stage_before());
           release(Tile::second_empty + ring.stage_before());
@@ -119,10 +116,7 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
   Ring<2> slot, p_ring;
   Ring<1> stay;
   Ring<Tile::stages> ring;
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
@@ -145,7 +139,7 @@ __device__ __forceinline__ void consume_keys(const BackwardParams& params, const
         products_wait<0>();
         settle(y);
         barrier_arrive_if(shared.barrier(Tile::stay_empty),
-                          lane == 0 && pass == passes - 1 && column0 + BN >= work.last());
+                          lane < warp_arrivals && pass == passes - 1 && column0 + BN >= work.last());
         if (started) {
           release(Tile::first_empty + ring.stage_before());
           release(Tile::second_empty + ring.stage_before());
@@ -205,9 +199,9 @@ __device__ __forceinline__ void backward(const BackwardParams& params, const Hop
     prefetch_map(maps.stay_second);
     prefetch_map(maps.pass_first);
     prefetch_map(maps.pass_second);
-    constexpr int readers = Tile::consumer_warps;
+    constexpr int readers = warp_arrivals * Tile::consumer_warps;
     init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, readers);
-    init_ring(shared, Tile::p_full, Tile::p_empty, 2, 4, 4);
+    init_ring(shared, Tile::p_full, Tile::p_empty, 2, 4 * warp_arrivals, 4 * warp_arrivals);
     init_ring(shared, Tile::stay_full, Tile::stay_empty, Tile::consumers, 1, readers / Tile::consumers);
     init_ring(shared, Tile::first_full, Tile::first_empty, Tile::stages, 1, readers);
     init_ring(shared, Tile::second_full, Tile::second_empty, Tile::stages, 1, readers);

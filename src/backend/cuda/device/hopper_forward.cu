@@ -3,6 +3,13 @@
 // aligned to 16; both need scale > 0. The modified ones know everything. <columns> hold the wider of D and Dv; 192x128
 // is for D up to 192 with Dv up to 128.
 #include "hopper_forward_instantiate.cuh"
+#include "hopper_mask_tiles.cuh"
+
+// On a stream before the kernels that read a mask, where ForwardParams::shown is given.
+extern "C" __global__ void __launch_bounds__(1024)
+    hopper_mask_tiles(const __grid_constant__ mfa::cuda::ForwardParams params) {
+  mfa::cuda::hopper::find_shown_tiles(params);
+}
 
 MFA_HOPPER_FORWARDS(hopper_forward, 64, none, 0)
 MFA_HOPPER_FORWARDS(hopper_forward, 96, none, 1)

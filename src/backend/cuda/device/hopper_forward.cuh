@@ -27,6 +27,7 @@ template <class T_, Modifiers modifiers_, int choice>
 struct ForwardTile {
   using T = T_;
   static constexpr Modifiers modifiers = modifiers_;
+  static constexpr bool listed = modifiers != Modifiers::none;  // a mask may leave key tiles out
   static constexpr TileChoice c = forward_choice(modifiers, choice);
   static constexpr int columns = c.columns, value_columns = value_columns_of(c), consumers = c.consumers,
                        BQ = 64 * consumers, BK = c.tile, stages = c.stages, warpgroups = warpgroups_of(c);
@@ -60,10 +61,50 @@ struct ForwardShared {
   __device__ __forceinline__ volatile uint32_t* found(int stage) const {
     return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at + stage * 16);
   }
+  // Which tile of keys a stage holds, if tiles may be left out.
+  __device__ __forceinline__ volatile uint32_t& key_tile(int stage) const { return found(stage)[3]; }
   __device__ __forceinline__ SharedWork work(int slot) const {
     return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
 };
+
+// Of the key tiles of a word of ShownTiles, those of [first, end) that a mask shows to any of a block's queries. The
+// feeding thread has few registers, so it reads everything again each time.
+template <class Tile>
+__device__ __forceinline__ uint32_t shown_bits(const ForwardParams& params, const SharedWork& w, int word, int end) {
+  const ShownTiles& shown = params.shown;
+  const int tile = w.row0() / 64, tiles = min((params.p.Nq + 63) / 64 - tile, Tile::consumers);
+  const uint32_t* from =
+      shown.words + (w.b() * shown.stride[0] + w.h() * shown.stride[1] + tile * shown.stride[2] + word);
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i, from += shown.stride[2]) bits |= *from;
+  const int before = w.first() - word * 32, behind = word * 32 + 32 - end;
+  if (before > 0) bits &= 0xffffffffu << before;
+  if (behind > 0) bits &= 0xffffffffu >> behind;
+  return bits;
+}
+template <class Tile>
+__device__ __forceinline__ int count_shown(const ForwardParams& params, const SharedWork& w) {
+  if (!params.shown.words) return w.last() - w.first();
+  int n = 0;
+#pragma unroll 1
+  for (int word = w.first() / 32; word * 32 < w.last(); ++word)
+    n += __popc(shown_bits<Tile>(params, w, word, w.last()));
+  return n;
+}
+// The key tile to visit after tile n, or less than 0: the last one before it, of those that a mask shows.
+template <class Tile>
+__device__ __forceinline__ int tile_before(const ForwardParams& params, const SharedWork& w, int n) {
+  if (!Tile::listed || !params.shown.words) return n > w.first() ? n - 1 : -1;
+#pragma unroll 1
+  while (n > w.first()) {
+    const int word = (n - 1) / 32;
+    if (const uint32_t bits = shown_bits<Tile>(params, w, word, n)) return word * 32 + 31 - __clz(bits);
+    n = word * 32;
+  }
+  return -1;
+}
 
 // Queries of a tile; key tiles are visited last first.
 template <class Tile>
@@ -80,14 +121,17 @@ __device__ __forceinline__ void leave_work(const SharedWork& to, const Problem& 
 
 // The feeding warpgroup's first thread.
 template <class Tile>
-__device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, const ForwardShared<Tile>& shared,
-                                     const TensorMap* q, const TensorMap* k, const TensorMap* v) {
+__device__ __forceinline__ void feed(const ForwardParams& params, const HopperSchedule& s,
+                                     const ForwardShared<Tile>& shared, const TensorMap* q, const TensorMap* k,
+                                     const TensorMap* v) {
+  const Problem& p = params.p;
   Ring<2> slot;
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   const auto load_k = [&](const SharedWork& w, int n) {
     const uint32_t full = shared.barrier(Tile::k_full + k_ring.stage());
     barrier_wait(shared.barrier(Tile::k_empty + k_ring.stage()), k_ring.parity() ^ 1);
+    if constexpr (Tile::listed) shared.key_tile(k_ring.stage()) = n;
     barrier_arrive_expect(full, Tile::k_bytes);
     load_tile<Tile::BK, Tile::columns>(shared.k(k_ring.stage()), k, full, n * Tile::BK, w.h() / p.G, w.b());
     k_ring.advance();
@@ -103,11 +147,13 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
     barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
     const SharedWork w = shared.work(slot.stage());
     leave_work<Tile>(w, p, s, id);
+    if constexpr (Tile::listed)
+      if (w.b() >= 0 && w.passes()) w.set_count(count_shown<Tile>(params, w));
     barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
     slot.advance();
     if (w.b() < 0) break;
     if (!w.passes()) continue;
-    load_k(w, w.last() - 1);
+    load_k(w, tile_before<Tile>(params, w, w.last()));
 #pragma unroll 1
     for (int i = 0; i < Tile::consumers; ++i) {
       const uint32_t full = shared.barrier(Tile::q_full + i);
@@ -116,8 +162,8 @@ __device__ __forceinline__ void feed(const Problem& p, const HopperSchedule& s, 
       load_tile<64, Tile::columns>(shared.q(i), q, full, w.row0() + 64 * i, w.h(), w.b());
     }
     q_ring.advance();
-    for (int n = w.last() - 1; n >= w.first(); --n) {
-      if (n > w.first()) load_k(w, n - 1);
+    for (int n = tile_before<Tile>(params, w, w.last()); n >= 0; n = tile_before<Tile>(params, w, n)) {
+      if (const int next = tile_before<Tile>(params, w, n); next >= 0) load_k(w, next);
       load_v(w, n);
     }
   }
@@ -132,7 +178,7 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
     if (work.b() < 0) break;
-    const int tiles = work.passes() ? work.last() - work.first() : 0;
+    const int tiles = !work.passes() ? 0 : Tile::listed ? work.count() : work.last() - work.first();
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.last() - 1 - i)) {
@@ -140,15 +186,12 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
             shared.base + (shared.v(v_ring.stage()) - shared.at), warp, lane);
         if (lane == 0) shared.found(v_ring.stage())[warp] = any;
         fence_async_shared();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared.barrier(Tile::v_clean + v_ring.stage()));
+        warp_arrive(shared.barrier(Tile::v_clean + v_ring.stage()), lane);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared.barrier(Tile::v_empty + v_ring.stage()));
+      warp_arrive(shared.barrier(Tile::v_empty + v_ring.stage()), lane);
       v_ring.advance();
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.barrier(Tile::work_empty + slot.stage()));
+    warp_arrive(shared.barrier(Tile::work_empty + slot.stage()), lane);
   }
 }
 
@@ -191,10 +234,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   uint32_t clean_parity = 0;  // one bit a stage
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
 
   for (;; slot.advance()) {
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
@@ -240,6 +280,11 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       pack_fragment<T, BK>(sums, probabilities);
     };
     const auto uncleaned = [&](int n) { return !(Tile::modifiers != Modifiers::none && p.mask.data) && work.full(n); };
+    // The tile whose keys are there, the next after n.
+    const auto wait_keys = [&](int n) {
+      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      return Tile::listed ? static_cast<int>(shared.key_tile(k_ring.stage())) : n - 1;
+    };
     const auto wait_values = [&](int n) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if (!uncleaned(n)) {
@@ -258,19 +303,23 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 
     if (work.passes()) {
       float alpha[2];
-      int n = work.last() - 1;
+      int n = wait_keys(work.last()), left = Tile::listed ? work.count() : 0;
       const int first = work.first();
+      const auto is_last = [&] { return Tile::listed ? left <= 1 : n <= first; };
+      const auto go_to = [&](int next) {
+        n = next;
+        if constexpr (Tile::listed) --left;
+      };
       if constexpr (!Tile::alternate)
-        for (; n > first && seen_by_none(n); --n) {
-          barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+        while (!is_last() && seen_by_none(n)) {
           release(Tile::k_empty + k_ring.stage());
           k_ring.advance();
           wait_values(n);
           release_values(n);
+          go_to(wait_keys(n));
         }
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full + warpgroup), q_ring.parity());
-      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
       products_fence();
       multiply_columns<T, BK, columns, 64, BK>(sums, shared.q(warpgroup), shared.k(k_ring.stage()));
       products_commit();
@@ -281,11 +330,11 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       softmax_step(n, alpha);
       finish_step(n);
 
-      // n is the tile whose probabilities are ready; a round computes those of n - 1.
+      // n is the tile whose probabilities are ready; a round computes those of the next one.
 #pragma unroll 1
-      for (; n > first; --n) {
-        load_terms(n - 1);
-        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      while (!is_last()) {
+        const int next = wait_keys(n);
+        load_terms(next);
         if (Tile::alternate) named_sync(my_turn, 256);
         settle(o);
         settle(probabilities);
@@ -301,7 +350,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
         settle(sums);
         release(Tile::k_empty + k_ring.stage());
         k_ring.advance();
-        softmax_step(n - 1, alpha);
+        softmax_step(next, alpha);
         settle(sums);  // the wait below must not move up past the softmax
         products_wait<0>();
         settle(o);
@@ -310,7 +359,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
 #pragma unroll
           for (int i = 0; i < value_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
         }
-        finish_step(n - 1);
+        finish_step(next);
+        go_to(next);
       }
       release(Tile::q_empty + warpgroup);
       q_ring.advance();

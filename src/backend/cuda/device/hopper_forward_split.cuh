@@ -364,10 +364,7 @@ __device__ __forceinline__ void consume_split(const ForwardParams& params, const
   Ring<2> slot;
   Ring<1> q_ring;
   Ring<Tile::stages> ring;
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
   // Probabilities are at most 2^2, dropout's factor aside: scaled as tiles are.
   const float kept = Tile::modified && p.dropout_seed ? p.dropout_scale : 1.f;
   float weight_scale = __int_as_float((127 + split_exponent - 2) << 23), weight_inverse = 1.f / weight_scale;
@@ -514,11 +511,11 @@ __device__ __forceinline__ void forward_split(const ForwardParams& params, const
     prefetch_map(q);
     prefetch_map(k);
     prefetch_map(v);
-    constexpr int consumer_warps = Tile::consumers * 4;
-    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, consumer_warps);
-    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, 4);
-    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, consumer_warps);
-    init_ring(shared, Tile::v_full, Tile::v_empty, Tile::stages, 1, consumer_warps);
+    constexpr int readers = warp_arrivals * 4, all_readers = Tile::consumers * readers;
+    init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, all_readers);
+    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, readers);
+    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, all_readers);
+    init_ring(shared, Tile::v_full, Tile::v_empty, Tile::stages, 1, all_readers);
     fence_barrier_init();
   }
   __syncthreads();

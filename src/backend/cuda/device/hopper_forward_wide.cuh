@@ -23,10 +23,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
   Ring<1> q_ring;
   Ring<Tile::stages> k_ring, v_ring;
   uint32_t clean_parity = 0;  // one bit a stage
-  const auto release = [&](int barrier) {
-    __syncwarp();
-    barrier_arrive_if(shared.barrier(barrier), lane == 0);
-  };
+  const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
   // x becomes join(x, that of the other warpgroup). Written again only after another barrier.
   const auto exchange = [&](int which, float (&x)[2], uint32_t barrier, const auto& join) {
     float* rows = reinterpret_cast<float*>(shared.base + Tile::layout.rows_at) + which * 128 + row_in_tile;
@@ -90,6 +87,10 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
       named_sync(probabilities_ready, 256);
     };
     const auto uncleaned = [&](int n) { return !(modified && p.mask.data) && work.full(n); };
+    const auto wait_keys = [&](int n) {
+      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      return Tile::listed ? static_cast<int>(shared.key_tile(k_ring.stage())) : n - 1;
+    };
     const auto multiply_values = [&](int n) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
       if (!uncleaned(n)) {
@@ -112,11 +113,15 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 
     if (work.passes()) {
       float alpha[2];
-      int n = work.last() - 1;
+      int n = wait_keys(work.last()), left = Tile::listed ? work.count() : 0;
       const int first = work.first();
+      const auto is_last = [&] { return Tile::listed ? left <= 1 : n <= first; };
+      const auto go_to = [&](int next) {
+        n = next;
+        if constexpr (Tile::listed) --left;
+      };
       load_terms(n);
       barrier_wait(shared.barrier(Tile::q_full), q_ring.parity());
-      barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
       multiply_keys();
       products_wait<0>();
       settle(sums);
@@ -125,11 +130,11 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
       softmax_step(n, alpha);
       share_probabilities(n);
 
-      // n is the tile whose probabilities are ready; a round computes those of n - 1.
+      // n is the tile whose probabilities are ready; a round computes those of the next one.
 #pragma unroll 1
-      for (; n > first; --n) {
-        load_terms(n - 1);
-        barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
+      while (!is_last()) {
+        const int next = wait_keys(n);
+        load_terms(next);
         settle(o);
         multiply_keys();
         multiply_values(n);
@@ -137,7 +142,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
         settle(sums);
         release(Tile::k_empty + k_ring.stage());
         k_ring.advance();
-        softmax_step(n - 1, alpha);
+        softmax_step(next, alpha);
         settle(sums);  // the wait below must not move up past the softmax
         products_wait<0>();
         settle(o);
@@ -146,7 +151,8 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 #pragma unroll
           for (int i = 0; i < half_columns / 2; ++i) o[i] *= alpha[i / 2 % 2];
         }
-        share_probabilities(n - 1);
+        share_probabilities(next);
+        go_to(next);
       }
       release(Tile::q_empty);
       q_ring.advance();
@@ -198,20 +204,20 @@ __device__ __forceinline__ void forward(const ForwardParams& params, const Hoppe
     prefetch_map(q);
     prefetch_map(k);
     prefetch_map(v);
-    constexpr int consumer_warps = Tile::warpgroups * 4, readers = consumer_warps + 3;
+    constexpr int consumers = warp_arrivals * Tile::warpgroups * 4, readers = consumers + warp_arrivals * 3;
     init_ring(shared, Tile::work_full, Tile::work_empty, 2, 1, readers);
-    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, consumer_warps / Tile::consumers);
-    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, consumer_warps);
+    init_ring(shared, Tile::q_full, Tile::q_empty, Tile::consumers, 1, consumers / Tile::consumers);
+    init_ring(shared, Tile::k_full, Tile::k_empty, Tile::stages, 1, consumers);
     init_ring(shared, Tile::v_full, Tile::v_empty, Tile::stages, 1, readers);
 #pragma unroll
-    for (int i = 0; i < Tile::stages; ++i) barrier_init(shared.barrier(Tile::v_clean + i), 3);
+    for (int i = 0; i < Tile::stages; ++i) barrier_init(shared.barrier(Tile::v_clean + i), 3 * warp_arrivals);
     fence_barrier_init();
   }
   __syncthreads();
   if (warpgroup == 0) {
     give_registers<Tile::feeder_registers>();
     if (warp == 0) {
-      if (lane == 0) feed<Tile>(params.p, s, shared, q, k, v);
+      if (lane == 0) feed<Tile>(params, s, shared, q, k, v);
     } else {
       clean<Tile>(params.p, shared, warp - 1, lane);
     }

@@ -27,6 +27,19 @@ class Ring {
   uint32_t parity_ = 0;
 };
 
+// How many threads of a warp arrive at a barrier for all of it. One is enough; a build for compute-sanitizer's
+// racecheck, which does not know that the others have met the one before, lets each arrive.
+#ifdef MFA_EACH_LANE_ARRIVES
+constexpr int warp_arrivals = 32;
+#else
+constexpr int warp_arrivals = 1;
+#endif
+// What this warp did is done; called by all of it.
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+  __syncwarp();
+  barrier_arrive_if(barrier, lane < warp_arrivals);
+}
+
 // Makes the barriers of a ring of `stages`: `fills` arrivals say that a stage is full, `reads` that it is empty again.
 template <class Shared>
 __device__ __forceinline__ void init_ring(const Shared& shared, int full, int empty, int stages, int fills, int reads) {
@@ -69,6 +82,7 @@ class SharedWork {
   __device__ __forceinline__ Visibility see() const { return {get(8), get(9), get(10), get(11)}; }
   __device__ __forceinline__ int offset() const { return get(9); }
   __device__ __forceinline__ int start() const { return get(12); }
+  __device__ __forceinline__ int count() const { return get(13); }
 
   __device__ __forceinline__ void set_end() const { set(0, -1); }
   __device__ __forceinline__ void set_item(const WorkItem& item, int rows) const {
@@ -83,6 +97,11 @@ class SharedWork {
     set(11, see.right);
   }
   __device__ __forceinline__ void set_start(int n) const { set(12, n); }
+  // Of the passing tiles, how many are visited. None: no passes.
+  __device__ __forceinline__ void set_count(int n) const {
+    set(13, n);
+    if (n == 0) set(3, 0);
+  }
   // Tile n as number `origin` + n * `step`.
   __device__ __forceinline__ void set_tiles(const KeyTiles& tiles, int passes, int step = 1, int origin = 0) const {
     set(3, tiles.last > tiles.first ? passes : 0);

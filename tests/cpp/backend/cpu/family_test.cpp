@@ -95,50 +95,6 @@ TEST_F(CpuFamily, APackedSequenceHasTheBitsOfItsOwnCall) {
   }
 }
 
-// The pages' rows in one dense tensor.
-testing::Tensor gather(const AttentionProblem& p, const testing::Tensor& pool) {
-  testing::Tensor dense(p.dtype, {p.B, p.Hkv, p.Nk, pool.shape()[3]}, testing::Layout::padded_rows);
-  for (int32_t b = 0; b < p.B; ++b)
-    for (int32_t h = 0; h < p.Hkv; ++h)
-      for (int32_t j = 0; j < key_count(p, b); ++j)
-        for (int64_t d = 0; d < pool.shape()[3]; ++d)
-          dense.set(
-              b, h, j, d,
-              pool.get(p.pages.table[b * p.pages.table_stride + j / p.pages.page_size], h, j % p.pages.page_size, d));
-  return dense;
-}
-
-TEST_F(CpuFamily, PagesHaveTheBitsOfTheDenseCall) {
-  Random random(62);
-  for (int n = 0; n < testing::case_count(24); ++n) {
-    CaseSpec spec = packed_spec(random, kTypes[n % 3]);
-    spec.packed_keys = false;
-    spec.packed_queries = random.chance(0.5);
-    spec.Nq = random.pick({1, 1, 3, 200});
-    spec.kv_lengths = true;
-    spec.page_size = random.pick({1, 16, 16, 37, 256, 1000});
-    spec.rotary_dim = random.pick({0, 0, 32});
-    const AttentionCase c(spec, random.bits());
-    testing::for_each_isa([&](const std::string& isa) {
-      SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
-      const AttentionProblem& p = c.problem;
-      AttentionProblem dense = p;
-      const testing::Tensor k = gather(p, c.k), v = gather(p, c.v);
-      dense.pages = PagesRef{};
-      dense.k = k.ref();
-      dense.v = v.ref();
-      for (int threads : {1, 3}) {
-        set_thread_count(threads);
-        const ForwardResults paged = testing::run_forward(p), other = testing::run_forward(dense);
-        ASSERT_EQ(testing::bytes_of(paged), testing::bytes_of(other));
-        const BackwardResults grad = testing::run_backward(p, paged, c.d_o.ref(), nullptr);
-        const BackwardResults other_grad = testing::run_backward(dense, other, c.d_o.ref(), nullptr);
-        ASSERT_EQ(grad.dq.bytes(), other_grad.dq.bytes());
-      }
-    });
-  }
-}
-
 // Two problems that differ in how they say what is visible: `p` by lists or a neighbourhood, the other by a mask.
 void expect_bits_of_mask(const AttentionCase& c) {
   const AttentionProblem& p = c.problem;

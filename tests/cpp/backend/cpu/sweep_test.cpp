@@ -184,6 +184,25 @@ TEST(CpuDecode, LongCachesAreRight) {
   }
 }
 
+// The passes over the values of few rows: every number of whole vectors of channels, and a rest.
+TEST(CpuDecode, EveryNumberOfChannelsIsRight) {
+  Random random(27);
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (int32_t Dv = 8; Dv <= 152; Dv += random.pick({7, 8, 9})) {
+      CaseSpec spec;
+      spec.dtype = dtype;
+      spec.Hkv = 2;
+      spec.Hq = random.pick({1, 2, 4, 5, 6, 8}) * spec.Hkv;
+      spec.D = random.pick({16, 40});
+      spec.Dv = Dv;
+      spec.Nq = 1;
+      spec.Nk = random.pick({1025, 1100});
+      spec.kv_lengths = true;
+      if (!check_case(spec, random.bits())) return;
+    }
+  }
+}
+
 // Large scores: exp of differences that underflow, a softmax that is one key only, and a maximum that comes last.
 TEST(CpuScores, ExtremeScoresAreRight) {
   Random random(26);

@@ -247,6 +247,48 @@ TEST(CudaPlanHopper, SchedulesCoverEveryTile) {
     }
 }
 
+TEST(CudaPlan, BatchInvariantSplitsDependOnTheKeysAlone) {
+  DeviceTraits device = kH100;
+  device.batch_invariant = true;
+  std::set<int> sizes;
+  for (const int B : {1, 3, 64})
+    for (const int heads : {1, 8}) {
+      const ForwardPlan plan = plan_forward(shape(B, 4 * heads, heads, 1, 5000, 128, DType::bf16), {}, device);
+      sizes.insert(plan.split_keys);
+      EXPECT_EQ(plan.splits, 5);
+    }
+  EXPECT_EQ(sizes.size(), 1u);
+  const ForwardPlan longest = plan_forward(shape(1, 4, 1, 1, 1 << 20, 128, DType::bf16), {}, device);
+  EXPECT_LE(longest.splits, 128);
+  EXPECT_GE(int64_t{longest.splits} * longest.split_keys, 1 << 20);
+}
+
+// A pass over the mask pays where heads share it.
+TEST(CudaPlanHopper, SharedMasksAreSearchedForHiddenTiles) {
+  AttentionProblem p = shape(2, 8, 8, 1000, 3000, 64, DType::bf16);
+  CallTraits call{.mask = true};
+  const auto words = [&] { return plan_forward(p, call, kH100).mask_tiles; };
+  call.mask_varies[2] = true;
+  const ForwardPlan plan = plan_forward(p, call, kH100);
+  EXPECT_EQ(name_of(plan.mask_tiles), "hopper_mask_tiles");
+  EXPECT_EQ(plan.mask_tiles.grid[0], uint32_t(ceil_div(3000, 32 * plan.key_tile)));
+  EXPECT_EQ(plan.mask_tiles.grid[1], 16u);
+  EXPECT_EQ(plan.mask_tiles.grid[2], 1u);
+  EXPECT_EQ(plan.shown_words(), int(plan.mask_tiles.grid[0] * 16));
+  call.mask_varies[2] = false;
+  EXPECT_EQ(words().grid[1], 1u);
+  call.mask_varies[0] = true;
+  EXPECT_EQ(words().grid[2], 2u);
+  call.mask_varies[1] = true;
+  EXPECT_EQ(words().threads, 0u);
+  call.mask_varies[0] = call.mask_varies[1] = false;
+  p.Nk = 64;
+  EXPECT_EQ(words().threads, 0u);
+  p.Nk = 3000;
+  call.mask = false;
+  EXPECT_EQ(words().threads, 0u);
+}
+
 TEST(CudaPlanHopper, TheBackwardNamesItsKernels) {
   auto names = [](const AttentionProblem& p, const CallTraits& call) {
     const BackwardPlan plan = plan_backward(p, call, {}, kH100);
@@ -269,21 +311,17 @@ TEST(CudaPlanHopper, TheBackwardNamesItsKernels) {
 TEST(CudaPlanHopper, AllGradientsComeInOnePassFor64And128Columns) {
   AttentionProblem p = shape(2, 16, 4, 1000, 3000, 104, DType::bf16);
   const BackwardPlan plan = plan_backward(p, {}, {}, kH100);
-  EXPECT_EQ(name_of(plan.fused) + " " + name_of(plan.finish),
-            "hopper_backward_fused_128_bf16 hopper_backward_finish_128_bf16");
+  EXPECT_EQ(name_of(plan.fused), "hopper_backward_fused_128_bf16");
   EXPECT_LE(plan.fused.shared_bytes, uint32_t(kH100.shared_bytes));
   EXPECT_EQ(plan.fused.schedule.tiles, 2 * 4 * ceil_div(3000, 128));
-  EXPECT_EQ(plan.finish.grid[0], 16u * 1024 / hopper::fused_tile);
   DeviceTraits few = kH100;
   few.multiprocessors = hopper::fused_group;  // blocks of a group wait for each other
   EXPECT_EQ(plan_backward(p, {}, {}, few).fused.threads, 0u);
   EXPECT_EQ(plan_backward(p, {.bias = true}, {}, kH100).fused.threads, 0u);
   p.D = p.Dv = 64;
   const BackwardPlan narrow = plan_backward(p, {}, {}, kH100);
-  EXPECT_EQ(name_of(narrow.fused) + " " + name_of(narrow.finish),
-            "hopper_backward_fused_64_bf16 hopper_backward_finish_64_bf16");
+  EXPECT_EQ(name_of(narrow.fused), "hopper_backward_fused_64_bf16");
   EXPECT_LE(narrow.fused.shared_bytes, uint32_t(kH100.shared_bytes));
-  EXPECT_EQ(narrow.finish.threads, 128u);
   p.D = p.Dv = 80;
   EXPECT_EQ(plan_backward(p, {}, {}, kH100).fused.threads, 0u);
 }
