@@ -13,7 +13,7 @@ import mlx.core as mx
 from . import _ext
 
 Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
-Integers = int | mx.array | Sequence[int] | Sequence[Sequence[int]]
+Integers = mx.array | Sequence[int] | Sequence[Sequence[int]]
 Positions = int | mx.array | Sequence[int] | None  # one for all, or one for each batch entry
 
 LOG2_E = math.log2(math.e)
@@ -55,17 +55,13 @@ def window(window_size: Sequence[int], function: str) -> tuple[int, int]:
 
 
 def integers(function: str, name: str, values: Integers) -> mx.array:
-    """Integers given as a sequence or a number as an array; an array keeps its dtype for the library to check."""
+    """Integers given as a sequence as an array; an array keeps its dtype for the library to check."""
     if isinstance(values, mx.array):
         return values
     # MLX takes neither numpy's integers nor, everywhere, its arrays.
-    listed: Any = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(listed, Iterable):
-        listed = operator.index(listed)
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    numbers = [operator.index(n) if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in listed]
     try:
-        if isinstance(listed, int):
-            return mx.array(listed)
-        numbers = [operator.index(n) if hasattr(n, "__index__") and not isinstance(n, bool) else n for n in listed]
         return mx.array(numbers) if numbers else mx.zeros((0,), mx.int32)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a number of more than 64 bits
         raise ValueError(f"[{function}] {name} must hold integers of 64 bits; got {reprlib.repr(values)}") from None
@@ -74,6 +70,17 @@ def integers(function: str, name: str, values: Integers) -> mx.array:
 def optional_integers(function: str, name: str, values: Integers | None) -> mx.array | None:
     """The same of what may be left out."""
     return None if values is None else integers(function, name, values)
+
+
+def positions(function: str, name: str, given: Positions) -> mx.array | None:
+    """Positions of the batch entries: one for each, or one for all as an array of rank 0."""
+    one = given.tolist() if hasattr(given, "tolist") and not isinstance(given, mx.array) else given
+    if one is None or isinstance(one, Iterable):
+        return optional_integers(function, name, one)
+    number = operator.index(one)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"[{function}] {name} must hold integers of 64 bits; got {number}")
+    return mx.array(number)
 
 
 def seed(dropout_p: float, given: int | mx.array | None, stream: Stream, function: str) -> int | mx.array | None:

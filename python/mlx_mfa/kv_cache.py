@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, integers, make_options, optional_integers
+from ._options import LOG2_E, Positions, Stream, integers, make_options, optional_integers, positions
 from ._type_errors import clear_type_errors
 from .attention import Backend
 from .paged import check_page_size
@@ -214,16 +214,16 @@ def attend_to_cache(
     ):
         if (first is None) != (second is None):
             raise ValueError(f"[{function}] {names} must be given together; got one of them")
+    if block_table is not None and k_cache is not None:
+        check_page_size(block_size, k_cache, function)
+    lengths = optional_integers(function, "seq_lens", seq_lens)
+    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
+    starts = positions(function, "cache_seqlens", cache_seqlens)
     if rotary_cos is None:
         for name, given in (("cache_seqlens", cache_seqlens), ("rotary_dim", rotary_dim),
                             ("rotate_cached_keys", rotate_cached_keys)):  # fmt: skip
             if given is not None and not (isinstance(given, int) and given == 0):
                 raise ValueError(f"[{function}] {name} needs rotary tables; got {given!r} without")
-    if block_table is not None and k_cache is not None:
-        check_page_size(block_size, k_cache, function)
-    lengths = optional_integers(function, "seq_lens", seq_lens)
-    tables = optional_integers(function, "cache_batch_idx", cache_batch_idx)
-    starts = optional_integers(function, "cache_seqlens", cache_seqlens)
     out, lse, k, v = _ext.attention_kvcache(
         q, k_cache, v_cache, k_new, v_new, block_table, lengths, tables,
         rotary_cos, rotary_sin, interleaved, rotary_dim, starts, rotate_cached_keys, return_lse,

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from ._options import LOG2_E, Positions, Stream, make_options, optional_integers
+from ._options import LOG2_E, Positions, Stream, make_options, positions
 from ._type_errors import clear_type_errors
 from .attention import Backend
 from .kv_cache import attend_to_cache
@@ -180,8 +180,8 @@ def _attend(
     options: dict[str, Any],
 ) -> mx.array | tuple[mx.array, mx.array]:
     cos, sin = _tables(function, q, cos, sin, rope_3d, q_positions)
-    of_q = optional_integers(function, "cache_seqlens", q_positions)
-    of_k = optional_integers(function, "k_offset", k_positions)
+    of_q = positions(function, "cache_seqlens", q_positions)
+    of_k = positions(function, "k_offset", k_positions)
     out, lse = _ext.attention_rope(
         q, k, v, cos, sin, interleaved, rotary_dim, of_q, of_k, True,
         make_options(function, stream=stream, **options), stream,

@@ -154,6 +154,30 @@ TEST(Append, PlacesThatDoNotFitAreRefused) {
             "[f] the positions of new keys must lie in the rotary tables, [0, 5); got [2, 6) for sequence 1");
 }
 
+// A step whose attention would fail is refused before rows are written.
+TEST(Append, WhatTheAttentionThatFollowsNeedsIsCheckedToo) {
+  Caches c;
+  c.starts = {6, 0};
+  c.table = {-1, 1, 5, 2, -1, -1};
+  EXPECT_EQ(c.error(), "");
+  c.p.attended = true;
+  EXPECT_EQ(c.error(),
+            "[f] block_table must name pages in [0, 6) for the keys that a sequence has; got -1 at entry 0 of "
+            "sequence 0");
+  c.table[0] = 4;
+  const std::vector<int32_t> first = {0, 2}, queries = {0, 8};
+  c.p.rope = {nullptr, nullptr, 10, 2, true, false, first.data(), nullptr};
+  c.p.queries = 3;
+  c.p.query_positions = queries.data();
+  EXPECT_EQ(c.error(),
+            "[f] the positions of queries must lie in the rotary tables, [0, 10); got [8, 11) for sequence 1");
+  c.p.queries = 2;
+  EXPECT_EQ(c.error(), "");
+  c.p.rope.rotates_k = true;
+  c.p.rope.positions = 9;
+  EXPECT_EQ(c.error(), "[f] the positions of keys must lie in the rotary tables, [0, 9); got [0, 10) for sequence 0");
+}
+
 // The arrays lie on the heap and have exactly the sizes that their shapes give: AddressSanitizer sees their ends.
 TEST(Append, RandomPlacesAreRefusedOrWrittenInsideOfTheCache) {
   testing::Random random(5);
