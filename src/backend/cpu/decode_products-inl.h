@@ -109,7 +109,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, int D
     VF k[NK][kLanes];  // more than the registers hold, so that all chains advance together
     MFA_NO_UNROLL
     for (int n = 0; n < NK; ++n) {
-      if (n % 2 == 0) upcoming.Fetch(Min(NK, 2));
+      upcoming.Fetch(1);
       Columns::Load(rows + n * kLanes, d, k[n]);
     }
     MFA_NO_UNROLL

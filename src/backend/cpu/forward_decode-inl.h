@@ -135,15 +135,14 @@ class DecodeForward {
       AddTokens(x, at, from, Min<int64_t>(to, key_count(p_, at.b)), width);
     };
     UpcomingRows& upcoming = tile_.upcoming;
-    const int vectors = KeyVectors(tile_.rows());
-    const int step = (tile_.rows() > kFewRows ? 2 * vectors : KeyVectors(1)) * kLanes;
+    const int step = KeyStep(), value_step = ValueStep();
     for (int first = lo, last; first < hi; first = last) {
       last = Min(hi, (first / step + 1) * step);
       upcoming.Clear();
       if (last < hi) {
         fetch(p_.k, place, k0 + last, k0 + Min(hi, last + step), p_.D);
       } else {
-        fetch(p_.v, place, k0 + lo, k0 + Min(hi, (lo / kValueChunk<T> + 1) * kValueChunk<T>), p_.Dv);
+        fetch(p_.v, place, k0 + lo, k0 + Min(hi, (lo / value_step + 1) * value_step), p_.Dv);
       }
       upcoming.Spread(int64_t{together_} * tile_.FetchesOfScores(last - first));
       if (TakesTokens()) {
@@ -162,10 +161,10 @@ class DecodeForward {
       if (HWY_UNLIKELY(skips[t])) tile_.VisibleValues(values(t));
     }
     for (int first = lo, last; first < hi; first = last) {
-      last = Min(hi, (first / kValueChunk<T> + 1) * kValueChunk<T>);
+      last = Min(hi, (first / value_step + 1) * value_step);
       upcoming.Clear();
       if (last < hi) {
-        fetch(p_.v, place, k0 + last, k0 + Min(hi, last + kValueChunk<T>), p_.Dv);
+        fetch(p_.v, place, k0 + last, k0 + Min(hi, last + value_step), p_.Dv);
       } else if (next) {
         fetch(p_.k, next->place, int64_t{next->block} * kKeyBlock, int64_t{next->block} * kKeyBlock + step, p_.D);
       }
@@ -181,6 +180,15 @@ class DecodeForward {
       tile_.Keep(index);
     }
   }
+
+  // Keys, and values, of a step of PagedBlock(). Few, so that this step and the next stay in the second cache; where
+  // heads lie first, what a head has of a page of 64.
+  int KeyStep() const {
+    if (tile_.rows() > kFewRows) return 2 * KeyVectors(tile_.rows()) * kLanes;
+    return TakesTokens() ? 32 : KeyVectors(1) * kLanes;
+  }
+  int ValueStep() const { return TokensFirst(p_.v) || p_.pages.page_size % 64 != 0 ? 32 : 64; }
+  static bool TokensFirst(const TensorRef& x) { return std::abs(x.stride[1]) < std::abs(x.stride[2]); }
 
   // The tokens [from, to) of the heads from that of `at` on are read soon.
   void AddTokens(const TensorRef& x, const TileMap::Place& at, int64_t from, int64_t to, int width) {
@@ -201,8 +209,7 @@ class DecodeForward {
 
   // Whether ScoresOfTokens() computes the scores.
   bool TakesTokens() const {
-    return together_ > 1 && tile_.rows() <= kFewRows && !RotatesKeys(p_) &&
-           std::abs(p_.k.stride[1]) < std::abs(p_.k.stride[2]);
+    return together_ > 1 && tile_.rows() <= kFewRows && !RotatesKeys(p_) && TokensFirst(p_.k);
   }
   // Scores() of all tiles for entries [lo, hi), where the heads of a token lie together: lanes are the heads of tokens,
   // in the order of memory. Keys of one head lie so far apart that few fit in the first cache.
