@@ -36,7 +36,7 @@ class Mapping {
       if (data_[i] != static_cast<uint32_t>(i * 2654435761u)) return false;
     return true;
   }
-  // What /proc says of huge pages in it.
+  // What /proc says of huge pages in it, and in neighbours that the system has joined to it.
   size_t huge_kilobytes() const {
     std::ifstream maps("/proc/self/smaps");
     bool inside = false;
@@ -69,7 +69,6 @@ bool machine_collapses() {
 
 TEST(HugePages, MemoryMovesAndKeepsItsContents) {
   const Mapping memory;
-  EXPECT_EQ(memory.huge_kilobytes(), 0u);
   prefer_huge_pages(memory.data() + 1000, kBytes - 8000);
   EXPECT_TRUE(memory.is_intact());
   if (!machine_collapses()) GTEST_SKIP() << "no huge pages on demand";
