@@ -74,7 +74,9 @@ def optional_integers(function: str, name: str, values: Integers | None) -> mx.a
 
 def positions(function: str, name: str, given: Positions) -> mx.array | None:
     """Positions of the batch entries: one for each, or one for all as an array of rank 0."""
-    one = given.tolist() if hasattr(given, "tolist") and not isinstance(given, mx.array) else given
+    one: Any = given
+    if hasattr(one, "tolist") and not isinstance(one, mx.array):
+        one = one.tolist()
     if one is None or isinstance(one, Iterable):
         return optional_integers(function, name, one)
     number = operator.index(one)
