@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -74,12 +74,12 @@ def optional_integers(function: str, name: str, values: Integers | None) -> mx.a
 
 def positions(function: str, name: str, given: Positions) -> mx.array | None:
     """Positions of the batch entries: one for each, or one for all as an array of rank 0."""
-    one: Any = given
-    if hasattr(one, "tolist") and not isinstance(one, mx.array):
-        one = one.tolist()
-    if one is None or isinstance(one, Iterable):
-        return optional_integers(function, name, one)
-    number = operator.index(one)
+    several: Any = given
+    if hasattr(several, "tolist") and not isinstance(several, mx.array):
+        several = several.tolist()
+    if given is None or hasattr(several, "__iter__"):
+        return optional_integers(function, name, several)
+    number = operator.index(several)
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"[{function}] {name} must hold integers of 64 bits; got {number}")
     return mx.array(number)
