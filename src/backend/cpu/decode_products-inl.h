@@ -109,7 +109,7 @@ HWY_INLINE void DecodeScores(const T* const* rows, UpcomingRows& upcoming, int D
     VF k[NK][kLanes];  // more than the registers hold, so that all chains advance together
     MFA_NO_UNROLL
     for (int n = 0; n < NK; ++n) {
-      upcoming.Fetch(1);
+      upcoming.FetchNear(1);
       Columns::Load(rows + n * kLanes, d, k[n]);
     }
     MFA_NO_UNROLL
@@ -141,7 +141,7 @@ HWY_INLINE void PackColumns(const T* const* rows, UpcomingRows& upcoming, int D,
     int d = 0;
     for (; d + Columns::kStep <= D; d += Columns::kStep) {
       VF k[kLanes];
-      upcoming.Fetch(1);
+      upcoming.FetchNear(1);
       Columns::Load(rows + n * kLanes, d, k);
       MFA_UNROLL
       for (int j = 0; j < kLanes; ++j)
@@ -222,7 +222,7 @@ HWY_INLINE void DecodeValues(const Rows& v, int c, int lo, int hi, bool begins, 
   };
   int left = hi - lo;
   for (; left >= kKeysOfFetch; left -= kKeysOfFetch, advance(kKeysOfFetch)) {
-    upcoming.Fetch(kKeysOfFetch);
+    upcoming.FetchNear(kKeysOfFetch);
     MFA_UNROLL
     for (int i = 0; i < kKeysOfFetch; ++i) add(i);
   }
@@ -276,7 +276,7 @@ HWY_INLINE void DecodePairValues(const Rows& v, int lo, int hi, int first, int l
   for (int k = lo; k < hi; k += 2) {
     const bfloat16* even = k >= first ? v.At(k) : kZeros;
     const bfloat16* odd = k + 1 < last ? v.At(k + 1) : kZeros;
-    if (k % kKeysOfFetch == 0) upcoming.Fetch(kKeysOfFetch);
+    if (k % kKeysOfFetch == 0) upcoming.FetchNear(kKeysOfFetch);
     VU w[G];
     MFA_UNROLL
     for (int g = 0; g < G; ++g) w[g] = hn::Set(du, P[g * kScoreStride + k / 2]);

@@ -260,7 +260,7 @@ class DecodeTile {
         if constexpr (kTerms) s = hn::Mul(s, scale);
         hn::StoreU(s, df, scores_at(g + r, entry) + n * kLanes);
       };
-      const auto fetch = [&](int) MFA_INLINE_LAMBDA { upcoming.Fetch(1); };
+      const auto fetch = [&](int) MFA_INLINE_LAMBDA { upcoming.FetchNear(1); };
       if constexpr (kTerms) {
         MultiplyTile<G, NK, kTermsOfFetch>(reinterpret_cast<const bfloat16*>(q), StepsAdjacent{2 * d_padded_},
                                            reinterpret_cast<const uint32_t*>(x_.columns), kWidth, p_.D / 2, store,

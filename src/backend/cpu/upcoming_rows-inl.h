@@ -37,8 +37,14 @@ class UpcomingRows {
       streams_[s] = {runs_[run].first + (s * left_ - before) * kLine, runs_[run].end, run};
     }
   }
-  // Fetches what falls to a part of the work.
-  HWY_INLINE void Fetch(int work) {
+  // Fetches what falls to a part of the work into the second cache, or into the first: that suits decode, where little
+  // is computed with a row.
+  HWY_INLINE void Fetch(int work) { FetchInto<2>(work); }
+  HWY_INLINE void FetchNear(int work) { FetchInto<3>(work); }
+
+ private:
+  template <int kLocality>
+  HWY_INLINE void FetchInto(int work) {
     credit_ += rate_ * work;
     if (credit_ < int64_t{1} << kShift) return;
     const int64_t due = Min(credit_ >> kShift, left_);  // of each stream
@@ -47,7 +53,7 @@ class UpcomingRows {
     MFA_UNROLL
     for (Stream& stream : streams_) {
       for (int64_t i = 0; i < due; ++i) {
-        __builtin_prefetch(stream.line, 0, 3);
+        __builtin_prefetch(stream.line, 0, kLocality);
         stream.line += kLine;
         if (stream.line < stream.end) continue;
         if (stream.run + 1 < count_) ++stream.run;
@@ -57,7 +63,6 @@ class UpcomingRows {
     }
   }
 
- private:
   static constexpr ptrdiff_t kLine = 64;
   static constexpr int kStreams = 4, kCapacity = 2 * kKeyBlock + 2 * kGroupRows, kShift = 20;
   struct Run {
