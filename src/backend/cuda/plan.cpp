@@ -7,6 +7,7 @@
 
 #include "backend/cuda/plan_hopper.h"
 #include "backend/cuda/tiles.h"
+#include "common/ceil_div.h"
 #include "common/check.h"
 
 namespace mfa::cuda {
@@ -18,8 +19,6 @@ constexpr int kPackedQueries = 16;
 constexpr int kRowsPerBlock = 4;  // of the kernels in which a warp takes a row
 constexpr int kWarpRowThreads = 128;
 constexpr int kHeadThreads = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const ForwardTile& forward_tile(Element dtype, int index, bool few_rows) {
   if (dtype == Element::f32) return few_rows ? kForwardFewRows32[index] : kForward32[index];

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <iterator>
 
+#include "common/ceil_div.h"
+
 namespace mfa::cuda {
 namespace {
 
 constexpr int kPrepareThreads = 256;
 constexpr int64_t kMaxItems = int64_t{1} << 30;  // that the kernels can number
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int kColumns[] = {64, 96, 128, 192, 256, 512, 576};  // of the first rows of forward_tiles and kHopperColumns
 
