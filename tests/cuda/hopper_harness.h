@@ -245,7 +245,7 @@ struct Inputs {
     v = tensor(c.Hkv, c.Nk, c.value_columns(), c.poison ? 5 : 0, true, p.v, 3);
     p.scale = 1.f / std::sqrt(float(c.D));
     p.scale_log2 = p.scale * 1.44269504f;
-    p.causal = c.causal, p.window_left = c.left, p.window_right = c.right;
+    set_windows(p, c.causal, c.left, c.right);
     if (c.lengths) {
       std::vector<int> lengths(c.B);
       for (int b = 0; b < c.B; ++b) lengths[b] = b == 1 ? 0 : c.Nk - 37 * b - 5;

@@ -129,9 +129,7 @@ Problem make_problem(const AttentionParams& params, const AttentionProblem& p, c
   result.softcap = p.softcap;
   result.softcap_log2 = p.softcap * kLog2e;
   result.scale_over_softcap = p.softcap > 0.f ? p.scale / p.softcap : 0.f;
-  result.causal = p.causal;
-  result.window_left = p.window_left;
-  result.window_right = p.window_right;
+  set_windows(result, p.causal, p.window_left, p.window_right);
   if (params.has_lengths) result.kv_lengths = call.dense<int32_t>(inputs[at.kv_lengths]);
   if (params.has_alibi) result.alibi_slopes = call.dense<float>(inputs[at.alibi]);
   if (params.has_sinks) result.sinks = call.dense<float>(inputs[at.sinks]);

@@ -47,9 +47,10 @@ struct Problem {
   //   s2 = softcap_log2 * tanh(scale_over_softcap * (q . k)),  ds/d(scale q . k) = 1 - tanh^2
   float softcap, softcap_log2, scale_over_softcap;
 
-  int32_t causal;                     // j <= pos(i), pos(i) = i + max(0, Nk_b - Nq)
-  int32_t window_left, window_right;  // j >= pos(i) - left, j <= pos(i) + right; -1 = open
-  const int32_t* kv_lengths;          // [B] on the device, or null; clamped to [0, Nk] by the kernel
+  // Query i, at pos(i) = i + max(0, Nk_b - Nq), sees j >= pos(i) - left and j <= pos(i) + right; -1 = open. Causal is
+  // right = 0. No wider than Nq + Nk: see set_windows.
+  int32_t window_left, window_right;
+  const int32_t* kv_lengths;  // [B] on the device, or null; clamped to [0, Nk] by the kernel
 
   const float* alibi_slopes;  // [Hq], natural units: adds slope * (j - pos(i)); or null
   const float* sinks;         // [Hq], natural units: one more logit; or null
@@ -63,6 +64,14 @@ struct Problem {
   uint64_t dropout_threshold;    // floor(p * 2^32)
   float dropout_scale;           // 1 / (1 - p), 0 for p = 1
 };
+
+// Windows of any width, cut so that 32 bits hold every position that kernels compute from them.
+inline void set_windows(Problem& p, bool causal, int32_t left, int32_t right) {
+  const int64_t all = int64_t{p.Nq} + p.Nk;
+  const int32_t widest = all < INT32_MAX ? static_cast<int32_t>(all) : INT32_MAX;
+  p.window_left = left < widest ? left : widest;
+  p.window_right = causal ? 0 : right < widest ? right : widest;
+}
 
 // Which tiles of `keys` keys a boolean mask shows anything of to a tile of 64 queries: bit n % 32 of word n / 32. The
 // strides of [b, h, query tile], in words, are 0 along the axes that the mask does not vary over.

@@ -21,6 +21,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Numbers in shared memory, read and written where it is said.
+__device__ __forceinline__ int load_shared(uint32_t at) {
+  int x;
+  asm volatile("ld.volatile.shared.s32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared(uint32_t at, int x) {
+  asm volatile("st.volatile.shared.s32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+
 // --- mbarriers: 64-bit words in shared memory. A waiter gives the parity of the phase it waits to see completed
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -144,6 +154,28 @@ __device__ __forceinline__ void give_registers() {
 template <int registers>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// --- Registers
+
+// x, of which the compiler knows nothing: what is computed from it is computed here, each time, and not kept in
+// registers from further up.
+template <class Int>
+__device__ __forceinline__ Int computed_here(Int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+__device__ __forceinline__ uint32_t blocks_in_all() {  // gridDim.x, likewise
+  uint32_t n;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(n));
+  return n;
+}
+
+__device__ __forceinline__ int thread_number() {  // threadIdx.x, likewise
+  int n;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(n));
+  return n;
 }
 
 // --- Arithmetic

@@ -81,6 +81,11 @@ struct BackwardShared {
   __device__ __forceinline__ SharedWork work(int slot) const {
     return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
+  // Where a member of a group of key tiles walks: the first and last tile of queries, and the one it starts at. Each
+  // adding warp keeps its own.
+  __device__ __forceinline__ uint32_t walk(int adder, int member) const {
+    return at + Tile::layout.walk_at + (adder * fused_group + member) * 16;
+  }
   // Whether keys that pass need cleaning, in alternate votes.
   __device__ __forceinline__ volatile uint32_t* found(uint32_t vote) const {
     return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at) + vote;
@@ -113,10 +118,10 @@ struct BackwardMaps {
 
 // Loads a pair of passing tiles, `row` their first, into the ring's next stage; for passing queries also their lse and
 // delta.
-template <class Tile>
+template <class Tile, class Stages>
 __device__ __forceinline__ void load_pair(const BackwardParams& params, const BackwardShared<Tile>& shared,
-                                          const BackwardMaps& maps, const SharedWork& w, Ring<Tile::stages>& ring,
-                                          int head, int row) {
+                                          const BackwardMaps& maps, const SharedWork& w, Stages& ring, int head,
+                                          int row) {
   const Problem& p = params.p;
   const uint32_t full = shared.barrier(Tile::first_full + ring.stage());
   barrier_wait(shared.barrier(Tile::first_empty + ring.stage()), ring.parity() ^ 1);
@@ -252,18 +257,38 @@ __device__ __forceinline__ void clean_as_voted(const BackwardShared<Tile>& share
   clean_tiles<Tile>(shared.at, stage);
 }
 
-// The passing rows that a stationary row meets: keys that a query sees, or queries that see a key.
+// Where a thread is in the stationary tile, of which each warpgroup has 64 rows, or all have all of them.
+struct Place {
+  int row, lane;
+};
+template <bool all_rows>
+__device__ __forceinline__ Place place_anew() {
+  const int number = thread_number(), lane = number % 32;
+  return {(all_rows ? number % 128 : number - 128) / 32 * 16 + lane / 4, lane};
+}
+// Worked out `anew` rather than kept where registers are few.
+template <bool anew>
+__device__ __forceinline__ Place place(int row, int lane) {
+  if constexpr (anew)
+    return place_anew<false>();
+  else
+    return {row, lane};
+}
+
+// The passing rows that a stationary row meets, keys that a query sees or queries that see a key: the first, and one
+// past the last.
 template <class Tile>
-__device__ __forceinline__ void meets(const Visibility& see, int Nq, int row, int& begin, int& end) {
-  if constexpr (Tile::keeps_queries) {
-    begin = see.begin(row);
-    end = row < Nq ? see.end(row) : 0;
-  } else {
-    const int first = see.right < 0 ? 0 : row - see.offset - see.right;
-    const int last = see.left < 0 ? Nq : row - see.offset + see.left + 1;
-    begin = max(first, 0);
-    end = row < see.keys ? min(last, Nq) : 0;
-  }
+__device__ __forceinline__ int first_met(const Visibility& see, int row) {
+  if constexpr (Tile::keeps_queries)
+    return see.begin(row);
+  else
+    return see.right < 0 ? 0 : max(row - see.offset - see.right, 0);
+}
+template <class Tile>
+__device__ __forceinline__ int end_met(const Visibility& see, int Nq, int row) {
+  if constexpr (Tile::keeps_queries) return row < Nq ? see.end(row) : 0;
+  if (row >= see.keys) return 0;
+  return see.left < 0 ? Nq : min(row - see.offset + see.left + 1, Nq);
 }
 
 // Scores, in units of `scale` in base 2, become probabilities. `lse` is of kept queries; that of passing ones is in
@@ -312,27 +337,27 @@ __device__ __forceinline__ void score_gradients(const float (&x)[BN / 2], float 
 template <class Tile>
 __device__ __forceinline__ GradientTile<Tile::BN, !Tile::keeps_queries> gradient_tile(const Problem& p,
                                                                                       const SharedWork& work, int pass,
-                                                                                      int row_in_tile, int column0,
-                                                                                      int lane) {
+                                                                                      const Place& at, int column0) {
   return {p,
           work.b(),
           Tile::keeps_queries ? work.h() : work.h() * p.G + pass,
-          work.row0() + row_in_tile,
-          column0 + 2 * (lane % 4),
-          lane,
+          work.row0() + at.row,
+          column0 + 2 * (at.lane % 4),
+          at.lane,
           work.offset()};
 }
 
 // Probabilities of what is not seen become zero, whatever they were. column0: first passing row of the tile.
 template <class Tile>
-__device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const SharedWork& work, int Nq, int row_in_tile,
-                                          int column0, int lane) {
+__device__ __forceinline__ void keep_seen(float (&x)[Tile::BN / 2], const SharedWork& work, int Nq, const Place& at,
+                                          int column0) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    int begin, end;
-    meets<Tile>(work.see(), Nq, work.row0() + row_in_tile + 8 * r, begin, end);
-    const int first = column0 + 2 * (lane % 4);
-    const uint32_t seen = columns_before(end - first) & ~columns_before(begin - first);
+    // Read one after the other: registers are few.
+    const int first = column0 + 2 * (at.lane % 4);
+    const uint32_t before =
+        computed_here(columns_before(first_met<Tile>(work.see(), work.row0() + at.row + 8 * r) - first));
+    const uint32_t seen = columns_before(end_met<Tile>(work.see(), Nq, work.row0() + at.row + 8 * r) - first) & ~before;
 #pragma unroll
     for (int i = 0; i < Tile::BN / 4; ++i)
       if (!(seen >> i & 1)) x[4 * (i / 2) + 2 * r + i % 2] = 0.f;
@@ -359,11 +384,11 @@ __device__ __forceinline__ void write_gradient(const float (&d)[Tile::columns / 
 }
 
 template <class Tile>
-__device__ __forceinline__ auto mask_bits(const Problem& p, const SharedWork& work, int pass, int row_in_tile,
-                                          int column0, int lane) {
+__device__ __forceinline__ auto mask_bits(const Problem& p, const SharedWork& work, int pass, const Place& at,
+                                          int column0) {
   typename GradientTile<Tile::BN, !Tile::keeps_queries>::MaskBits bits{};
   if constexpr (Tile::modified)
-    if (p.mask.data) bits = gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane).mask_bits();
+    if (p.mask.data) bits = gradient_tile<Tile>(p, work, pass, at, column0).mask_bits();
   return bits;
 }
 
@@ -417,7 +442,7 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
         multiply_columns<T, BN, columns, 64, BN>(y, shared.stay(1, warpgroup), shared.second(ring.stage()));
         products_commit();
         // Read while the products are computed.
-        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, column0, lane);
+        const auto mask = mask_bits<Tile>(p, work, pass, place<Tile::modified>(row_in_tile, lane), column0);
         products_wait<Tile::modified ? 0 : 1>();
         settle(x);
         // The products of the round before are finished too.
@@ -432,18 +457,18 @@ __device__ __forceinline__ void consume(const BackwardParams& params, const Back
           clean_step(shared, ring.stage());
         }
 
-        uint64_t kept = ~uint64_t{0};  // by dropout; wider fragments do not ask
+        uint32_t kept = ~0u;  // by dropout
         if constexpr (Tile::modified) {
           settle(y);
-          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane);
+          const auto at = gradient_tile<Tile>(p, work, pass, place<Tile::modified>(row_in_tile, lane), column0);
           if (p.dropout_seed) kept = at.template drop<Tile::values>(y);
           subtract_delta<Tile>(y, delta, shared, ring.stage(), lane);
           at.scores(x, y);
         }
         exponents<Tile>(x, lse, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
-        if (!work.full(column0)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, column0, lane);
+        if (!work.full(column0)) keep_seen<Tile>(x, work, p.Nq, {row_in_tile, lane}, column0);
         if constexpr (Tile::modified)
-          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane).hide(x, mask);
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, {row_in_tile, lane}, column0).hide(x, mask);
         if constexpr (Tile::values) {
           if (Tile::modified && p.dropout_seed)
             pack_kept<T, BN>(x, kept, p.dropout_scale, packed_p);

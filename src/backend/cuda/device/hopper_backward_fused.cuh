@@ -58,19 +58,23 @@ __device__ __forceinline__ void clean_keys(const BackwardShared<Tile>& shared) {
   named_sync(1, 32 * warps);
 }
 
-// Of 64 keys and tile n of the queries: x, S before, becomes P and is added to dv; y, dP once its products are
-// finished, becomes dS. Both are left packed too. The products of dv are under way afterwards.
+// Of 64 keys of the warpgroup, numbered `keys`, and tile n of the queries: x, S before, becomes P and is added to dv;
+// y, dP once its products are finished, becomes dS. Both are left packed too. The products of dv are under way
+// afterwards.
 template <class Tile>
 __device__ __forceinline__ void differentiate(float (&x)[Tile::BN / 2], float (&y)[Tile::BN / 2],
                                               float (&dv)[Tile::columns / 2], uint32_t (&packed_p)[Tile::BN / 4],
                                               uint32_t (&packed_ds)[Tile::BN / 4], const BackwardShared<Tile>& shared,
-                                              uint32_t stage, const Problem& p, const SharedWork& work, int row_in_tile,
-                                              int n, bool partial, int lane) {
+                                              uint32_t stage, const Problem& p, const SharedWork& work, int keys, int n,
+                                              bool partial, int lane) {
   using T = typename Tile::T;
   constexpr int BN = Tile::BN;
   const float none[2] = {};
   exponents<Tile>(x, none, shared, stage, p.scale_log2, lane);
-  if (partial) keep_seen<Tile>(x, work, p.Nq, row_in_tile, n * BN, lane);
+  if (partial) {
+    const Place at = place_anew<Tile::alternate>();
+    keep_seen<Tile>(x, work, p.Nq, {at.row + 64 * keys, at.lane}, n * BN);
+  }
   pack_fragment<T, BN>(x, packed_p);
   settle(packed_p);
   products_fence();
@@ -138,7 +142,7 @@ __device__ __forceinline__ void consume_together(const BackwardParams& params, c
         settle(y);
         clean_step(shared, stage);
       }
-      differentiate<Tile>(x, y, dv, packed_p, packed_ds, shared, stage, p, work, row_in_tile, n, partial, lane);
+      differentiate<Tile>(x, y, dv, packed_p, packed_ds, shared, stage, p, work, 0, n, partial, lane);
       const uint32_t ds = shared.at + Tile::layout.ds_at + half * Tile::layout.ds_bytes;
       keep_score_gradients<Tile>(packed_ds, ds, warpgroup, thread);
       fence_async_shared();
@@ -231,8 +235,7 @@ __device__ __forceinline__ void consume_alternate(const BackwardParams& params, 
       const auto differentiate_keys = [&](float (&dv)[columns / 2], int keys) {
         products_wait<1>();
         settle(x);
-        differentiate<Tile>(x, y, dv, packed_p, packed_ds, shared, stage, p, work, row_in_tile + 64 * keys, n, partial,
-                            lane);
+        differentiate<Tile>(x, y, dv, packed_p, packed_ds, shared, stage, p, work, keys, n, partial, lane);
         keep_score_gradients<Tile>(packed_ds, ds, keys, thread);
         products_wait<0>();  // frees packed_p
         settle(dv);
@@ -328,9 +331,9 @@ __device__ __forceinline__ void backward_fused(const BackwardParams& params, con
   if (warpgroup == 0) {
     give_registers<Tile::feeder_registers>();
     if (warp == 0) {
-      if (lane == 0) feed_fused<Tile>(params, s, shared, maps);
+      if (lane == 0) feed_fused<Tile>(params, s, shared.at, maps);
     } else if (warp <= Tile::adders) {
-      add_queries<Tile>(params, s, shared, warp - 1, lane);
+      add_queries<Tile>(params, s, shared.at, warp - 1, lane);
     }
   } else {
     take_registers<Tile::consumer_registers>();

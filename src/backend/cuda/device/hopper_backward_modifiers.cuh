@@ -83,18 +83,18 @@ struct GradientTile {
 
   // y takes the factors of dropout. Returns which elements were kept, if asked: bit i is element i.
   template <bool asked>
-  __device__ __forceinline__ uint64_t drop(float (&y)[BN / 2]) const {
-    static_assert(!asked || BN <= 128);
-    uint32_t kept[2] = {};
+  __device__ __forceinline__ uint32_t drop(float (&y)[BN / 2]) const {
+    static_assert(!asked || BN <= 64);
+    uint32_t kept = 0;
     each_words([&](int i, const uint32_t (&word)[4]) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool keep = word[k] >= p.dropout_threshold;
         y[i + k] *= keep ? p.dropout_scale : 0.f;
-        if (asked && keep) kept[(i + k) / 32] |= 1u << (i + k) % 32;
+        if (asked && keep) kept |= 1u << (i + k);
       }
     });
-    return uint64_t{kept[1]} << 32 | kept[0];
+    return kept;
   }
 
   // The elements of `mark` that dropout drops get a sign.
@@ -178,7 +178,7 @@ __device__ __forceinline__ void drop_marked(float (&x)[BN / 2], const float (&ma
 
 // Probabilities as an operand, with the factors of dropout.
 template <class T, int BN>
-__device__ __forceinline__ void pack_kept(const float (&x)[BN / 2], uint64_t kept, float scale,
+__device__ __forceinline__ void pack_kept(const float (&x)[BN / 2], uint32_t kept, float scale,
                                           uint32_t (&to)[BN / 4]) {
 #pragma unroll
   for (int i = 0; i < BN / 4; ++i)

@@ -23,7 +23,7 @@ struct FusedTile {
   static constexpr bool alternate = c.alternate;
   static constexpr int consumer_warps = alternate ? 4 : 4 * consumers;  // that work on a tile of queries
   static constexpr int threads = 128 * (consumers + 1), parts = fused_parts(c), lag = fused_lag(c);
-  static constexpr int adders = parts % 3 ? 2 : 3;  // each has its own of the parts' places
+  static constexpr int adders = fused_adders(c);
   static constexpr int feeder_registers = 24, consumer_registers = 240;
   static constexpr int dq_columns = 64;  // of each warpgroup, all rows of a tile
   static_assert(consumers == 2 && rows == fused_keys && BN == fused_tile && stages % 2 == 0 &&
@@ -37,34 +37,46 @@ struct FusedTile {
   static_assert(layout.bytes <= shared_bytes_of_block);
 };
 
+// The feeding thread's positions in the ring of two works and in that of one pair of stationary tiles, in one register.
+class WorkTurns {
+ public:
+  __device__ __forceinline__ int slot() const { return bits_ & 1; }
+  __device__ __forceinline__ uint32_t slot_parity() const { return bits_ >> 1 & 1; }
+  __device__ __forceinline__ uint32_t stay_parity() const { return bits_ >> 2; }
+  __device__ __forceinline__ void next_slot() { bits_ = (bits_ & 4) | (bits_ + 1 & 3); }
+  __device__ __forceinline__ void next_stay() { bits_ ^= 4; }
+
+ private:
+  uint32_t bits_ = 0;
+};
+
 // The feeding warpgroup's first thread.
 template <class Tile>
-__device__ __forceinline__ void feed_fused(const BackwardParams& params, const HopperSchedule& s,
-                                           const BackwardShared<Tile>& shared, const BackwardMaps& maps) {
+__device__ __forceinline__ void feed_fused(const BackwardParams& params, const HopperSchedule& s, uint32_t at,
+                                           const BackwardMaps& maps) {
   const Problem& p = params.p;
-  Ring<2> slot;
-  Ring<1> stay;
-  Ring<Tile::stages> ring;
+  WorkTurns turns;
+  CountedRing<Tile::stages> ring;
   // Members of a group need each other's parts, so none may wait in its block behind another: a block draws again when
   // the whole group of its last tile has been drawn.
-  int group_end = 0;
-  for (int id = blockIdx.x;; id = draw_tile(s, group_end)) {
-    barrier_wait(shared.barrier(Tile::work_empty + slot.stage()), slot.parity() ^ 1);
-    const SharedWork w = shared.work(slot.stage());
+  for (int id = blockIdx.x;;) {
+    const BackwardShared<Tile> shared(computed_here(at));
+    barrier_wait(shared.barrier(Tile::work_empty + turns.slot()), turns.slot_parity() ^ 1);
+    const SharedWork w = shared.work(turns.slot());
     if (id >= s.tiles) {
       w.set_end();
     } else {
-      const WorkItem item = fused_item(s, p.B * p.Hkv, p.Hkv, id);
-      group_end = fused_group_end(s, item.tile, id);
+      const WorkItem item = fused_item(s, computed_here(p.B * p.Hkv), computed_here(p.Hkv), id);
+      w.set_group_end(fused_group_end(s, item.tile, id));
       w.set_item(item, Tile::rows);
       w.set_visibility(visibility(p, w.b()));
       w.set_tiles(query_tiles<Tile::BN>(w.see(), p.Nq, w.row0(), Tile::rows, 0), p.G);
       w.set_start(walk_start(w.see(), w.row0() / Tile::rows, w.first(), w.last(), Tile::lag));
+      w.set_steps(ring.count() + w.passes() * (w.last() - w.first()));
     }
-    barrier_arrive(shared.barrier(Tile::work_full + slot.stage()));
-    slot.advance();
+    barrier_arrive(shared.barrier(Tile::work_full + turns.slot()));
+    turns.next_slot();
     if (w.b() < 0) break;
-    if (!w.passes()) continue;
     bool kept = false;
     for (int pass = 0; pass < w.passes(); ++pass) {
       int n = w.start();
@@ -75,72 +87,86 @@ __device__ __forceinline__ void feed_fused(const BackwardParams& params, const H
         if (!kept) {
           kept = true;
           const uint32_t stay_full = shared.barrier(Tile::stay_full);
-          barrier_wait(shared.barrier(Tile::stay_empty), stay.parity() ^ 1);
+          barrier_wait(shared.barrier(Tile::stay_empty), turns.stay_parity() ^ 1);
           barrier_arrive_expect(stay_full, 2 * Tile::consumers * Tile::layout.stay_bytes);
 #pragma unroll 1
           for (int i = 0; i < Tile::consumers; ++i) load_stationary(shared, maps, w, i, stay_full);
-          stay.advance();
+          turns.next_stay();
         }
         if (++n == w.last()) n = w.first();
       } while (n != w.start());
     }
+    id = draw_tile(s, w.group_end());
   }
 }
 
 // What a block adds to the sums of dq of one tile of queries.
 struct Part {
-  int64_t at;  // the tile, of all
-  int turn;    // how many key tiles add to it before
+  int at;    // the tile, of all
+  int turn;  // how many key tiles add to it before
 };
 
 // Others of the feeding warpgroup's warps, `adder` one of them: add the parts of dq, each when it is the key tile's
-// turn. Lanes stand for the members of the group of key tiles.
+// turn.
 template <class Tile>
-__device__ __forceinline__ void add_queries(const BackwardParams& params, const HopperSchedule& s,
-                                            const BackwardShared<Tile>& shared, int adder, int lane) {
+__device__ __forceinline__ void add_queries(const BackwardParams& params, const HopperSchedule& s, uint32_t at,
+                                            int adder, int lane) {
   const Problem& p = params.p;
   constexpr int bytes = Tile::layout.dq_bytes;
-  Ring<2> slot;
+  CountedRing<2> slot;
   uint32_t index = adder;  // of this warp's next part, of all that this block adds
-  uint32_t end = 0;        // of the parts of the work
   for (;; slot.advance()) {
+    const BackwardShared<Tile> shared(computed_here(at));
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
     if (work.b() < 0) break;
-    const int tile0 = work.row0() / Tile::rows / fused_group * fused_group, member = work.row0() / Tile::rows - tile0;
-    KeyTiles seen{0, 0, 0, 0};
-    int start = 0;
-    if (const int tile = tile0 + lane; lane < fused_group && tile < s.tiles_per_head) {
-      seen = query_tiles<Tile::BN>(work.see(), p.Nq, tile * Tile::rows, Tile::rows, 0);
-      start = walk_start(work.see(), tile, seen.first, seen.last, Tile::lag);
+    // What the members of the group see, and where they start; in shared memory, as registers are few.
+    if (lane < fused_group) {
+      const int tile = work.row0() / Tile::rows / fused_group * fused_group + lane;
+      KeyTiles seen{0, 0, 0, 0};
+      if (tile < s.tiles_per_head) seen = query_tiles<Tile::BN>(work.see(), p.Nq, tile * Tile::rows, Tile::rows, 0);
+      const uint32_t walk = shared.walk(adder, lane);
+      store_shared(walk, seen.first);
+      store_shared(walk + 4, seen.last);
+      store_shared(walk + 8, walk_start(work.see(), tile, seen.first, seen.last, Tile::lag));
     }
-    const int length = work.last() - work.first();
-    // Where a part of this work goes. Called by the whole warp.
+    __syncwarp();
+    // Where part `number` of this work goes.
     const auto locate = [&](uint32_t number) {
-      const int pass = number / length, n_open = work.start() + number % length,
-                n = n_open < work.last() ? n_open : n_open - length;
-      const int when = n >= start ? n - start : n - start + seen.last - seen.first;
-      const int now = __shfl_sync(0xffffffffu, when, member);
-      const bool before = n >= seen.first && n < seen.last && (when < now || (when == now && lane < member));
-      const int earlier = max(tile0 - work.see().begin(n * Tile::BN) / Tile::rows, 0);
-      return Part{(int64_t{work.b()} * p.Hq + work.h() * p.G + pass) * fused_query_tiles(p.Nq) + n,
-                  earlier + __popc(__ballot_sync(0xffffffffu, before))};
+      const uint32_t length = work.last() - work.first();
+      const int pass = number / length, now = number % length;
+      int n = work.start() + now;
+      if (n >= work.last()) n -= length;
+      const int tile = work.row0() / Tile::rows, member = tile % fused_group;
+      int turn = max(tile - member - work.see().begin(n * Tile::BN) / Tile::rows, 0);
+#pragma unroll 1
+      for (int i = 0; i < fused_group; ++i) {
+        const uint32_t walk = shared.walk(adder, i);
+        const int first = load_shared(walk), last = load_shared(walk + 4), start = load_shared(walk + 8);
+        const int when = n >= start ? n - start : n - start + last - first;
+        turn += n >= first && n < last && (when < now || (when == now && i < member));
+      }
+      return Part{(work.b() * p.Hq + work.h() * p.G + pass) * fused_query_tiles(computed_here(p.Nq)) + n, turn};
     };
-    const uint32_t begin = end;
-    if (work.passes()) end += work.passes() * length;
-    Part next{};
-    if (index < end) next = locate(index - begin);
+    // Each lane locates one of the next 32 parts.
+    Part located{};
     int turn = -1;  // that the next part's tile is at, if it was read in advance
-    while (index < end) {
-      const Part part = next;
+    for (int i = 0; index < work.steps(); i = (i + 1) % 32) {
+      const BackwardShared<Tile> shared(computed_here(at));
+      if (i == 0) {
+        const uint32_t mine = index + lane * Tile::adders;
+        if (mine < work.steps()) located = locate(mine - work.steps() + work.passes() * (work.last() - work.first()));
+        __syncwarp();
+      }
+      const Part part{__shfl_sync(0xffffffffu, located.at, i), __shfl_sync(0xffffffffu, located.turn, i)};
+      const int next = __shfl_sync(0xffffffffu, located.at, (i + 1) % 32);
       const uint32_t stage = index % Tile::parts, parity = index / Tile::parts & 1;
       index += Tile::adders;
-      if (index < end) next = locate(index - begin);
       if (lane == 0) {
         while (turn != part.turn) turn = load_acquire(params.dq_turns + part.at);
         fence_async_global();
         barrier_wait(shared.barrier(Tile::dq_full + stage), parity);
-        float* to = params.dq_sums + part.at * (bytes / 4);
+        float* to = params.dq_sums + int64_t{part.at} * (bytes / 4);
         const uint32_t from = shared.at + Tile::layout.dq_at + stage * bytes;
         if (part.turn == 0)
           store_bytes(to, from, bytes);
@@ -148,7 +174,7 @@ __device__ __forceinline__ void add_queries(const BackwardParams& params, const 
           add_floats(to, from, bytes);
         stores_commit();
         // Read while the stores are being completed.
-        turn = index < end ? load_relaxed(params.dq_turns + next.at) : -1;
+        turn = i < 31 && index < work.steps() ? load_relaxed(params.dq_turns + next) : -1;
         stores_wait_read();
         barrier_arrive(shared.barrier(Tile::dq_empty + stage));
         stores_wait();

@@ -43,7 +43,7 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
         products_fence();
         multiply_columns<T, BN, columns, 64, BN>(x, shared.stay(0, 0), shared.first(ring.stage()));
         products_commit();
-        const auto mask = mask_bits<Tile>(p, work, pass, row_in_tile, column0, lane);
+        const auto mask = mask_bits<Tile>(p, work, pass, place<Tile::modified>(row_in_tile, lane), column0);
         products_wait<0>();
         settle(x);
         barrier_arrive_if(shared.barrier(Tile::stay_empty),
@@ -61,16 +61,16 @@ __device__ __forceinline__ void consume_values(const BackwardParams& params, con
         const float none[2] = {};
         float factor[Tile::modified ? BN / 2 : 1];  // of what is passed on
         if constexpr (Tile::modified) {
-          const auto at = gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane);
+          const auto at = gradient_tile<Tile>(p, work, pass, place<Tile::modified>(row_in_tile, lane), column0);
 #pragma unroll
           for (int i = 0; i < BN / 2; ++i) factor[i] = 1.f;
           if (p.dropout_seed) at.mark_dropped(factor);
           at.scores(x, factor);
         }
         exponents<Tile>(x, none, shared, ring.stage(), Tile::modified ? 1.f : p.scale_log2, lane);
-        if (!work.full(column0)) keep_seen<Tile>(x, work, p.Nq, row_in_tile, column0, lane);
+        if (!work.full(column0)) keep_seen<Tile>(x, work, p.Nq, {row_in_tile, lane}, column0);
         if constexpr (Tile::modified)
-          if (p.mask.data) gradient_tile<Tile>(p, work, pass, row_in_tile, column0, lane).hide(x, mask);
+          if (p.mask.data) gradient_tile<Tile>(p, work, pass, {row_in_tile, lane}, column0).hide(x, mask);
         barrier_wait(shared.barrier(Tile::p_empty + p_ring.stage()), p_ring.parity() ^ 1);
         float4* to = exchange(shared, p_ring.stage(), thread);
 #pragma unroll

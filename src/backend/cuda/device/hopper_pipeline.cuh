@@ -27,6 +27,20 @@ class Ring {
   uint32_t parity_ = 0;
 };
 
+// The same for a power of two of stages, in one register.
+template <int stages>
+class CountedRing {
+ public:
+  static_assert((stages & (stages - 1)) == 0);
+  __device__ __forceinline__ int stage() const { return count_ % stages; }
+  __device__ __forceinline__ uint32_t parity() const { return count_ / stages & 1; }
+  __device__ __forceinline__ void advance() { ++count_; }
+  __device__ __forceinline__ uint32_t count() const { return count_; }  // how often it has advanced
+
+ private:
+  uint32_t count_ = 0;
+};
+
 // How many threads of a warp arrive at a barrier for all of it. One is enough; a build for compute-sanitizer's
 // racecheck, which does not know that the others have met the one before, lets each arrive.
 #ifdef MFA_EACH_LANE_ARRIVES
@@ -57,11 +71,11 @@ __device__ uint32_t drawn_tiles[HopperSchedule::slots];
 // there are at least as many tiles as blocks; the last one clears the counter. Draws when the tiles before `from` have
 // been drawn.
 __device__ __forceinline__ int draw_tile(const HopperSchedule& s, int from = 0) {
-  while (from > 0 && static_cast<int>(load_relaxed(&drawn_tiles[s.slot]) + gridDim.x) < from) {
+  while (from > 0 && static_cast<int>(load_relaxed(&drawn_tiles[s.slot]) + blocks_in_all()) < from) {
   }
   const uint32_t drawn = atomicAdd(&drawn_tiles[s.slot], 1u);
   if (drawn == static_cast<uint32_t>(s.tiles) - 1) drawn_tiles[s.slot] = 0;
-  return static_cast<int>(drawn + gridDim.x);
+  return static_cast<int>(drawn + blocks_in_all());
 }
 
 // What a block works on: rows from row0 of one head (b < 0: no more work) and the passing tiles they meet, `passes`
@@ -83,6 +97,8 @@ class SharedWork {
   __device__ __forceinline__ int offset() const { return get(9); }
   __device__ __forceinline__ int start() const { return get(12); }
   __device__ __forceinline__ int count() const { return get(13); }
+  __device__ __forceinline__ int group_end() const { return get(14); }
+  __device__ __forceinline__ uint32_t steps() const { return get(15); }
 
   __device__ __forceinline__ void set_end() const { set(0, -1); }
   __device__ __forceinline__ void set_item(const WorkItem& item, int rows) const {
@@ -97,6 +113,8 @@ class SharedWork {
     set(11, see.right);
   }
   __device__ __forceinline__ void set_start(int n) const { set(12, n); }
+  __device__ __forceinline__ void set_group_end(int id) const { set(14, id); }
+  __device__ __forceinline__ void set_steps(uint32_t n) const { set(15, n); }  // of the block, up to the end of this
   // Of the passing tiles, how many are visited. None: no passes.
   __device__ __forceinline__ void set_count(int n) const {
     set(13, n);
@@ -112,14 +130,8 @@ class SharedWork {
   }
 
  private:
-  __device__ __forceinline__ int get(int i) const {
-    int x;
-    asm volatile("ld.volatile.shared.s32 %0, [%1];" : "=r"(x) : "r"(at_ + 4 * i) : "memory");
-    return x;
-  }
-  __device__ __forceinline__ void set(int i, int x) const {
-    asm volatile("st.volatile.shared.s32 [%0], %1;" ::"r"(at_ + 4 * i), "r"(x) : "memory");
-  }
+  __device__ __forceinline__ int get(int i) const { return load_shared(at_ + 4 * i); }
+  __device__ __forceinline__ void set(int i, int x) const { store_shared(at_ + 4 * i, x); }
   uint32_t at_;
 };
 

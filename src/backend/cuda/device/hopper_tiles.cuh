@@ -197,10 +197,14 @@ constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false)
 // The same for kernels that compute all three: all keys and values, also two tiles of dS, of both warpgroups' keys or
 // of a warpgroup each, and tiles of dq. At a multiple of 1024 bytes.
 struct FusedLayout {
-  int stay_bytes, pass_bytes, first_at, second_at, rows_at, ds_bytes, ds_at, dq_bytes, dq_at, barriers_at, work_at,
-      bytes;
+  int stay_bytes, pass_bytes, first_at, second_at, rows_at, ds_bytes, ds_at, dq_bytes, dq_at, walk_at, barriers_at,
+      work_at, bytes;
 };
+constexpr int fused_tile = 64, fused_keys = 128, fused_group = 8;
 constexpr int fused_parts(TileChoice c) { return c.alternate ? 6 : 2; }  // tiles of dq on their way
+constexpr int fused_adders(TileChoice c) {
+  return fused_parts(c) % 3 ? 2 : 3;
+}  // each has its own of the parts' places
 constexpr int fused_barriers(TileChoice c) { return 6 + 2 * fused_parts(c) + 4 * c.stages; }
 constexpr FusedLayout fused_layout(TileChoice c) {
   FusedLayout l{};
@@ -213,7 +217,8 @@ constexpr FusedLayout fused_layout(TileChoice c) {
   l.dq_bytes = c.tile * c.columns * 4;
   l.dq_at = l.ds_at + 2 * l.ds_bytes;
   l.rows_at = l.dq_at + fused_parts(c) * l.dq_bytes;
-  l.barriers_at = l.rows_at + c.stages * c.tile * 8;
+  l.walk_at = l.rows_at + c.stages * c.tile * 8;
+  l.barriers_at = l.walk_at + fused_adders(c) * fused_group * 16;
   l.work_at = l.barriers_at + fused_barriers(c) * 8;
   l.bytes = l.work_at + 2 * shared_work_bytes;
   return l;
@@ -242,16 +247,16 @@ MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, in
 // Kernels that compute dq, dk and dv in one pass: the key tiles of a head are worked on in groups of `fused_group`,
 // whose members walk the query tiles `fused_lag` tiles apart. So parts of dq can be added in a fixed order without
 // waiting, and meet what they are added to in the L2 cache.
-constexpr int fused_tile = 64, fused_keys = 128, fused_group = 8;
 constexpr int fused_lag(TileChoice c) { return c.alternate ? 4 : 2; }
 MFA_HOST_DEVICE int fused_query_tiles(int Nq) { return (Nq + fused_tile - 1) / fused_tile; }
 
 // A group of every head, then the next group.
-MFA_HOST_DEVICE WorkItem fused_item(const HopperSchedule& s, int heads_in_all, int heads, int id) {
-  const int group = id / (fused_group * heads_in_all), within = id - group * fused_group * heads_in_all;
-  const int left = s.tiles_per_head - group * fused_group, members = left < fused_group ? left : fused_group;
-  const int head = within / members;
-  return {head / heads, head % heads, group * fused_group + within % members};
+MFA_HOST_DEVICE WorkItem fused_item(const HopperSchedule& s, uint32_t heads_in_all, uint32_t heads, uint32_t id) {
+  const uint32_t group = id / (fused_group * heads_in_all), within = id - group * fused_group * heads_in_all;
+  const uint32_t left = s.tiles_per_head - group * fused_group, members = left < fused_group ? left : fused_group;
+  const uint32_t head = within / members;
+  return {static_cast<int>(head / heads), static_cast<int>(head % heads),
+          static_cast<int>(group * fused_group + within % members)};
 }
 
 // The number after those of the group of key tile `tile`, whose own is `id`.
@@ -291,14 +296,11 @@ struct Visibility {
   }
 };
 
-// Windows wider than everything are cut, so that 32 bits hold every position: Nq + Nk < 2^29.
+// Nq + Nk < 2^29, so 32 bits hold every position.
 MFA_HOST_DEVICE Visibility visibility(const Problem& p, int b) {
   int keys = p.kv_lengths ? p.kv_lengths[b] : p.Nk;
   keys = keys < 0 ? 0 : keys > p.Nk ? p.Nk : keys;
-  const int widest = p.Nq + p.Nk;
-  const int left = p.window_left < widest ? p.window_left : widest;
-  const int right = p.causal ? 0 : p.window_right < widest ? p.window_right : widest;
-  return {keys, keys > p.Nq ? keys - p.Nq : 0, left, right};
+  return {keys, keys > p.Nq ? keys - p.Nq : 0, p.window_left, p.window_right};
 }
 
 // Tiles [first, last) hold every key that rows [row_begin, row_end) see; in [full_first, full_last) every row sees all.

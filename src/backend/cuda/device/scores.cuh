@@ -27,9 +27,8 @@ struct Visibility {
 
   __device__ __forceinline__ Visibility(const Problem& p, int b) : keys(key_count(p, b)), offset(max(0, keys - p.Nq)) {
     const int open = p.Nq + p.Nk;  // further than any key from any position
-    reach = p.window_right >= 0 ? min(p.window_right, open) : open;
-    if (p.causal) reach = 0;
-    left = p.window_left >= 0 ? min(p.window_left, open) : open;
+    reach = p.window_right >= 0 ? p.window_right : open;
+    left = p.window_left >= 0 ? p.window_left : open;
   }
   __device__ __forceinline__ int begin(int i) const { return max(0, i + offset - left); }
   __device__ __forceinline__ int end(int i) const {

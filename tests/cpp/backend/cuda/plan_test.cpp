@@ -373,6 +373,23 @@ TEST(CudaPlanHopper, QueryTilesAndKeyTilesSeeEachOther) {
   }
 }
 
+TEST(CudaProblem, WindowsAreNoWiderThanEverything) {
+  Problem p{};
+  p.Nq = 100, p.Nk = 200;
+  set_windows(p, false, -1, -1);
+  EXPECT_EQ(p.window_left, -1);
+  EXPECT_EQ(p.window_right, -1);
+  set_windows(p, false, 2147483647, 299);
+  EXPECT_EQ(p.window_left, 300);
+  EXPECT_EQ(p.window_right, 299);
+  set_windows(p, true, 5, 7);
+  EXPECT_EQ(p.window_left, 5);
+  EXPECT_EQ(p.window_right, 0);
+  p.Nq = p.Nk = 2147483647;
+  set_windows(p, false, 2147483647, -1);
+  EXPECT_EQ(p.window_left, 2147483647);
+}
+
 TEST(CudaUnsupported, SaysWhy) {
   EXPECT_EQ(unsupported(shape(1, 8, 8, 100, 100, 576, DType::bf16), kH100), std::nullopt);
   EXPECT_EQ(unsupported(shape(1, 8, 8, 100, 100, 576, DType::f32), kA100), std::nullopt);
