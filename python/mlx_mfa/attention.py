@@ -67,8 +67,7 @@ def flash_attention(
             Default False.
         stream (Stream or Device, optional): Where it runs. Default: MLX's default stream.
         attn_bias (array, optional): Floating, broadcastable to ``[B, Hq, Nq, Nk]``, never expanded; added to the
-            scores. Entries of -inf hide a key, as ``mask`` does; on NVIDIA GPUs only ``mask`` also contains a NaN in
-            that key.
+            scores. Entries of -inf hide a key, as ``mask`` does.
         backend (str): ``"auto"``: the first that covers the problem of this library's kernels, MLX's op and the
             composed graph. ``"mfa"``: the kernels, or an error that says why not. ``"sdpa"``: MLX's op where it means
             exactly the same, else composed. ``"composed"``: MLX operations that store the scores. Default ``"auto"``.

@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 from problems import (
     DTYPES,
-    ON_GPU,
     arrays_of,
     attention,
-    cpu_kernels_only,
     forward_and_gradients,
     make_case,
     make_problem,
@@ -46,8 +44,6 @@ HIDING = {
 @pytest.mark.parametrize("Nq", [1, 40])
 @pytest.mark.parametrize("hiding", HIDING)
 def test_keys_hidden_from_all_rows_reach_no_output_and_no_gradient(hiding, Nq, poison, route):
-    if ON_GPU and hiding == "bias":
-        pytest.skip("docs/semantics.md makes this exception for GPUs")
     Nk = 90
     p = make_problem(1, Hq=4, Hkv=2, Nq=Nq, Nk=Nk, D=16, **HIDING[hiding](Nk))
     hidden = np.arange(Nk) >= Nk - 7 if hiding == "kv_lengths" else np.arange(Nk) % 5 == 2
@@ -61,13 +57,12 @@ def test_keys_hidden_from_all_rows_reach_no_output_and_no_gradient(hiding, Nq, p
         assert (to_numpy(dirty[name])[:, :, hidden] == 0).all()
 
 
-@cpu_kernels_only  # docs/semantics.md makes this exception for GPUs
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize(("Nq", "Nk"), [(1, 90), (40, 90), (300, 300)])
-def test_keys_hidden_by_a_bias_of_minus_infinity_reach_nothing(Nq, Nk, poison, dtype):
-    p = make_problem(2, Hq=4, Hkv=2, Nq=Nq, Nk=Nk, D=16, dtype=dtype, **HIDING["bias"](Nk))
+@pytest.mark.parametrize(("Nq", "Nk", "D"), [(1, 90, 16), (40, 90, 16), (300, 300, 16), (70, 90, 192), (70, 90, 512)])
+def test_keys_hidden_by_a_bias_of_minus_infinity_reach_nothing(Nq, Nk, D, poison, dtype):
+    p = make_problem(2, Hq=4, Hkv=2, Nq=Nq, Nk=Nk, D=D, dtype=dtype, **HIDING["bias"](Nk))
     hidden = np.arange(Nk) % 5 == 2
     case = make_case(p)
     clean = forward_and_gradients(p, case.arrays, case.d_o_array, case.dlse, backend="mfa")

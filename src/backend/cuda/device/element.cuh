@@ -17,6 +17,11 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
 
+// A base-2 score with its bias. One of -inf hides the key: whatever the score is, and were it NaN.
+__device__ __forceinline__ float with_bias(float score, float bias) {
+  return bias == -INFINITY ? -INFINITY : fmaf(bias, 1.44269504088896340736f, score);
+}
+
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>

@@ -190,7 +190,7 @@ __device__ __forceinline__ void feed(const BackwardParams& params, const HopperS
 // Whether every stationary row sees all of the passing tile.
 template <class Tile>
 __device__ __forceinline__ bool seen_in_full(const Problem& p, const SharedWork& work, int column0) {
-  return !(Tile::modified && p.mask.data) && work.full(column0);
+  return !(Tile::modified && (p.mask.data || p.bias.data)) && work.full(column0);
 }
 
 // Whether all are finite.

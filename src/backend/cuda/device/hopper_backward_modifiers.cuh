@@ -134,7 +134,7 @@ struct GradientTile {
     each_score<BN>(x, [&](float& s, int r, int c) {
       const bool inside = query(r, c) < p.Nq && key(r, c) < p.Nk;
       const float bias = inside ? static_cast<float>(from[c * p.bias.stride[2] + 8 * r * p.bias.stride[3]]) : 0.f;
-      s = fmaf(bias, log2_e, s);
+      s = with_bias(s, bias);
     });
   }
 

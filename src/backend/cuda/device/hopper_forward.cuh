@@ -169,6 +169,12 @@ __device__ __forceinline__ void feed(const ForwardParams& params, const HopperSc
   }
 }
 
+// Whether keys of a tile may be hidden that visibility shows.
+template <class Tile>
+__device__ __forceinline__ bool hides_keys(const Problem& p) {
+  return (Tile::modifiers != Modifiers::none && p.mask.data) || (Tile::modifiers == Modifiers::all && p.bias.data);
+}
+
 // The feeding warpgroup's other warps: clean the value tiles that are not seen in full.
 template <class Tile>
 __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile>& shared, int warp, int lane) {
@@ -181,7 +187,7 @@ __device__ __forceinline__ void clean(const Problem& p, const ForwardShared<Tile
     const int tiles = !work.passes() ? 0 : Tile::listed ? work.count() : work.last() - work.first();
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(shared.barrier(Tile::v_full + v_ring.stage()), v_ring.parity());
-      if ((Tile::modifiers != Modifiers::none && p.mask.data) || !work.full(work.last() - 1 - i)) {
+      if (hides_keys<Tile>(p) || !work.full(work.last() - 1 - i)) {
         const bool any = clean_tile<typename Tile::T, Tile::v_bytes, 3>(
             shared.base + (shared.v(v_ring.stage()) - shared.at), warp, lane);
         if (lane == 0) shared.found(v_ring.stage())[warp] = any;
@@ -279,7 +285,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
         if (p.dropout_seed) drop<BK>(sums, p, work.b() * p.Hq + work.h(), work.row0() + row_in_tile, n * BK, lane);
       pack_fragment<T, BK>(sums, probabilities);
     };
-    const auto uncleaned = [&](int n) { return !(Tile::modifiers != Modifiers::none && p.mask.data) && work.full(n); };
+    const auto uncleaned = [&](int n) { return !hides_keys<Tile>(p) && work.full(n); };
     // The tile whose keys are there, the next after n.
     const auto wait_keys = [&](int n) {
       barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
@@ -394,7 +400,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       return_nonfinite<Tile>(p, work, row, 0, p.Dv, lane, [&](int r, int key) {
         const bool inside = key >= pair.begin[r] && key < pair.end[r];
         if constexpr (modified || mask_only)
-          return inside && (!p.mask.data || mask_shows(p, b, h, work.row0() + row_in_tile + 8 * r, key));
+          return inside && (!p.mask.data || mask_shows(p, b, h, work.row0() + row_in_tile + 8 * r, key)) &&
+                 !(modified && bias_hides(p, b, h, work.row0() + row_in_tile + 8 * r, key));
         return inside;
       });
     }

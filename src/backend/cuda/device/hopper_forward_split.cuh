@@ -249,16 +249,6 @@ __device__ __forceinline__ void multiply_scores(float (&sums)[Tile::BK / 2], uin
   for (float& x : sums) x *= scale;
 }
 
-// Whether the bias takes the key from the row, whatever its score.
-__device__ __forceinline__ bool bias_hides(const Problem& p, int b, int h, int query, int key) {
-  if (!p.bias.data) return false;
-  const int64_t at = b * p.bias.stride[0] + h * p.bias.stride[1] + query * p.bias.stride[2] + key * p.bias.stride[3];
-  return (p.bias.dtype == Element::f32 ? static_cast<const float*>(p.bias.data)[at]
-          : p.bias.dtype == Element::f16
-              ? static_cast<float>(static_cast<const __half*>(p.bias.data)[at])
-              : static_cast<float>(static_cast<const __nv_bfloat16*>(p.bias.data)[at])) == -INFINITY;
-}
-
 // Of a tile, the scores of rows and keys that were set apart, from the elements themselves. Rare, and therefore small
 // rather than fast.
 template <class Tile>

@@ -86,7 +86,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
       fence_async_shared();
       named_sync(probabilities_ready, 256);
     };
-    const auto uncleaned = [&](int n) { return !(modified && p.mask.data) && work.full(n); };
+    const auto uncleaned = [&](int n) { return !hides_keys<Tile>(p) && work.full(n); };
     const auto wait_keys = [&](int n) {
       barrier_wait(shared.barrier(Tile::k_full + k_ring.stage()), k_ring.parity());
       return Tile::listed ? static_cast<int>(shared.key_tile(k_ring.stage())) : n - 1;
@@ -183,8 +183,9 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
     if (cleaned) {
       const RowPair pair = rows();
       return_nonfinite<Tile>(p, work, row, column0, min(column0 + half_columns, p.Dv), lane, [&](int r, int key) {
+        const int query = work.row0() + row_in_tile + 8 * r;
         return key >= pair.begin[r] && key < pair.end[r] &&
-               (!modified || !p.mask.data || mask_shows(p, b, h, work.row0() + row_in_tile + 8 * r, key));
+               (!modified || ((!p.mask.data || mask_shows(p, b, h, query, key)) && !bias_hides(p, b, h, query, key)));
       });
     }
     release(Tile::work_empty + slot.stage());

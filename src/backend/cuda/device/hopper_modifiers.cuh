@@ -2,6 +2,7 @@
 // those of hopper_softmax.cuh.
 #pragma once
 
+#include "element.cuh"
 #include "hopper_softmax.cuh"
 
 namespace mfa::cuda::hopper {
@@ -101,6 +102,16 @@ __device__ __forceinline__ uint4 philox(uint4 counter, uint32_t k0, uint32_t k1)
   return counter;
 }
 
+// Whether the bias takes the key from the row, whatever its score.
+__device__ __forceinline__ bool bias_hides(const Problem& p, int b, int h, int query, int key) {
+  if (!p.bias.data) return false;
+  const int64_t at = b * p.bias.stride[0] + h * p.bias.stride[1] + query * p.bias.stride[2] + key * p.bias.stride[3];
+  return (p.bias.dtype == Element::f32 ? static_cast<const float*>(p.bias.data)[at]
+          : p.bias.dtype == Element::f16
+              ? static_cast<float>(static_cast<const __half*>(p.bias.data)[at])
+              : static_cast<float>(static_cast<const __nv_bfloat16*>(p.bias.data)[at])) == -INFINITY;
+}
+
 // The bias of a tile, read while the products that it is added to are computed. Columns of a lane come in pairs.
 template <int BK>
 struct BiasTile {
@@ -166,8 +177,8 @@ struct BiasTile {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float2 x = convert(pairs[i][r]);
-        s[4 * i + 2 * r] = fmaf(x.x, log2_e, s[4 * i + 2 * r]);
-        s[4 * i + 2 * r + 1] = fmaf(x.y, log2_e, s[4 * i + 2 * r + 1]);
+        s[4 * i + 2 * r] = with_bias(s[4 * i + 2 * r], x.x);
+        s[4 * i + 2 * r + 1] = with_bias(s[4 * i + 2 * r + 1], x.y);
       }
   }
 };

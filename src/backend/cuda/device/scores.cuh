@@ -175,8 +175,8 @@ __device__ __forceinline__ void add_bias(const Problem& p, int keys, float (&s)[
       for (int ni = 0; ni < NI; ++ni) {
         const float2 x = load_pair(row + j0 + 8 * ni);
         float (&to)[4] = s[n / 2][ni];
-        to[2 * (n % 2)] = fmaf(kLog2e, x.x, to[2 * (n % 2)]);
-        to[2 * (n % 2) + 1] = fmaf(kLog2e, x.y, to[2 * (n % 2) + 1]);
+        to[2 * (n % 2)] = with_bias(to[2 * (n % 2)], x.x);
+        to[2 * (n % 2) + 1] = with_bias(to[2 * (n % 2) + 1], x.y);
       }
     } else {
 #pragma unroll
@@ -185,7 +185,7 @@ __device__ __forceinline__ void add_bias(const Problem& p, int keys, float (&s)[
         for (int c = 0; c < 2; ++c) {
           const int j = j0 + 8 * ni + c;
           float& to = s[n / 2][ni][2 * (n % 2) + c];
-          if (j < end) to = fmaf(kLog2e, to_float(row[j * bias.stride[3]]), to);
+          if (j < end) to = with_bias(to, to_float(row[j * bias.stride[3]]));
         }
     }
   }
