@@ -56,7 +56,7 @@ __device__ __forceinline__ void backward_queries(const BackwardParams& f) {
   const int wm = tiles.warp / Tile.WN, wn = tiles.warp % Tile.WN;
   const int columns = round_up(p.D, 16) - wn * NI * 8;
   float dq[MI][NI][4];
-  bool contain = false, hides = p.bias.data != nullptr;
+  bool contain = false, hides = false;
   while (true) {
     clear(dq);
     for (int k0 = k_begin; k0 < k_end; k0 += BK) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void backward_queries(const BackwardParams& f) {
       }
       __syncthreads();
       const T* d_s = tiles.d_s + wm * MI * 16 * Tiles::p_pitch;
-      if (contain && (partial || p.bias.data))
+      if (contain && partial)
         multiply_hiding<T, A::rows, BK, Tile.DP, Tile.threads()>(dq, d_s, Tiles::p_pitch, tiles.k, wn * NI * 8, p.D);
       else
         multiply<T, A::rows, B::rows>(dq, d_s, Tiles::p_pitch, tiles.k + wn * NI * 8, Tiles::pitch, BK, columns);
@@ -122,7 +122,7 @@ __device__ __forceinline__ void backward_keys(const BackwardParams& f) {
   const int km = tiles.warp / Tile.KN, kn = tiles.warp % Tile.KN;
   const int columns_k = round_up(p.D, 16) - kn * NI * 8, columns_v = round_up(p.Dv, 16) - kn * NI * 8;
   float dk[MI][NI][4], dv[MI][NI][4];
-  bool contain = false, hides = p.bias.data != nullptr;
+  bool contain = false, hides = false;
   while (true) {
     clear(dk);
     clear(dv);
@@ -149,7 +149,7 @@ __device__ __forceinline__ void backward_keys(const BackwardParams& f) {
       }
       __syncthreads();
       const T *weights = tiles.weights + km * MI * 16, *d_s = tiles.d_s + km * MI * 16;
-      if (contain && (partial || p.bias.data)) {
+      if (contain && partial) {
         multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dv, weights, Tiles::p_pitch, tiles.d_o, kn * NI * 8,
                                                                     p.Dv);
         multiply_hiding<T, A::columns, BQ, Tile.DP, Tile.threads()>(dk, d_s, Tiles::p_pitch, tiles.q, kn * NI * 8, p.D);

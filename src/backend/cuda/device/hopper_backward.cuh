@@ -81,11 +81,6 @@ struct BackwardShared {
   __device__ __forceinline__ SharedWork work(int slot) const {
     return SharedWork(at + Tile::layout.work_at + slot * SharedWork::bytes);
   }
-  // Where a member of a group of key tiles walks: the first and last tile of queries, and the one it starts at. Each
-  // adding warp keeps its own.
-  __device__ __forceinline__ uint32_t walk(int adder, int member) const {
-    return at + Tile::layout.walk_at + (adder * fused_group + member) * 16;
-  }
   // Whether keys that pass need cleaning, in alternate votes.
   __device__ __forceinline__ volatile uint32_t* found(uint32_t vote) const {
     return reinterpret_cast<volatile uint32_t*>(base + Tile::layout.found_at) + vote;

@@ -23,7 +23,7 @@ struct FusedTile {
   static constexpr bool alternate = c.alternate;
   static constexpr int consumer_warps = alternate ? 4 : 4 * consumers;  // that work on a tile of queries
   static constexpr int threads = 128 * (consumers + 1), parts = fused_parts(c), lag = fused_lag(c);
-  static constexpr int adders = fused_adders(c);
+  static constexpr int adders = parts % 3 ? 2 : 3;  // each has its own of the parts' places
   static constexpr int feeder_registers = 24, consumer_registers = 240;
   static constexpr int dq_columns = 64;  // of each warpgroup, all rows of a tile
   static_assert(consumers == 2 && rows == fused_keys && BN == fused_tile && stages % 2 == 0 &&
@@ -120,44 +120,35 @@ __device__ __forceinline__ void add_queries(const BackwardParams& params, const 
     barrier_wait(shared.barrier(Tile::work_full + slot.stage()), slot.parity());
     const SharedWork work = shared.work(slot.stage());
     if (work.b() < 0) break;
-    // What the members of the group see, and where they start; in shared memory, as registers are few.
-    if (lane < fused_group) {
-      const int tile = work.row0() / Tile::rows / fused_group * fused_group + lane;
+    // Where each lane's part of the next 32 of this work goes. Called by the whole warp.
+    const auto locate = [&] {
+      const int tile = work.row0() / Tile::rows, member = tile % fused_group, tile0 = tile - member;
+      // What the lane's member of the group sees, and where it starts.
       KeyTiles seen{0, 0, 0, 0};
-      if (tile < s.tiles_per_head) seen = query_tiles<Tile::BN>(work.see(), p.Nq, tile * Tile::rows, Tile::rows, 0);
-      const uint32_t walk = shared.walk(adder, lane);
-      store_shared(walk, seen.first);
-      store_shared(walk + 4, seen.last);
-      store_shared(walk + 8, walk_start(work.see(), tile, seen.first, seen.last, Tile::lag));
-    }
-    __syncwarp();
-    // Where part `number` of this work goes.
-    const auto locate = [&](uint32_t number) {
-      const uint32_t length = work.last() - work.first();
+      if (lane < fused_group && tile0 + lane < s.tiles_per_head)
+        seen = query_tiles<Tile::BN>(work.see(), p.Nq, (tile0 + lane) * Tile::rows, Tile::rows, 0);
+      const int start = walk_start(work.see(), tile0 + lane, seen.first, seen.last, Tile::lag);
+      const uint32_t length = work.last() - work.first(),
+                     number = index + lane * Tile::adders - work.steps() + work.passes() * length;
       const int pass = number / length, now = number % length;
       int n = work.start() + now;
       if (n >= work.last()) n -= length;
-      const int tile = work.row0() / Tile::rows, member = tile % fused_group;
-      int turn = max(tile - member - work.see().begin(n * Tile::BN) / Tile::rows, 0);
+      const int goes_to = (work.b() * p.Hq + work.h() * p.G + pass) * fused_query_tiles(computed_here(p.Nq)) + n;
+      int turn = max(tile0 - work.see().begin(n * Tile::BN) / Tile::rows, 0);
 #pragma unroll 1
       for (int i = 0; i < fused_group; ++i) {
-        const uint32_t walk = shared.walk(adder, i);
-        const int first = load_shared(walk), last = load_shared(walk + 4), start = load_shared(walk + 8);
-        const int when = n >= start ? n - start : n - start + last - first;
-        turn += n >= first && n < last && (when < now || (when == now && i < member));
+        const int first = __shfl_sync(0xffffffffu, seen.first, i), last = __shfl_sync(0xffffffffu, seen.last, i),
+                  when = n - __shfl_sync(0xffffffffu, start, i);
+        const int then = when >= 0 ? when : when + last - first;
+        turn += n >= first && n < last && (then < now || (then == now && i < member));
       }
-      return Part{(work.b() * p.Hq + work.h() * p.G + pass) * fused_query_tiles(computed_here(p.Nq)) + n, turn};
+      return Part{goes_to, turn};
     };
-    // Each lane locates one of the next 32 parts.
     Part located{};
     int turn = -1;  // that the next part's tile is at, if it was read in advance
     for (int i = 0; index < work.steps(); i = (i + 1) % 32) {
       const BackwardShared<Tile> shared(computed_here(at));
-      if (i == 0) {
-        const uint32_t mine = index + lane * Tile::adders;
-        if (mine < work.steps()) located = locate(mine - work.steps() + work.passes() * (work.last() - work.first()));
-        __syncwarp();
-      }
+      if (i == 0) located = locate();
       const Part part{__shfl_sync(0xffffffffu, located.at, i), __shfl_sync(0xffffffffu, located.turn, i)};
       const int next = __shfl_sync(0xffffffffu, located.at, (i + 1) % 32);
       const uint32_t stage = index % Tile::parts, parity = index / Tile::parts & 1;

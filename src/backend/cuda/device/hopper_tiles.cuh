@@ -197,10 +197,9 @@ constexpr BackwardLayout backward_layout(TileChoice c, bool shared_keys = false)
 // The same for kernels that compute all three: all keys and values, also two tiles of dS, of both warpgroups' keys or
 // of a warpgroup each, and tiles of dq. At a multiple of 1024 bytes.
 struct FusedLayout {
-  int stay_bytes, pass_bytes, first_at, second_at, rows_at, ds_bytes, ds_at, dq_bytes, dq_at, walk_at, barriers_at,
-      work_at, bytes;
+  int stay_bytes, pass_bytes, first_at, second_at, rows_at, ds_bytes, ds_at, dq_bytes, dq_at, barriers_at, work_at,
+      bytes;
 };
-constexpr int fused_tile = 64, fused_keys = 128, fused_group = 8;
 constexpr int fused_parts(TileChoice c) { return c.alternate ? 6 : 2; }  // tiles of dq on their way
 constexpr int fused_adders(TileChoice c) {
   return fused_parts(c) % 3 ? 2 : 3;
@@ -217,8 +216,7 @@ constexpr FusedLayout fused_layout(TileChoice c) {
   l.dq_bytes = c.tile * c.columns * 4;
   l.dq_at = l.ds_at + 2 * l.ds_bytes;
   l.rows_at = l.dq_at + fused_parts(c) * l.dq_bytes;
-  l.walk_at = l.rows_at + c.stages * c.tile * 8;
-  l.barriers_at = l.walk_at + fused_adders(c) * fused_group * 16;
+  l.barriers_at = l.rows_at + c.stages * c.tile * 8;
   l.work_at = l.barriers_at + fused_barriers(c) * 8;
   l.bytes = l.work_at + 2 * shared_work_bytes;
   return l;
@@ -247,6 +245,7 @@ MFA_HOST_DEVICE WorkItem work_item(const HopperSchedule& s, int heads_in_all, in
 // Kernels that compute dq, dk and dv in one pass: the key tiles of a head are worked on in groups of `fused_group`,
 // whose members walk the query tiles `fused_lag` tiles apart. So parts of dq can be added in a fixed order without
 // waiting, and meet what they are added to in the L2 cache.
+constexpr int fused_tile = 64, fused_keys = 128, fused_group = 8;
 constexpr int fused_lag(TileChoice c) { return c.alternate ? 4 : 2; }
 MFA_HOST_DEVICE int fused_query_tiles(int Nq) { return (Nq + fused_tile - 1) / fused_tile; }
 

@@ -117,9 +117,9 @@ struct GradientTiles {
     if (Weights && p.dropout_seed) drop(p, kept, s);
   }
 
-  // Whether the tile of queries i_first..i_last and keys from k0 has pairs that are hidden.
+  // Whether the tile of queries i_first..i_last and keys from k0 may have pairs that are hidden.
   __device__ __forceinline__ bool is_partial(const Visibility& seen, int i_first, int i_last, int k0) const {
-    return p.mask.data || seen.begin(i_last) > k0 || seen.end(i_first) < k0 + BK;
+    return p.mask.data || p.bias.data || seen.begin(i_last) > k0 || seen.end(i_first) < k0 + BK;
   }
   // Whether it may have one that is not. For all threads of the block.
   __device__ __forceinline__ bool is_used(int b, int first_head, int G, int r0, int rows, int k0) {
