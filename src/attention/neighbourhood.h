@@ -36,9 +36,10 @@ struct AxisWindow {
 };
 
 inline AxisWindow axis_window(const Neighbourhood& n, const NeighbourhoodAxis& a, int32_t coordinate) {
-  const int32_t phase = coordinate % a.dilation, c = coordinate / a.dilation;
-  const int32_t size = (a.size - phase + a.dilation - 1) / a.dilation;
-  const int64_t first = int64_t{c / a.stride} * a.stride;  // of the queries that share the window
+  const bool whole = a.dilation == 1;  // mostly so, and divisions take their time
+  const int32_t phase = whole ? 0 : coordinate % a.dilation, c = whole ? coordinate : coordinate / a.dilation;
+  const int32_t size = whole ? a.size : (a.size - phase + a.dilation - 1) / a.dilation;
+  const int64_t first = a.stride == 1 ? c : int64_t{c / a.stride} * a.stride;  // of the queries that share the window
   int64_t begin = 0, end = 0;
   if (a.causal) {
     const int64_t leader = first + a.stride - 1 < size - 1 ? first + a.stride - 1 : size - 1;

@@ -27,10 +27,10 @@ void append_to_pairs(int64_t j, KeyList& out) {
 void append(int64_t first, int64_t last, bool pairs, KeyList& out) {
   if (first >= last) return;
   if (pairs) {
-    for (int64_t j = first; j < last; ++j) append_to_pairs(j, out);
-    return;
+    append_to_pairs(first++, out);  // those after it complete each other
+  } else if (out.count > 0 && out.key[out.count - 1] + 1 != first) {
+    out.contiguous = false;
   }
-  if (out.count > 0 && out.key[out.count - 1] + 1 != first) out.contiguous = false;
   int32_t* keys = out.key + out.count;
   const auto begin = static_cast<int32_t>(first), count = static_cast<int32_t>(last - first);
   for (int32_t i = 0; i < count; ++i) keys[i] = begin + i;
@@ -62,18 +62,31 @@ void key_positions(const Neighbourhood& n, const int32_t* tokens, int32_t count,
       const NeighbourhoodAxis& a = n.axis[x];
       const int32_t at = token % a.size;
       token /= a.size;
-      u[x][c] = at % a.dilation * phase_size(a) + at / a.dilation;
+      u[x][c] = a.dilation == 1 ? at : at % a.dilation * phase_size(a) + at / a.dilation;
     }
   }
 }
 
-void query_spans(const Neighbourhood& n, int32_t token, AxisSpan (&spans)[3]) {
-  for (int32_t x = n.axes - 1; x >= 0; --x) {
-    const NeighbourhoodAxis& a = n.axis[x];
-    const AxisWindow w = axis_window(n, a, token % a.size);
-    token /= a.size;
-    const int32_t first = w.phase * phase_size(a);
-    spans[x] = {first + w.begin, first + w.end};
+void query_spans(const Neighbourhood& n, const int32_t* tokens, int32_t count, int32_t* const (&begin)[3],
+                 int32_t* const (&end)[3]) {
+  int32_t last[3] = {-1, -1, -1};  // coordinates of the row before
+  for (int32_t r = 0; r < count; ++r) {
+    int32_t token = tokens[r];
+    for (int32_t x = n.axes - 1; x >= 0; --x) {
+      const NeighbourhoodAxis& a = n.axis[x];
+      const int32_t c = token % a.size;
+      token /= a.size;
+      if (c == last[x]) {
+        begin[x][r] = begin[x][r - 1];
+        end[x][r] = end[x][r - 1];
+        continue;
+      }
+      last[x] = c;
+      const AxisWindow w = axis_window(n, a, c);
+      const int32_t first = a.dilation == 1 ? 0 : w.phase * phase_size(a);
+      begin[x][r] = first + w.begin;
+      end[x][r] = first + w.end;
+    }
   }
 }
 

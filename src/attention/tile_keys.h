@@ -51,12 +51,10 @@ class TileKeys {
 bool row_sees(const AttentionProblem& p, int32_t b, int32_t h, int32_t i, int32_t j);
 bool lists_show(const AttentionProblem& p, int32_t b, int32_t h, int32_t i, int32_t j);
 
-// The positions of token `token` along axis x: as a key, and the first and last of what it sees as a query. A key at u
-// is seen along the axis if begin <= u < end; the interleaved sequences of a dilated axis follow one another.
-struct AxisSpan {
-  int32_t begin = 0, end = 0;
-};
+// The positions of tokens along each axis: as keys, and the first and last of what they see as queries. A key at u is
+// seen along the axis if begin <= u < end; the interleaved sequences of a dilated axis follow one another.
 void key_positions(const Neighbourhood& n, const int32_t* tokens, int32_t count, int32_t* const (&u)[3]);
-void query_spans(const Neighbourhood& n, int32_t token, AxisSpan (&spans)[3]);
+void query_spans(const Neighbourhood& n, const int32_t* tokens, int32_t count, int32_t* const (&begin)[3],
+                 int32_t* const (&end)[3]);
 
 }  // namespace mfa

@@ -56,7 +56,7 @@ void group_extents(const int32_t (&box)[3], int32_t count, int32_t (&extent)[3])
   for (int32_t x = 2; x >= 0; --x) {
     const bool aligned = box[x] % count == 0 || count % box[x] == 0;  // else they may begin anywhere
     extent[x] = aligned ? std::min(count, box[x]) : box[x];
-    count = static_cast<int32_t>(ceil_div(count, box[x])) + (aligned ? 0 : 1);
+    count = (count + box[x] - 1) / box[x] + (aligned ? 0 : 1);
   }
 }
 
@@ -118,31 +118,32 @@ void choose_box(const Neighbourhood& n, int32_t heads, int32_t most_rows, int32_
                 int32_t (&box)[3]) {
   constexpr double kLoadRows = 20;  // bringing a key in costs as much as this many rows that see it
   double best = 0;
-  const auto extents = [&](int32_t x) {
-    std::vector<int32_t> list;
-    const int32_t most = x < n.axes ? phase_size(n.axis[x]) : 1;
-    for (int32_t e = 1; e <= most && e * heads <= most_rows; ++e) list.push_back(e);
-    if (list.empty()) list.push_back(1);
-    return list;
+  // By axis and extent: the keys of a box, and its queries. Boxes at the end of an axis are cut: the mean.
+  std::vector<double> keys_of[3], queries_of[3];
+  const auto most_of = [&](int32_t x) {
+    return x < n.axes ? std::max(1, std::min(phase_size(n.axis[x]), most_rows / heads)) : 1;
   };
-  for (const int32_t x : extents(0))
-    for (const int32_t y : extents(1))
-      for (const int32_t z : extents(2)) {
+  for (int32_t x = 0; x < 3; ++x)
+    for (int32_t extent = 0; extent <= most_of(x); ++extent) {
+      const bool real = x < n.axes && extent > 0;
+      keys_of[x].push_back(real ? union_of(n.axis[x], extent) : 1);
+      queries_of[x].push_back(real ? double(n.axis[x].size) / double(boxes_of(n.axis[x], extent)) : 1);
+    }
+  const auto product = [](const std::vector<double>(&of)[3], const int32_t (&extent)[3]) {
+    return of[0][static_cast<size_t>(extent[0])] * of[1][static_cast<size_t>(extent[1])] *
+           of[2][static_cast<size_t>(extent[2])];
+  };
+  for (int32_t x = 1; x <= most_of(0); ++x)
+    for (int32_t y = 1; y <= most_of(1); ++y)
+      for (int32_t z = 1; z <= most_of(2); ++z) {
         const int64_t rows = int64_t{x} * y * z * heads;
-        if (rows > most_rows && x * y * z > 1) continue;
+        if (rows > most_rows && x * y * z > 1) break;
         const int32_t candidate[3] = {x, y, z};
         int32_t group[3];
         group_extents(candidate, (group_rows + heads - 1) / heads, group);
-        double keys = 1, group_keys = 1, queries = 1;
-        for (int32_t axis = 0; axis < n.axes; ++axis) {
-          const NeighbourhoodAxis& a = n.axis[axis];
-          keys *= union_of(a, candidate[axis]);
-          group_keys *= union_of(a, group[axis]);
-          // Boxes at the end of an axis are cut: the mean.
-          queries *= double(a.size) / double(boxes_of(a, candidate[axis]));
-        }
         const double padded = double(ceil_div(rows, lanes) * lanes);
-        const double cost = (group_keys * padded + keys * kLoadRows) / queries;
+        const double cost = (product(keys_of, group) * padded + product(keys_of, candidate) * kLoadRows) /
+                            product(queries_of, candidate);
         if (best == 0 || cost < best) {
           best = cost;
           std::copy_n(candidate, 3, box);

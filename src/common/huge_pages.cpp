@@ -32,8 +32,15 @@ void prefer_huge_pages(const void* data, size_t bytes) {
   for (uintptr_t page = first / kHugePage * kHugePage; page < first + bytes; page += kHugePage)
     madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse);  // advice: it works without
 }
+
+void expect_huge_pages(const void* fresh, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(fresh);
+  const uintptr_t first = (at + kHugePage - 1) / kHugePage * kHugePage, last = (at + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it works without
+}
 #else
 void prefer_huge_pages(const void*, size_t) {}
+void expect_huge_pages(const void*, size_t) {}
 #endif
 
 }  // namespace mfa

@@ -10,4 +10,8 @@ namespace mfa {
 // is not to be had: memory that is not the process's own, other systems, one that was told never to use such pages.
 void prefer_huge_pages(const void* data, size_t bytes);
 
+// Memory that was just allocated and not written yet comes in pages of 2 MB, where whole ones fit: pages of 4 KB take
+// longer to come than to be written.
+void expect_huge_pages(const void* fresh, size_t bytes);
+
 }  // namespace mfa

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "common/check.h"
+#include "common/huge_pages.h"
 #include "common/thread_pool.h"
 
 namespace mfa {
@@ -12,6 +13,11 @@ namespace {
 
 // Query blocks of a task: enough tiles that a task is some microseconds of work.
 int32_t rows_per_task(const TileGrid& grid) { return std::max(1, (1 << 16) / std::max(1, grid.key_blocks())); }
+
+void reserve_ids(std::vector<int32_t>& ids, int64_t count) {
+  ids.reserve(count);
+  expect_huge_pages(ids.data(), count * sizeof(int32_t));
+}
 
 // Writes the places of the bytes that are 1 and returns how many there are. Most words are all zero or all one.
 int32_t places_of_ones(const uint8_t* row, int32_t n, int32_t* places) {
@@ -85,7 +91,7 @@ BlockPattern BlockPattern::from_rows(TileGrid grid, int32_t batch, int32_t heads
     for (int32_t r = 0; r < NQ; ++r) at[r + 1] += at[r];
     total = at[NQ];
   }
-  p.key_ids_.reserve(total);
+  reserve_ids(p.key_ids_, total);
   for (const auto& part : ids) p.key_ids_.insert(p.key_ids_.end(), part.begin(), part.end());
   p.transpose();
   return p;
@@ -98,6 +104,7 @@ BlockPattern BlockPattern::from_rule(const BlockRule& rule) {
 void BlockPattern::transpose() {
   const int64_t NQ = grid_.query_blocks(), NK = grid_.key_blocks();
   transposed_offsets_.assign(lists() * (NK + 1), 0);
+  reserve_ids(query_ids_, count());
   query_ids_.resize(key_ids_.size());
   parallel_for(lists(), [&](int64_t l, int) {
     const int64_t* rows = offsets_.data() + l * (NQ + 1);

@@ -74,15 +74,13 @@ class BlockReader {
   // The keys of entries k .. k + MR - 1 of a block for one tile.
   template <int MR>
   HWY_INLINE StridedRows<float> Keys(const KeyBlock& block, int k) const {
-    static_assert(MR <= kMostTileRows);
     if (!block.k_rows) return {block.k + k * block.k_stride, block.k_stride};
-    const float* const* rows = block.k_rows + k;
-    bool even = true;
-    for (int r = 1; r < MR; ++r) even = even && rows[r] == rows[0] + r * block.k_stride;
-    if (HWY_LIKELY(even)) return {rows[0], block.k_stride};
-    const ptrdiff_t padded = RoundUp(p_.D, kLanes);
-    for (int r = 0; r < MR; ++r) WidenRow(rows[r], p_.D, k_ + r * padded);
-    return {k_, padded};
+    return EvenRows<MR>(block.k_rows + k, block.k_stride);
+  }
+  template <int MR>
+  HWY_INLINE StridedRows<bfloat16> KeyPairs(const KeyBlock& block, int k) const {
+    if (!block.k16_rows) return {block.k16 + k * block.k16_stride, block.k16_stride};
+    return EvenRows<MR>(block.k16_rows + k, block.k16_stride);
   }
 
  private:
@@ -104,6 +102,19 @@ class BlockReader {
       break;
     }
     return index;
+  }
+
+  // MR rows that mostly lie `step` apart: where they lie, or copied.
+  template <int MR, class A>
+  HWY_INLINE StridedRows<A> EvenRows(const A* const* rows, ptrdiff_t step) const {
+    static_assert(MR <= kMostTileRows);
+    bool even = true;
+    for (int r = 1; r < MR; ++r) even = even && rows[r] == rows[0] + r * step;
+    if (HWY_LIKELY(even)) return {rows[0], step};
+    const ptrdiff_t padded = RoundUp(p_.D, kLanes);
+    A* copies = reinterpret_cast<A*>(k_);
+    for (int r = 0; r < MR; ++r) __builtin_memcpy(copies + r * padded, rows[r], static_cast<size_t>(p_.D) * sizeof(A));
+    return {copies, padded};
   }
 
   template <class T>
@@ -195,11 +206,8 @@ class BlockReader {
     }
     if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>) {
       if (pairs_) {
-        bfloat16* out = reinterpret_cast<bfloat16*>(k_);
-        for (int c = at.all.lo; c < at.all.hi; ++c)
-          __builtin_memcpy(out + c * stride, rows[c], static_cast<size_t>(p_.D) * sizeof(T));
-        block.k16 = out;
-        block.k16_stride = stride;
+        block.k16_rows = rows;
+        block.k16_stride = p_.k.stride[2];
         return;
       }
     }

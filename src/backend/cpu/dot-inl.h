@@ -63,5 +63,21 @@ HWY_INLINE uint32_t PairAt(const bfloat16* p) {
   return pair;
 }
 
+// out[i * ld + r] = pair i of rows[r] for r < kLanes, i < n.
+HWY_INLINE void PackTransposedPairs(const bfloat16* const* rows, int n, uint32_t* out, ptrdiff_t ld) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    VF v[kLanes];
+    MFA_UNROLL
+    for (int r = 0; r < kLanes; ++r)
+      v[r] = hn::BitCast(df, hn::LoadU(du, reinterpret_cast<const uint32_t*>(rows[r] + 2 * i)));
+    Transpose(v);
+    MFA_UNROLL
+    for (int r = 0; r < kLanes; ++r) hn::Store(hn::BitCast(du, v[r]), du, out + (i + r) * ld);
+  }
+  for (; i < n; ++i)
+    for (int r = 0; r < kLanes; ++r) out[i * ld + r] = PairAt(rows[r] + 2 * i);
+}
+
 }  // namespace
 }  // namespace mfa::cpu::MFA_ISA

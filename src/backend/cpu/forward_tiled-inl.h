@@ -47,6 +47,14 @@ class TiledForward {
   }
 
  private:
+  // Rows of the column group at g0: the last two share what would leave a single vector for one, which takes longer.
+  HWY_INLINE int GroupWidth(int g0) const {
+    static_assert(kTileVectors == 3);
+    const int left = tile_width_ - g0;
+    return left == 4 * kLanes ? 2 * kLanes : Min(kGroupRows, left);
+  }
+  static constexpr int GroupIndex(int g0) { return (g0 + kLanes) / kGroupRows; }
+
   // Returns whether the tile has rows.
   bool SelectRows(int64_t index, const TileMap::Place& place) {
     tile_index_ = index;
@@ -80,8 +88,8 @@ class TiledForward {
       if (job_.plan.native_bf16) return PackQueryPairs();
     }
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-      for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
-        const int width = Min(kGroupRows, tile_width_ - g0);
+      for (int g0 = 0; g0 < tile_width_; g0 += GroupWidth(g0)) {
+        const int width = GroupWidth(g0);
         for (int r = 0; r < width; r += kLanes) {
           float* to = x_.q + static_cast<ptrdiff_t>(g0) * p_.D + r;
           FetchRows<T>(p_.q, p_.D, g0 + r + kRowsAhead);
@@ -117,12 +125,17 @@ class TiledForward {
 
   // Pairs of channels keep their bits; the scale is applied to the scores.
   void PackQueryPairs() {
-    for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
-      const int width = Min(kGroupRows, tile_width_ - g0);
+    for (int g0 = 0; g0 < tile_width_; g0 += GroupWidth(g0)) {
+      const int width = GroupWidth(g0);
       uint32_t* to = reinterpret_cast<uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2);
-      for (int r = 0; r < width; ++r) {
-        const bfloat16* row = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[g0 + r], x_.tile.query[g0 + r]);
-        for (int i = 0; i < p_.D / 2; ++i) to[i * width + r] = PairAt(row + 2 * i);
+      for (int r = 0; r < width; r += kLanes) {
+        FetchRows<bfloat16>(p_.q, p_.D, g0 + r + kRowsAhead);
+        const bfloat16* rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int at = g0 + r + i;
+          rows[i] = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[at], x_.tile.query[at]);
+        }
+        PackTransposedPairs(rows, p_.D / 2, to + r, width);
       }
     }
   }
@@ -158,16 +171,16 @@ class TiledForward {
   void Attend(KeyBlock& block) {
     BlockKeys seen[kMostGroups];
     int64_t work = reader_.at_last() && !block.v_rows ? FinishWork(tile_width_) : 0;
-    for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
-      BlockKeys& keys = seen[g0 / kGroupRows];
-      keys = reader_.block().Of(x_.tile, g0, Min(kGroupRows, tile_width_ - g0));
+    for (int g0 = 0; g0 < tile_width_; g0 += GroupWidth(g0)) {
+      BlockKeys& keys = seen[GroupIndex(g0)];
+      keys = reader_.block().Of(x_.tile, g0, GroupWidth(g0));
       if (!keys.empty()) work += ScoreWork(keys.hi - keys.lo) + ValueWork(p_.Dv, keys.hi - keys.lo);
     }
     upcoming_.Spread(work);
     int nonfinite = -1;  // not looked at yet
-    for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
-      const int vectors = Min(kGroupRows, tile_width_ - g0) / kLanes;
-      const BlockKeys& keys = seen[g0 / kGroupRows];
+    for (int g0 = 0; g0 < tile_width_; g0 += GroupWidth(g0)) {
+      const int vectors = GroupWidth(g0) / kLanes;
+      const BlockKeys& keys = seen[GroupIndex(g0)];
       if (keys.empty()) {
         MarkUnseenBy(g0, block.index);
         continue;
@@ -222,21 +235,21 @@ class TiledForward {
       const float* m = job_.partials.m + at * job_.partials.row_width;
       const float* l = job_.partials.l + at * job_.partials.row_width;
       const float* o = job_.partials.o + at * job_.partials.row_width * job_.partials.o_stride;
-      for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
-        const int width = Min(kGroupRows, tile_width_ - g0);
+      for (int g0 = 0; g0 < tile_width_; g0 += GroupWidth(g0)) {
+        const int width = GroupWidth(g0);
         if (m[g0] == kInf && l[g0] == -1.f) continue;  // the mark of a block that the group does not see
         for (int r = g0; r < g0 + width; r += kLanes) {
           VF a, b;
           MergeState(x_.state.m + r, x_.state.l + r, hn::LoadU(df, m + r), hn::LoadU(df, l + r), a, b);
           float* to = x_.o + static_cast<ptrdiff_t>(g0) * p_.Dv + (r - g0);
           const float* from = o + static_cast<ptrdiff_t>(g0) * p_.Dv + (r - g0);
-          const bool holds = holds_[g0 / kGroupRows];
+          const bool holds = holds_[GroupIndex(g0)];
           for (int d = 0; d < p_.Dv; ++d, to += width, from += width) {
             const VF part = hn::Mul(hn::LoadU(df, from), b);
             hn::Store(holds ? hn::MulAdd(hn::Load(df, to), a, part) : part, df, to);
           }
         }
-        holds_[g0 / kGroupRows] = true;
+        holds_[GroupIndex(g0)] = true;
       }
     }
   }
@@ -260,10 +273,10 @@ class TiledForward {
     alignas(64) float inverse[kMaxRowTile];
     for (int r = 0; r < tile_width_; r += kLanes) hn::Store(Inverse(hn::Load(df, x_.state.l + r)), df, inverse + r);
     WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-      for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
-        const int width = Min(kGroupRows, tile_width_ - g0);
+      for (int g0 = 0; g0 < tile_width_; g0 += GroupWidth(g0)) {
+        const int width = GroupWidth(g0);
         float* o = x_.o + static_cast<ptrdiff_t>(g0) * p_.Dv;
-        for (int i = 0; !holds_[g0 / kGroupRows] && i < width * p_.Dv; i += kLanes) hn::Store(hn::Zero(df), df, o + i);
+        for (int i = 0; !holds_[GroupIndex(g0)] && i < width * p_.Dv; i += kLanes) hn::Store(hn::Zero(df), df, o + i);
         for (int r = 0; r < width; r += kLanes) {
           const int real = Min(kLanes, t.count - g0 - r);
           T* rows[kLanes];
@@ -281,7 +294,7 @@ class TiledForward {
   void MarkUnseen(int first, int last) {
     if (job_.plan.key_splits == 1) return;
     for (int i = first; i < last; ++i)
-      for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) MarkUnseenBy(g0, i);
+      for (int g0 = 0; g0 < tile_width_; g0 += GroupWidth(g0)) MarkUnseenBy(g0, i);
   }
   // A block that a group does not see has no partial result: the mark is a pair that no row can have.
   void MarkUnseenBy(int g0, int block) {
@@ -327,8 +340,8 @@ class TiledForward {
       const auto store = [&](int r, int c, VF s) HWY_ATTR { store_scores(k + r, c, s); };
       if constexpr (kPairs) {
         const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2);
-        MultiplyTile<MR, NR>(block.k16 + k * block.k16_stride, StepsAdjacent{block.k16_stride}, q, kWidth, p_.D / 2,
-                             store);
+        const StridedRows<bfloat16> rows = reader_.KeyPairs<MR>(block, k);
+        MultiplyTile<MR, NR>(rows.first, StepsAdjacent{rows.step}, q, kWidth, p_.D / 2, store);
       } else {
         const float* q = x_.q + static_cast<ptrdiff_t>(g0) * p_.D;
         const StridedRows<float> rows = reader_.Keys<MR>(block, k);
@@ -418,8 +431,8 @@ class TiledForward {
         MergeState(x_.state.m + g0 + c * kLanes, x_.state.l + g0 + c * kLanes, block_m[c], block_l[c], a[c], b[c]);
     }
     if (block.v_rows) return WriteRows<NR>(block, lo, hi, b);
-    const bool holds = holds_[g0 / kGroupRows];
-    if (!apart) holds_[g0 / kGroupRows] = true;
+    const bool holds = holds_[GroupIndex(g0)];
+    if (!apart) holds_[GroupIndex(g0)] = true;
     const auto merge = [&](int d, int c, VF acc) HWY_ATTR {
       float* at = o + static_cast<ptrdiff_t>(d) * kWidth + c * kLanes;
       if (!apart) {

@@ -57,6 +57,7 @@ struct KeyBlock {
   ptrdiff_t v_step;
   const bfloat16* k16;  // the same for native bfloat16: rows and panels of pairs
   ptrdiff_t k16_stride;
+  const bfloat16* const* k16_rows;
   const bfloat16* v16;
 };
 constexpr ptrdiff_t kValuePanel = PanelStride(kKeyBlock);

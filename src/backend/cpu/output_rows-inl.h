@@ -3,6 +3,9 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
+// Rows of a tile: with as many as of other products with lanes = channels the compiler would run out of 32 registers.
+constexpr int kOutputRows = kTileRows == 8 ? 4 : kChannelRows;
+
 // rows[r] = (sum_k P[k][r] v[k]) * weight[r] * inverse[r] for r < count, k < keys: values are read where they lie and
 // rows are written as they are, where the product with lanes = rows needs panels of values and transposes its result.
 // Each element has the same operations in the same order in both. `channels` is a multiple of kLanes; `between`(n) is
@@ -11,7 +14,7 @@ template <class T, class Between>
 HWY_INLINE void OutputRows(const float* P, ptrdiff_t width, const StridedRows<T>& v, int keys, int channels,
                            const float* weight, const float* inverse, T* const* rows, int count,
                            const Between& between) {
-  ForRowTiles<kChannelRows>(0, count, [&]<int MR>(int r0) HWY_ATTR {
+  ForRowTiles<kOutputRows>(0, count, [&]<int MR>(int r0) HWY_ATTR {
     ForRowTiles<kChannelVectors>(0, channels / kLanes, [&]<int NR>(int c0) HWY_ATTR {
       between(MR * NR * kLanes);
       MultiplyTile<MR, NR>(P + r0, RowsAdjacent{width}, v.first + c0 * kLanes, v.step, keys,

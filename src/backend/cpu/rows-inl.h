@@ -53,14 +53,7 @@ HWY_INLINE void CompleteRowTile(const AttentionProblem& p, int b, int kv_head, i
   if (p.score_floor)
     for (int r = 0; r < width; ++r) t.floor[r] = p.score_floor[row_index(p, b, t.head[r], t.query[r])];
   if (p.neighbourhood.axes > 0)
-    for (int r = 0; r < width; ++r) {
-      AxisSpan spans[3];
-      query_spans(p.neighbourhood, t.query[r], spans);
-      for (int x = 0; x < p.neighbourhood.axes; ++x) {
-        t.from[x][r] = spans[x].begin;
-        t.to[x][r] = spans[x].end;
-      }
-    }
+    query_spans(p.neighbourhood, t.query, width, {t.from[0], t.from[1], t.from[2]}, {t.to[0], t.to[1], t.to[2]});
 }
 
 // Row pointers: of a tensor shaped like q, and of one shaped like k (a key that the sequence has).

@@ -42,6 +42,26 @@ HWY_INLINE BlockKeys KeysOfBlock(const RowTile& t, int r0, int width, int64_t k0
   return out;
 }
 
+// The windows of lanes [r0, r0 + width) along axis x of a neighbourhood: the positions that some lane sees lie in
+// [first, last), all lanes see [all_from, all_to). Lanes up to the next whole vector repeat the last row.
+struct LaneWindows {
+  int32_t first, last, all_from, all_to;
+  LaneWindows(const RowTile& t, int x, int r0, int width) {
+    VI low = hn::Load(di, t.from[x] + r0), high = hn::Load(di, t.to[x] + r0), most = low, least = high;
+    for (int r = r0 + kLanes; r < r0 + width; r += kLanes) {
+      const VI from = hn::Load(di, t.from[x] + r), to = hn::Load(di, t.to[x] + r);
+      low = hn::Min(low, from);
+      most = hn::Max(most, from);
+      high = hn::Max(high, to);
+      least = hn::Min(least, to);
+    }
+    first = hn::GetLane(hn::MinOfLanes(di, low));
+    all_from = hn::GetLane(hn::MaxOfLanes(di, most));
+    last = hn::GetLane(hn::MaxOfLanes(di, high));
+    all_to = hn::GetLane(hn::MinOfLanes(di, least));
+  }
+};
+
 // The keys of one block for the rows of a tile.
 struct TileBlock {
   int64_t k0 = 0;
@@ -79,19 +99,26 @@ struct TileBlock {
   void DropBeyondWindows(const RowTile& t, int r0, int width, BlockKeys& keys) const {
     int32_t from[3], to[3];
     for (int x = 0; x < axes; ++x) {
-      from[x] = t.from[x][r0];
-      to[x] = t.to[x][r0];
-      for (int r = r0 + 1; r < r0 + width; ++r) {
-        from[x] = Min(from[x], t.from[x][r]);
-        to[x] = Max(to[x], t.to[x][r]);
-      }
+      const LaneWindows windows(t, x, r0, width);
+      from[x] = windows.first;
+      to[x] = windows.last;
     }
     const auto within = [&](int c) {
       bool in = true;
       for (int x = 0; x < axes; ++x) in = in && position[x][c] >= from[x] && position[x][c] < to[x];
       return in;
     };
+    const auto some_within = [&](int c) HWY_ATTR {  // of a vector of entries
+      auto in = hn::Eq(hn::Zero(di), hn::Zero(di));
+      for (int x = 0; x < axes; ++x) {
+        const VI u = hn::LoadU(di, position[x] + c);
+        in = hn::And(in, hn::AndNot(hn::Lt(u, hn::Set(di, from[x])), hn::Lt(u, hn::Set(di, to[x]))));
+      }
+      return !hn::AllFalse(di, in);
+    };
+    while (keys.lo + kLanes <= keys.hi && !some_within(keys.lo)) keys.lo += kLanes;
     while (keys.lo < keys.hi && !within(keys.lo)) ++keys.lo;
+    while (keys.lo + kLanes <= keys.hi && !some_within(keys.hi - kLanes)) keys.hi -= kLanes;
     while (keys.lo < keys.hi && !within(keys.hi - 1)) --keys.hi;
   }
 };
@@ -127,8 +154,8 @@ class BlockFinder {
       out.all.hi = out.all.lo + count;
       NumberKeys(out);
     }
-    out.uneven = cut_keys_.lists_differ() || out.list.has_padding;
     out.axes = p_.neighbourhood.axes;
+    out.uneven = cut_keys_.lists_differ() || (out.list.has_padding && out.axes == 0);
     if (out.axes > 0) PlaceKeys(out);
   }
 
@@ -142,6 +169,8 @@ class BlockFinder {
   void PlaceKeys(TileBlock& out) const {
     int32_t* const u[3] = {out.position[0] + out.all.lo, out.position[1] + out.all.lo, out.position[2] + out.all.lo};
     key_positions(p_.neighbourhood, out.list.key + out.all.lo, out.all.hi - out.all.lo, u);
+    for (int c = out.all.lo; out.list.has_padding && c < out.all.hi; ++c)  // padding is beyond every window
+      if (out.list.padding[c]) out.position[out.axes - 1][c] = INT32_MAX;
   }
 
   const AttentionProblem& p_;
@@ -153,15 +182,11 @@ class BlockFinder {
 HWY_INLINE bool NeighboursAll(const AttentionProblem& p, const RowTile& t, int r0, int width, const TileBlock& block,
                               const BlockKeys& keys) {
   for (int x = 0; x < p.neighbourhood.axes; ++x) {
-    int32_t from = 0, to = INT32_MAX;
-    for (int r = r0; r < r0 + width; ++r) {
-      from = Max(from, t.from[x][r]);
-      to = Min(to, t.to[x][r]);
-    }
+    const LaneWindows windows(t, x, r0, width);
     const int32_t* u = block.position[x];
-    if (u[keys.lo] < from || u[keys.hi - 1] >= to) return false;  // mostly so
+    if (u[keys.lo] < windows.all_from || u[keys.hi - 1] >= windows.all_to) return false;  // mostly so
     for (int c = keys.lo; c < keys.hi; ++c)
-      if (u[c] < from || u[c] >= to) return false;
+      if (u[c] < windows.all_from || u[c] >= windows.all_to) return false;
   }
   return true;
 }
@@ -376,34 +401,35 @@ template <int NR>
 HWY_INLINE void HideBeyondWindows(const RowTile& t, int r0, const TileBlock& block, int lo, int hi, float* S,
                                   ptrdiff_t ld, VF (&row_max)[NR]) {
   const int last = block.axes - 1;
-  VI from[NR], to[NR], line[NR];  // `line`: whether the rows see the line of the entries along the last axis
+  // `size`: of the rows' windows along the last axis, 0 where they do not see the line of the entries.
+  VU from[NR], size[NR];
   MFA_UNROLL
-  for (int c = 0; c < NR; ++c) {
-    from[c] = hn::Sub(hn::Load(di, t.from[last] + r0 + c * kLanes), hn::Set(di, 1));
-    to[c] = hn::Load(di, t.to[last] + r0 + c * kLanes);
-    line[c] = hn::Set(di, -1);
-  }
+  for (int c = 0; c < NR; ++c) from[c] = hn::BitCast(du, hn::Load(di, t.from[last] + r0 + c * kLanes));
   for (int k = lo; k < hi; ++k) {
     bool same = k > lo;
     for (int x = 0; x < last; ++x) same = same && block.position[x][k] == block.position[x][k - 1];
     if (!same) {
+      VI line[NR];
       MFA_UNROLL
-      for (int c = 0; c < NR; ++c) line[c] = hn::Set(di, -1);
+      for (int c = 0; c < NR; ++c)
+        line[c] = hn::Sub(hn::Load(di, t.to[last] + r0 + c * kLanes), hn::BitCast(di, from[c]));
       for (int x = 0; x < last; ++x) {
         const VI u = hn::Set(di, block.position[x][k]);
         MFA_UNROLL
         for (int c = 0; c < NR; ++c) {
           const int r = r0 + c * kLanes;
           const auto in = hn::AndNot(hn::Lt(u, hn::Load(di, t.from[x] + r)), hn::Lt(u, hn::Load(di, t.to[x] + r)));
-          line[c] = hn::And(line[c], hn::VecFromMask(di, in));
+          line[c] = hn::IfThenElseZero(in, line[c]);
         }
       }
+      MFA_UNROLL
+      for (int c = 0; c < NR; ++c) size[c] = hn::BitCast(du, line[c]);
     }
-    const VI u = hn::Set(di, block.position[last][k]);
+    const VU u = hn::Set(du, static_cast<uint32_t>(block.position[last][k]));
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) {
       float* at = S + k * ld + c * kLanes;
-      const auto in = hn::And(hn::And(hn::Gt(u, from[c]), hn::Lt(u, to[c])), hn::MaskFromVec(line[c]));
+      const auto in = hn::Lt(hn::Sub(u, from[c]), size[c]);
       const VF s = hn::IfThenElse(hn::RebindMask(df, in), hn::Load(df, at), hn::Set(df, -kInf));
       hn::Store(s, df, at);
       row_max[c] = hn::Max(s, row_max[c]);

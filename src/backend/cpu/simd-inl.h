@@ -300,6 +300,20 @@ HWY_INLINE bool AnyNonFinite(const T* data, ptrdiff_t stride, int n, int width) 
   }
   return !hn::AllTrue(df, hn::Eq(sum, sum)) || tail != tail;
 }
+HWY_INLINE bool AnyNonFinite(const bfloat16* data, ptrdiff_t stride, int n, int width) {
+  const hn::ScalableTag<uint16_t> d16;
+  constexpr int kStep = 2 * kLanes;
+  auto largest = hn::Zero(d16);
+  const auto magnitude = hn::Set(d16, 0x7fff);
+  uint16_t tail = 0;
+  for (int i = 0; i < n; ++i) {
+    const auto* row = reinterpret_cast<const uint16_t*>(data + i * stride);
+    int c = 0;
+    for (; c + kStep <= width; c += kStep) largest = hn::Max(largest, hn::And(hn::LoadU(d16, row + c), magnitude));
+    for (; c < width; ++c) tail = Max<uint16_t>(tail, row[c] & 0x7fff);
+  }
+  return tail >= 0x7f80 || !hn::AllTrue(d16, hn::Lt(largest, hn::Set(d16, 0x7f80)));
+}
 
 }  // namespace
 }  // namespace mfa::cpu::MFA_ISA

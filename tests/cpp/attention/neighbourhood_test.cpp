@@ -184,18 +184,24 @@ TEST(TileKeys, PositionsWithinSpansAreTheNeighbours) {
   for (int round = 0; round < testing::case_count(100); ++round) {
     const Neighbourhood n = random_grid(random);
     const int32_t tokens = tokens_of(n);
-    std::vector<int32_t> all(tokens), u[3];
+    std::vector<int32_t> all(tokens), u[3], first[3], last[3];
     for (int32_t j = 0; j < tokens; ++j) all[j] = j;
-    for (auto& along : u) along.resize(tokens);
+    for (int32_t x = 0; x < 3; ++x)
+      for (auto* along : {&u[x], &first[x], &last[x]}) along->resize(tokens);
     int32_t* const at[3] = {u[0].data(), u[1].data(), u[2].data()};
     key_positions(n, all.data(), tokens, at);
+    // Queries in any order, some of them twice.
+    std::vector<int32_t> queries(tokens);
+    for (int32_t& i : queries)
+      i = random.chance(0.5) ? static_cast<int32_t>(&i - queries.data())
+                             : static_cast<int32_t>(random.integer(0, tokens - 1));
+    query_spans(n, queries.data(), tokens, {first[0].data(), first[1].data(), first[2].data()},
+                {last[0].data(), last[1].data(), last[2].data()});
     for (int32_t i = 0; i < tokens; i += 1 + tokens / 40) {
-      AxisSpan spans[3];
-      query_spans(n, i, spans);
       for (int32_t j = 0; j < tokens; ++j) {
         bool seen = true;
-        for (int32_t x = 0; x < n.axes; ++x) seen = seen && spans[x].begin <= u[x][j] && u[x][j] < spans[x].end;
-        ASSERT_EQ(seen, neighbours(n, i, j)) << i << " " << j;
+        for (int32_t x = 0; x < n.axes; ++x) seen = seen && first[x][i] <= u[x][j] && u[x][j] < last[x][i];
+        ASSERT_EQ(seen, neighbours(n, queries[i], j)) << queries[i] << " " << j;
       }
     }
   }
