@@ -24,7 +24,22 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
   const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
   return VU{_mm512_permutexvar_epi16(interleave, halves)};
 }
+// 32 elements of two rows, interleaved: eight pairs each at out, out + step ...
+constexpr bool kInterleavesRows = true;
+HWY_INLINE void InterleaveRows(const bfloat16* first, const bfloat16* second, bfloat16* out, ptrdiff_t step) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  const __m512i pairs[2] = {_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)};
+  for (int i = 0; i < 2; ++i, out += 2 * step) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(pairs[i]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + step), _mm512_extracti64x4_epi64(pairs[i], 1));
+  }
+}
 #else
+constexpr bool kInterleavesRows = false;
+HWY_INLINE void InterleaveRows(const bfloat16*, const bfloat16*, bfloat16*, ptrdiff_t) {}
 #ifndef MFA_NATIVE_BF16  // 1, by the compiler's flags: test what uses pairs on a processor without them
 #define MFA_NATIVE_BF16 0
 #endif
@@ -61,6 +76,21 @@ HWY_INLINE uint32_t PairAt(const bfloat16* p) {
   uint32_t pair;
   __builtin_memcpy(&pair, p, sizeof(pair));
   return pair;
+}
+
+// out[c * ld + r] = pair c of rows[r] for r < kLanes, c < n: PackTransposed() of pairs, whose bits stay as they are.
+HWY_INLINE void PackTransposedPairs(const bfloat16* const* rows, int n, uint32_t* out, ptrdiff_t ld) {
+  int c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    VF v[kLanes];
+    MFA_UNROLL
+    for (int r = 0; r < kLanes; ++r) v[r] = hn::LoadU(df, reinterpret_cast<const float*>(rows[r] + 2 * c));
+    Transpose(v);
+    MFA_UNROLL
+    for (int r = 0; r < kLanes; ++r) hn::Store(hn::BitCast(du, v[r]), du, out + (c + r) * ld);
+  }
+  for (; c < n; ++c)
+    for (int r = 0; r < kLanes; ++r) out[c * ld + r] = PairAt(rows[r] + 2 * c);
 }
 
 }  // namespace

@@ -120,9 +120,12 @@ class TiledForward {
     for (int g0 = 0; g0 < tile_width_; g0 += kGroupRows) {
       const int width = Min(kGroupRows, tile_width_ - g0);
       uint32_t* to = reinterpret_cast<uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2);
-      for (int r = 0; r < width; ++r) {
-        const bfloat16* row = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[g0 + r], x_.tile.query[g0 + r]);
-        for (int i = 0; i < p_.D / 2; ++i) to[i * width + r] = PairAt(row + 2 * i);
+      for (int r = 0; r < width; r += kLanes) {
+        FetchRows<bfloat16>(p_.q, p_.D, g0 + r + kRowsAhead);
+        const bfloat16* rows[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          rows[i] = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i]);
+        PackTransposedPairs(rows, p_.D / 2, to + r, width);
       }
     }
   }

@@ -290,15 +290,23 @@ HWY_INLINE VF Tanh(VF x) {
 // True if any of the rows [0, n) x [0, width) holds a NaN or an infinity.
 template <class T>
 HWY_INLINE bool AnyNonFinite(const T* data, ptrdiff_t stride, int n, int width) {
-  VF sum = hn::Zero(df);
+  constexpr int kChains = 4;  // one chain of additions would wait for each of them
+  VF sum[kChains];
+  for (VF& chain : sum) chain = hn::Zero(df);
   float tail = 0.f;
   for (int i = 0; i < n; ++i) {
     const T* row = data + i * stride;
     int c = 0;
-    for (; c + kLanes <= width; c += kLanes) sum = hn::MulAdd(LoadFloat(row + c), hn::Zero(df), sum);
+    for (; c + kChains * kLanes <= width; c += kChains * kLanes) {
+      MFA_UNROLL
+      for (int j = 0; j < kChains; ++j)
+        sum[j] = hn::MulAdd(LoadFloat(row + c + j * kLanes), hn::Zero(df), sum[j]);
+    }
+    for (; c + kLanes <= width; c += kLanes) sum[0] = hn::MulAdd(LoadFloat(row + c), hn::Zero(df), sum[0]);
     for (; c < width; ++c) tail += to_float(row[c]) * 0.f;
   }
-  return !hn::AllTrue(df, hn::Eq(sum, sum)) || tail != tail;
+  const VF all = hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3]));
+  return !hn::AllTrue(df, hn::Eq(all, all)) || tail != tail;
 }
 
 }  // namespace

@@ -142,22 +142,25 @@ template <class Rows>
 HWY_INLINE void PackPairPanels(const Rows& rows, int lo, int hi, int first, int last, int columns,
                                ptrdiff_t panel_stride, bfloat16* out) {
   const hn::CappedTag<uint32_t, kTileRows> d;
-  static constexpr bfloat16 kZeros[kTileRows] = {};
-  for (int c = 0; c < columns; c += kTileRows, out += panel_stride) {
-    const bool whole = hn::MaxLanes(d) == kTileRows && c + kTileRows <= columns;
-    for (int r = lo; r < hi; r += 2) {
-      const bfloat16* even = r >= first ? rows.At(r) + c : nullptr;
-      const bfloat16* odd = r + 1 < last ? rows.At(r + 1) + c : nullptr;
-      bfloat16* to = out + r * kTileRows;
-      if (whole) {
-        hn::StoreU(LoadPairs(d, even ? even : kZeros, odd ? odd : kZeros), d, reinterpret_cast<uint32_t*>(to));
-      } else {
-        for (int i = 0; i < kTileRows; ++i) {
-          to[2 * i] = even && c + i < columns ? even[i] : bfloat16{0};
-          to[2 * i + 1] = odd && c + i < columns ? odd[i] : bfloat16{0};
-        }
-      }
+  static constexpr bfloat16 kZeros[640] = {};
+  const int whole = hn::MaxLanes(d) == kTileRows ? columns / kTileRows : 0;
+  for (int r = lo; r < hi; r += 2) {
+    const bfloat16* even = r >= first ? rows.At(r) : kZeros;
+    const bfloat16* odd = r + 1 < last ? rows.At(r + 1) : kZeros;
+    bfloat16* to = out + r * kTileRows;
+    int c = 0;
+    if constexpr (kInterleavesRows && kTileRows == 8) {
+      MFA_UNROLL_4
+      for (; c + 4 <= whole; c += 4, to += 4 * panel_stride)
+        InterleaveRows(even + c * kTileRows, odd + c * kTileRows, to, panel_stride);
     }
+    for (; c < whole; ++c, to += panel_stride)
+      hn::StoreU(LoadPairs(d, even + c * kTileRows, odd + c * kTileRows), d, reinterpret_cast<uint32_t*>(to));
+    for (c *= kTileRows; c < columns; c += kTileRows, to += panel_stride)
+      for (int i = 0; i < kTileRows; ++i) {
+        to[2 * i] = c + i < columns ? even[c + i] : bfloat16{0};
+        to[2 * i + 1] = c + i < columns ? odd[c + i] : bfloat16{0};
+      }
   }
 }
 
