@@ -24,22 +24,18 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
   const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
   return VU{_mm512_permutexvar_epi16(interleave, halves)};
 }
-// 32 elements of two rows, interleaved: eight pairs each at out, out + step ...
+// 32 elements of two rows, interleaved.
 constexpr bool kInterleavesRows = true;
-HWY_INLINE void InterleaveRows(const bfloat16* first, const bfloat16* second, bfloat16* out, ptrdiff_t step) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
+HWY_INLINE void InterleaveRows(const bfloat16* first, const bfloat16* second, VU& low, VU& high) {
+  const __m512i from = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-  const __m512i pairs[2] = {_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)};
-  for (int i = 0; i < 2; ++i, out += 2 * step) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(pairs[i]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + step), _mm512_extracti64x4_epi64(pairs[i], 1));
-  }
+  low = VU{_mm512_permutex2var_epi16(a, from, b)};
+  high = VU{_mm512_permutex2var_epi16(a, _mm512_or_si512(from, _mm512_set1_epi16(16)), b)};
 }
 #else
 constexpr bool kInterleavesRows = false;
-HWY_INLINE void InterleaveRows(const bfloat16*, const bfloat16*, bfloat16*, ptrdiff_t) {}
+HWY_INLINE void InterleaveRows(const bfloat16*, const bfloat16*, VU&, VU&) {}
 #ifndef MFA_NATIVE_BF16  // 1, by the compiler's flags: test what uses pairs on a processor without them
 #define MFA_NATIVE_BF16 0
 #endif
@@ -61,6 +57,14 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
 }
 #endif
 constexpr bool kNativeBf16 = MFA_NATIVE_BF16;
+// Elements 2i and 2i + 1 of (first, second) rounded, in lane i.
+HWY_INLINE VU PackNeighbours(VF first, VF second) {
+#if defined(__AVX512BF16__) && HWY_TARGET <= HWY_AVX3
+  return VU{reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw))};
+#else
+  return PackPairs(hn::ConcatEven(df, second, first), hn::ConcatOdd(df, second, first));
+#endif
+}
 
 // The elements of two rows, interleaved: lane i is (first[i], second[i]).
 template <class D32>
@@ -69,6 +73,18 @@ HWY_INLINE hn::Vec<D32> LoadPairs(D32 d32, const bfloat16* first, const bfloat16
   const auto a = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(first)));
   const auto b = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(second)));
   return hn::Or(a, hn::ShiftLeft<16>(b));
+}
+
+// NV vectors of them.
+template <int NV>
+HWY_INLINE void LoadPairVectors(const bfloat16* first, const bfloat16* second, VU (&pairs)[NV]) {
+  if constexpr (kInterleavesRows && NV % 2 == 0) {
+    MFA_UNROLL
+    for (int c = 0; c < NV; c += 2) InterleaveRows(first + c * kLanes, second + c * kLanes, pairs[c], pairs[c + 1]);
+  } else {
+    MFA_UNROLL
+    for (int c = 0; c < NV; ++c) pairs[c] = LoadPairs(du, first + c * kLanes, second + c * kLanes);
+  }
 }
 
 // Two neighbours of a row as one pair; rows are only 2-byte aligned.

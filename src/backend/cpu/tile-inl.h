@@ -149,10 +149,18 @@ HWY_INLINE void PackPairPanels(const Rows& rows, int lo, int hi, int first, int 
     const bfloat16* odd = r + 1 < last ? rows.At(r + 1) : kZeros;
     bfloat16* to = out + r * kTileRows;
     int c = 0;
-    if constexpr (kInterleavesRows && kTileRows == 8) {
+    if constexpr (kInterleavesRows && 2 * kTileRows == kLanes) {
+      const hn::Half<DU> half;
       MFA_UNROLL_4
-      for (; c + 4 <= whole; c += 4, to += 4 * panel_stride)
-        InterleaveRows(even + c * kTileRows, odd + c * kTileRows, to, panel_stride);
+      for (; c + 4 <= whole; c += 4) {
+        VU pairs[2];
+        InterleaveRows(even + c * kTileRows, odd + c * kTileRows, pairs[0], pairs[1]);
+        for (const VU x : pairs) {
+          hn::StoreU(hn::LowerHalf(half, x), half, reinterpret_cast<uint32_t*>(to));
+          hn::StoreU(hn::UpperHalf(half, x), half, reinterpret_cast<uint32_t*>(to + panel_stride));
+          to += 2 * panel_stride;
+        }
+      }
     }
     for (; c < whole; ++c, to += panel_stride)
       hn::StoreU(LoadPairs(d, even + c * kTileRows, odd + c * kTileRows), d, reinterpret_cast<uint32_t*>(to));
