@@ -179,6 +179,9 @@ TileMap::TileMap(const AttentionProblem& p, const RowTiling& t) : heads_(p.Hkv) 
   if (!p.query_starts) {
     uniform_ = tile_count(t, p.neighbourhood, p.Nq);
     count_ = uniform_ * p.B * p.Hkv;
+    const bool alike = !p.causal || p.window_left >= 0;
+    const bool in_order = t.parts == 1 && t.unit == 0 && !t.in_boxes() && !is_decode(t, p.Nq);
+    if (alike && in_order && part_rows(t, p.Nq) % t.tile != 0) whole_ = uniform_ - 1;
     return;
   }
   heads_first_ = !p.pages.table && std::abs(p.q.stride[1]) > std::abs(p.q.stride[2]);
@@ -198,8 +201,13 @@ TileMap::TileMap(const AttentionProblem& p, const RowTiling& t) : heads_(p.Hkv) 
 
 TileMap::Place TileMap::locate(int64_t index) const {
   if (order_.empty()) {
-    const int64_t head = index / uniform_;
-    return {static_cast<int32_t>(head / heads_), static_cast<int32_t>(head % heads_), uniform_ - 1 - index % uniform_};
+    const auto at = [&](int64_t head, int64_t tile) {
+      return Place{static_cast<int32_t>(head / heads_), static_cast<int32_t>(head % heads_), tile};
+    };
+    if (whole_ == 0) return at(index / uniform_, uniform_ - 1 - index % uniform_);
+    const int64_t first_last = count_ / uniform_ * whole_;
+    if (index >= first_last) return at(index - first_last, whole_);
+    return at(index / whole_, whole_ - 1 - index % whole_);
   }
   const int64_t tiles = first_.back();
   const int64_t at = heads_first_ ? index % tiles : index / heads_;  // tiles of one head before it, or a bit more

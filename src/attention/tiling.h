@@ -57,7 +57,8 @@ class TileMap {
   TileMap(const AttentionProblem& p, const RowTiling& t);
 
   int64_t count() const { return count_; }
-  // The last tiles of a sequence come first: under a causal mask they see the most keys. Of sequences of different
+  // The last tiles of a sequence come first: under a causal mask they see the most keys. Where rows see about as many
+  // keys each, tiles of fewer rows come after all others: threads end nearer to each other. Of sequences of different
   // lengths the one with the most work comes first, with all its heads, or where the rows of a head lie together in
   // memory, with its head before the next head of any sequence.
   Place locate(int64_t index) const;
@@ -66,6 +67,7 @@ class TileMap {
 
  private:
   int64_t count_ = 0, uniform_ = 0;  // `uniform_` tiles for each (sequence, KV head)
+  int64_t whole_ = 0;                // and those of them that come before the last of every (sequence, KV head)
   int32_t heads_ = 1;
   bool heads_first_ = false;    // packed: all tiles of a head before the next head
   std::vector<int32_t> order_;  // packed: the sequences

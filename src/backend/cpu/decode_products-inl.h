@@ -280,11 +280,12 @@ HWY_INLINE void DecodePairValues(const Rows& v, int lo, int hi, int first, int l
     VU w[G];
     MFA_UNROLL
     for (int g = 0; g < G; ++g) w[g] = hn::Set(du, P[g * kScoreStride + k / 2]);
+    VU values[NV];
+    LoadPairVectors(even, odd, values);
     MFA_UNROLL
-    for (int c = 0; c < NV; ++c) {
-      const VU value = LoadPairs(du, even + c * kLanes, odd + c * kLanes);
+    for (int g = 0; g < G; ++g) {
       MFA_UNROLL
-      for (int g = 0; g < G; ++g) acc[g][c] = DotPairs(acc[g][c], value, w[g]);
+      for (int c = 0; c < NV; ++c) acc[g][c] = DotPairs(acc[g][c], values[c], w[g]);
     }
   }
   MFA_UNROLL

@@ -330,7 +330,10 @@ class DecodeTile {
     if (pair_lo < lo) S[pair_lo] = 0.f;
     if (pair_hi > hi) S[hi] = 0.f;
     uint32_t* out = reinterpret_cast<uint32_t*>(S);
-    for (int k = pair_lo; k < pair_hi; k += 2) {
+    int k = pair_lo;
+    for (; k + 2 * kLanes <= pair_hi; k += 2 * kLanes)
+      hn::StoreU(PackNeighbours(hn::LoadU(df, S + k), hn::LoadU(df, S + k + kLanes)), du, out + k / 2);
+    for (; k < pair_hi; k += 2) {
       const uint32_t pair = to_bfloat16(S[k]).bits | uint32_t{to_bfloat16(S[k + 1]).bits} << 16;
       __builtin_memcpy(out + k / 2, &pair, sizeof(pair));
     }

@@ -24,7 +24,18 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
   const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
   return VU{_mm512_permutexvar_epi16(interleave, halves)};
 }
+// 32 elements of two rows, interleaved.
+constexpr bool kInterleavesRows = true;
+HWY_INLINE void InterleaveRows(const bfloat16* first, const bfloat16* second, VU& low, VU& high) {
+  const __m512i from = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  low = VU{_mm512_permutex2var_epi16(a, from, b)};
+  high = VU{_mm512_permutex2var_epi16(a, _mm512_or_si512(from, _mm512_set1_epi16(16)), b)};
+}
 #else
+constexpr bool kInterleavesRows = false;
+HWY_INLINE void InterleaveRows(const bfloat16*, const bfloat16*, VU&, VU&) {}
 #ifndef MFA_NATIVE_BF16  // 1, by the compiler's flags: test what uses pairs on a processor without them
 #define MFA_NATIVE_BF16 0
 #endif
@@ -46,6 +57,14 @@ HWY_INLINE VU PackPairs(VF first, VF second) {
 }
 #endif
 constexpr bool kNativeBf16 = MFA_NATIVE_BF16;
+// Elements 2i and 2i + 1 of (first, second) rounded, in lane i.
+HWY_INLINE VU PackNeighbours(VF first, VF second) {
+#if defined(__AVX512BF16__) && HWY_TARGET <= HWY_AVX3
+  return VU{reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw))};
+#else
+  return PackPairs(hn::ConcatEven(df, second, first), hn::ConcatOdd(df, second, first));
+#endif
+}
 
 // The elements of two rows, interleaved: lane i is (first[i], second[i]).
 template <class D32>
@@ -56,6 +75,18 @@ HWY_INLINE hn::Vec<D32> LoadPairs(D32 d32, const bfloat16* first, const bfloat16
   return hn::Or(a, hn::ShiftLeft<16>(b));
 }
 
+// NV vectors of them.
+template <int NV>
+HWY_INLINE void LoadPairVectors(const bfloat16* first, const bfloat16* second, VU (&pairs)[NV]) {
+  if constexpr (kInterleavesRows && NV % 2 == 0) {
+    MFA_UNROLL
+    for (int c = 0; c < NV; c += 2) InterleaveRows(first + c * kLanes, second + c * kLanes, pairs[c], pairs[c + 1]);
+  } else {
+    MFA_UNROLL
+    for (int c = 0; c < NV; ++c) pairs[c] = LoadPairs(du, first + c * kLanes, second + c * kLanes);
+  }
+}
+
 // Two neighbours of a row as one pair; rows are only 2-byte aligned.
 HWY_INLINE uint32_t PairAt(const bfloat16* p) {
   uint32_t pair;
@@ -63,20 +94,19 @@ HWY_INLINE uint32_t PairAt(const bfloat16* p) {
   return pair;
 }
 
-// out[i * ld + r] = pair i of rows[r] for r < kLanes, i < n.
+// out[c * ld + r] = pair c of rows[r] for r < kLanes, c < n: PackTransposed() of pairs, whose bits stay as they are.
 HWY_INLINE void PackTransposedPairs(const bfloat16* const* rows, int n, uint32_t* out, ptrdiff_t ld) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  int c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
     VF v[kLanes];
     MFA_UNROLL
-    for (int r = 0; r < kLanes; ++r)
-      v[r] = hn::BitCast(df, hn::LoadU(du, reinterpret_cast<const uint32_t*>(rows[r] + 2 * i)));
+    for (int r = 0; r < kLanes; ++r) v[r] = hn::LoadU(df, reinterpret_cast<const float*>(rows[r] + 2 * c));
     Transpose(v);
     MFA_UNROLL
-    for (int r = 0; r < kLanes; ++r) hn::Store(hn::BitCast(du, v[r]), du, out + (i + r) * ld);
+    for (int r = 0; r < kLanes; ++r) hn::Store(hn::BitCast(du, v[r]), du, out + (c + r) * ld);
   }
-  for (; i < n; ++i)
-    for (int r = 0; r < kLanes; ++r) out[i * ld + r] = PairAt(rows[r] + 2 * i);
+  for (; c < n; ++c)
+    for (int r = 0; r < kLanes; ++r) out[c * ld + r] = PairAt(rows[r] + 2 * c);
 }
 
 }  // namespace

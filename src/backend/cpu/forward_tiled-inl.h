@@ -131,10 +131,8 @@ class TiledForward {
       for (int r = 0; r < width; r += kLanes) {
         FetchRows<bfloat16>(p_.q, p_.D, g0 + r + kRowsAhead);
         const bfloat16* rows[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const int at = g0 + r + i;
-          rows[i] = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[at], x_.tile.query[at]);
-        }
+        for (int i = 0; i < kLanes; ++i)
+          rows[i] = QueryRow<bfloat16>(p_, p_.q, x_.tile.b, x_.tile.head[g0 + r + i], x_.tile.query[g0 + r + i]);
         PackTransposedPairs(rows, p_.D / 2, to + r, width);
       }
     }
@@ -304,6 +302,37 @@ class TiledForward {
     job_.partials.l[at] = -1.f;
   }
 
+  // S = K Q^T for the entries [lo, hi), W vectors of rows from number c0 of a group of NR on; raises their maxima.
+  template <int W, int NR, bool kPairs>
+  HWY_NOINLINE void Scores(const KeyBlock& block, int g0, int c0, int lo, int hi, VF (&max)[W]) {
+    constexpr int kWidth = NR * kLanes;
+    float* S = x_.s + c0 * kLanes;
+    const VF scale = hn::Set(df, p_.scale * kLog2e);
+    VF m[W];  // of our own: the stores of the scores could change `max`
+    MFA_UNROLL
+    for (int c = 0; c < W; ++c) m[c] = max[c];
+    ForRowTiles<kTallRows<W>>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
+      upcoming_.Fetch(ScoreWork(MR));
+      const auto store = [&](int r, int c, VF s) HWY_ATTR {
+        if constexpr (kPairs) s = hn::Mul(s, scale);
+        hn::Store(s, df, S + (k + r) * kWidth + c * kLanes);
+        m[c] = hn::Max(s, m[c]);
+      };
+      if constexpr (kPairs) {
+        const uint32_t* q =
+            reinterpret_cast<const uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2) + c0 * kLanes;
+        const StridedRows<bfloat16> rows = reader_.KeyPairs<MR>(block, k);
+        MultiplyTile<MR, W>(rows.first, StepsAdjacent{rows.step}, q, kWidth, p_.D / 2, store);
+      } else {
+        const float* q = x_.q + static_cast<ptrdiff_t>(g0) * p_.D + c0 * kLanes;
+        const StridedRows<float> rows = reader_.Keys<MR>(block, k);
+        MultiplyTile<MR, W>(rows.first, StepsAdjacent{rows.step}, q, kWidth, p_.D, store);
+      }
+    });
+    MFA_UNROLL
+    for (int c = 0; c < W; ++c) max[c] = m[c];
+  }
+
   template <int NR, bool kPairs>
   HWY_NOINLINE void Group(const KeyBlock& block, int g0, const BlockKeys& keys, bool masked, bool skip_hidden) {
     constexpr int kWidth = NR * kLanes;
@@ -327,25 +356,33 @@ class TiledForward {
       for (int c = 0; c < NR; ++c)
         PackBias(p_, x_.tile, g0 + c * kLanes, reader_.block(), lo, hi - lo, x_.bias + c * kLanes, kWidth);
 
+    const bool drops = p_.dropout_p > 0.f;
+    // What looks at all scores, or takes them all.
+    const bool whole = keys.full || masked || skip_hidden || drops || reader_.block().listed || block.v_rows ||
+                       job_.floors || job_.out->probs || p_.Dv % kTileRows != 0;
+    const VectorKeys<NR> taken = whole ? VectorKeys<NR>(keys) : VectorKeys<NR>(x_.tile, g0, reader_.block().k0, keys);
+
     // S = K Q^T
-    const bool plain = keys.full && !masked && !steps_.any();
-    const VF scale = hn::Set(df, p_.scale * kLog2e);
-    const auto store_scores = [&](int k, int c, VF s) HWY_ATTR {
-      if constexpr (kPairs) s = hn::Mul(s, scale);
-      hn::Store(s, df, S + k * kWidth + c * kLanes);
-      block_m[c] = hn::Max(s, block_m[c]);
+    const bool plain = !masked && !steps_.any();
+    const int32_t* key_of = reader_.block().list.key;
+    const auto scores = [&]<int C0, int C1>(int k, int end, bool ragged) HWY_ATTR {
+      if (k >= end) return;
+      VF max[C1 - C0], before[C1 - C0];
+      MFA_UNROLL
+      for (int c = C0; c < C1; ++c) max[c - C0] = before[c - C0] = block_m[c];
+      Scores<C1 - C0, NR, kPairs>(block, g0, C0, k, end, max);
+      if (ragged)
+        HideBeyondIntervals<C1 - C0>(x_.tile, g0 + C0 * kLanes, key_of, k, end, S + C0 * kLanes, kWidth, before);
+      MFA_UNROLL
+      for (int c = C0; c < C1; ++c) block_m[c] = ragged ? before[c - C0] : max[c - C0];
     };
-    ForRowTiles<kTallRows<NR>>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
-      upcoming_.Fetch(ScoreWork(MR));
-      const auto store = [&](int r, int c, VF s) HWY_ATTR { store_scores(k + r, c, s); };
-      if constexpr (kPairs) {
-        const uint32_t* q = reinterpret_cast<const uint32_t*>(x_.q) + static_cast<ptrdiff_t>(g0) * (p_.D / 2);
-        const StridedRows<bfloat16> rows = reader_.KeyPairs<MR>(block, k);
-        MultiplyTile<MR, NR>(rows.first, StepsAdjacent{rows.step}, q, kWidth, p_.D / 2, store);
+    taken.ForRuns([&]<int C0, int C1>(int k, int end) HWY_ATTR {
+      if constexpr (C1 - C0 == NR) {
+        scores.template operator()<C0, C1>(k, taken.from, plain);
+        scores.template operator()<C0, C1>(taken.from, taken.to, false);
+        scores.template operator()<C0, C1>(taken.to, end, plain);
       } else {
-        const float* q = x_.q + static_cast<ptrdiff_t>(g0) * p_.D;
-        const StridedRows<float> rows = reader_.Keys<MR>(block, k);
-        MultiplyTile<MR, NR>(rows.first, StepsAdjacent{rows.step}, q, kWidth, p_.D, store);
+        scores.template operator()<C0, C1>(k, end, plain);
       }
     });
     if (!plain) {
@@ -353,11 +390,8 @@ class TiledForward {
       for (int c = 0; c < NR; ++c) block_m[c] = hn::Set(df, -kInf);
       if (windows) {
         HideBeyondWindows<NR>(x_.tile, g0, reader_.block(), lo, hi, S, kWidth, block_m);
-      } else if (!masked && !steps_.any()) {
-        HideBeyondIntervals<NR>(x_.tile, g0, reader_.block().list.key, lo, hi, S, kWidth, block_m);
       } else {
-        ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, reader_.block().list.key, lo, hi, x_.bias, mask, S, kWidth,
-                            block_m, nullptr);
+        ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, key_of, lo, hi, x_.bias, mask, S, kWidth, block_m, nullptr);
       }
     }
     if (HWY_UNLIKELY(job_.floors != nullptr)) return selector_.Add<NR>(S, g0, lo, hi);
@@ -378,29 +412,15 @@ class TiledForward {
       safe[c] = FiniteOrZero(block_m[c]);
       block_l[c] = hn::Zero(df);
     }
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(S);  // pair t takes the place of row t, read before
-    const bool drops = p_.dropout_p > 0.f;
-    if constexpr (kPairs) {
-      MFA_NO_UNROLL
-      for (int k = pair_lo; k < pair_hi; k += 2) {
-        MFA_UNROLL
-        for (int c = 0; c < NR; ++c) {
-          float* at = S + k * kWidth + c * kLanes;
-          const VF e = Exp2<true>(hn::Sub(hn::Load(df, at), safe[c]));
-          const VF f = Exp2<true>(hn::Sub(hn::Load(df, at + kWidth), safe[c]));
-          block_l[c] = hn::Add(hn::Add(block_l[c], e), f);
-          if (HWY_UNLIKELY(drops)) {
-            hn::Store(e, df, at);
-            hn::Store(f, df, at + kWidth);
-          } else {
-            hn::Store(PackPairs(e, f), du, pairs + k / 2 * kWidth + c * kLanes);
-          }
-        }
-      }
-    } else if (p_.dtype == DType::f32) {
-      BlockExponentials<NR, false>(S, lo, hi, safe, block_l);
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(S);
+    int from[NR], to[NR];
+    taken.template Bounds<kPairs ? 2 : 1>(from, to);
+    if (kPairs && HWY_LIKELY(!drops)) {
+      PairExponentials<NR>(S, taken, safe, block_l);
+    } else if (!kPairs && p_.dtype == DType::f32) {
+      BlockExponentials<NR, false>(S, from, to, safe, block_l);
     } else {
-      BlockExponentials<NR, true>(S, lo, hi, safe, block_l);
+      BlockExponentials<NR, true>(S, from, to, safe, block_l);
     }
     if (drops) {
       ApplyDropout(p_, x_.tile, g0, kWidth, reader_.block().list.key, lo, hi, S, kWidth);
@@ -444,11 +464,11 @@ class TiledForward {
     const auto multiply = [&]<int MR>(const auto* v, const auto* P, int steps, int d) HWY_ATTR {
       upcoming_.Fetch(ValueWork(MR, hi - lo));
       const auto store = [&](int r, int c, VF acc) HWY_ATTR { merge(d + r, c, acc); };
-      if (HWY_UNLIKELY(skip_hidden)) {
-        MultiplyVisibleTile<MR, NR>(v, pair_lo, P, steps, x_.seen, store);
-      } else {
-        MultiplyTile<MR, NR>(v, RowsInPanels{kValuePanel}, P, kWidth, steps, store);
+      if (HWY_UNLIKELY(skip_hidden)) return MultiplyVisibleTile<MR, NR>(v, pair_lo, P, steps, x_.seen, store);
+      if constexpr (NR > 1 && MR == kTileRows) {
+        if (!taken.same) return MultiplyStairs<MR, NR>(v, RowsInPanels{kValuePanel}, P, kWidth, taken, store);
       }
+      MultiplyTile<MR, NR>(v, RowsInPanels{kValuePanel}, P, kWidth, steps, store);
     };
     ForRowTiles<kTallRows<NR>>(0, p_.Dv, [&]<int MR>(int d) HWY_ATTR {
       if constexpr (kPairs) {

@@ -11,6 +11,7 @@
 #include "backend/cpu/tile-inl.h"
 #include "backend/cpu/rows-inl.h"
 #include "backend/cpu/scores-inl.h"
+#include "backend/cpu/vector_keys-inl.h"
 #include "backend/cpu/upcoming_rows-inl.h"
 #include "backend/cpu/key_block-inl.h"
 #include "backend/cpu/block_reader-inl.h"

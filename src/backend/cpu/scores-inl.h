@@ -370,15 +370,11 @@ template <int NR>
 HWY_INLINE void HideBeyondIntervals(const RowTile& t, int r0, const int32_t* key_of, int lo, int hi, float* S,
                                     ptrdiff_t ld, VF (&row_max)[NR]) {
   VI begin[NR], end[NR];
-  int32_t all_from = 0, all_to = INT32_MAX;
   for (int c = 0; c < NR; ++c) {
     begin[c] = hn::Load(di, t.begin + r0 + c * kLanes);
     end[c] = hn::Load(di, t.end + r0 + c * kLanes);
   }
-  for (int r = r0; r < r0 + NR * kLanes; ++r) {
-    all_from = Max(all_from, t.begin[r]);
-    all_to = Min(all_to, t.end[r]);
-  }
+  const LaneIntervals seen(t, r0, NR * kLanes);
   const auto compare = [&](int k) HWY_ATTR {
     const VI key = hn::Set(di, key_of[k]);
     for (int c = 0; c < NR; ++c) {
@@ -390,8 +386,8 @@ HWY_INLINE void HideBeyondIntervals(const RowTile& t, int r0, const int32_t* key
     }
   };
   int k = lo;
-  for (; k < hi && key_of[k] < all_from; ++k) compare(k);
-  for (; k < hi && key_of[k] < all_to; ++k)
+  for (; k < hi && key_of[k] < seen.all_from; ++k) compare(k);
+  for (; k < hi && key_of[k] < seen.all_to; ++k)
     for (int c = 0; c < NR; ++c) row_max[c] = hn::Max(hn::Load(df, S + k * ld + c * kLanes), row_max[c]);
   for (; k < hi; ++k) compare(k);
 }

@@ -222,8 +222,8 @@ HWY_INLINE void UnpackTransposed(const float* in, ptrdiff_t ld, int n, const flo
 // ---- functions
 // --------------------------------------------------------------------------------------------------
 // 2^x of each vector by a minimax polynomial on [-1/2, 1/2], exact at 0: relative error 1e-7, or 3e-6 with `kHalf`,
-// which is enough for results in 16 bits. Results below 2^-126 and x = -inf give 0; NaN stays NaN (the order of the
-// operands of Max matters for that on x86). Several vectors go step by step: one alone is a chain of dependent
+// which is enough for results in 16 bits. x < inf; results below 2^-126 and x = -inf give 0; NaN stays NaN (the order
+// of the operands of Max matters for that on x86). Several vectors go step by step: one alone is a chain of dependent
 // operations, longer than the processor looks ahead to the next.
 template <bool kHalf = false, int N>
 HWY_INLINE void Exp2All(VF (&x)[N]) {
@@ -235,9 +235,12 @@ HWY_INLINE void Exp2All(VF (&x)[N]) {
   constexpr int kDegree = kHalf ? 4 : 5;
   VF f[N], p[N];
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
-  // -inf has the remainder 0, so the polynomial stays finite.
+  VF whole[N];
   MFA_UNROLL
-  for (int i = 0; i < N; ++i) f[i] = VF{_mm512_reduce_ps(x[i].raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  for (int i = 0; i < N; ++i)
+    whole[i] = VF{_mm512_roundscale_ps(x[i].raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  MFA_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = hn::Sub(x[i], whole[i]);  // NaN of -inf, whose result is masked
 #else
   const VF magic = hn::Set(df, 12582912.f + 127.f);  // 1.5 * 2^23 rounds to an integer; 127 is the exponent's bias
   VF shifted[N];
@@ -259,7 +262,7 @@ HWY_INLINE void Exp2All(VF (&x)[N]) {
   for (int i = 0; i < N; ++i) {
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
     const __mmask16 normal = _mm512_cmp_ps_mask(x[i].raw, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
-    x[i] = VF{_mm512_maskz_scalef_ps(normal, p[i].raw, hn::Sub(x[i], f[i]).raw)};
+    x[i] = VF{_mm512_maskz_scalef_ps(normal, p[i].raw, whole[i].raw)};
 #else
     // 127 + n sits in the low bits of `shifted`: in the exponent field it makes 2^n, and 0 for n = -127.
     x[i] = hn::Mul(p[i], hn::BitCast(df, hn::ShiftLeft<23>(hn::BitCast(di, shifted[i]))));
@@ -290,15 +293,22 @@ HWY_INLINE VF Tanh(VF x) {
 // True if any of the rows [0, n) x [0, width) holds a NaN or an infinity.
 template <class T>
 HWY_INLINE bool AnyNonFinite(const T* data, ptrdiff_t stride, int n, int width) {
-  VF sum = hn::Zero(df);
+  constexpr int kChains = 4;  // one chain of additions would wait for each of them
+  VF sum[kChains];
+  for (VF& chain : sum) chain = hn::Zero(df);
   float tail = 0.f;
   for (int i = 0; i < n; ++i) {
     const T* row = data + i * stride;
     int c = 0;
-    for (; c + kLanes <= width; c += kLanes) sum = hn::MulAdd(LoadFloat(row + c), hn::Zero(df), sum);
+    for (; c + kChains * kLanes <= width; c += kChains * kLanes) {
+      MFA_UNROLL
+      for (int j = 0; j < kChains; ++j) sum[j] = hn::MulAdd(LoadFloat(row + c + j * kLanes), hn::Zero(df), sum[j]);
+    }
+    for (; c + kLanes <= width; c += kLanes) sum[0] = hn::MulAdd(LoadFloat(row + c), hn::Zero(df), sum[0]);
     for (; c < width; ++c) tail += to_float(row[c]) * 0.f;
   }
-  return !hn::AllTrue(df, hn::Eq(sum, sum)) || tail != tail;
+  const VF all = hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3]));
+  return !hn::AllTrue(df, hn::Eq(all, all)) || tail != tail;
 }
 HWY_INLINE bool AnyNonFinite(const bfloat16* data, ptrdiff_t stride, int n, int width) {
   const hn::ScalableTag<uint16_t> d16;

@@ -142,16 +142,29 @@ template <class Rows>
 HWY_INLINE void PackPairPanels(const Rows& rows, int lo, int hi, int first, int last, int columns,
                                ptrdiff_t panel_stride, bfloat16* out) {
   const hn::CappedTag<uint32_t, kTileRows> d;
-  alignas(64) static constexpr bfloat16 kZeros[640] = {};
+  static constexpr bfloat16 kZeros[640] = {};
   const int whole = hn::MaxLanes(d) == kTileRows ? columns / kTileRows : 0;
   for (int r = lo; r < hi; r += 2) {
     const bfloat16* even = r >= first ? rows.At(r) : kZeros;
     const bfloat16* odd = r + 1 < last ? rows.At(r + 1) : kZeros;
     bfloat16* to = out + r * kTileRows;
-    MFA_UNROLL_4
-    for (int i = 0; i < whole; ++i, to += panel_stride)
-      hn::StoreU(LoadPairs(d, even + i * kTileRows, odd + i * kTileRows), d, reinterpret_cast<uint32_t*>(to));
-    for (int c = whole * kTileRows; c < columns; c += kTileRows, to += panel_stride)
+    int c = 0;
+    if constexpr (kInterleavesRows && 2 * kTileRows == kLanes) {
+      const hn::Half<DU> half;
+      MFA_UNROLL_4
+      for (; c + 4 <= whole; c += 4) {
+        VU pairs[2];
+        InterleaveRows(even + c * kTileRows, odd + c * kTileRows, pairs[0], pairs[1]);
+        for (const VU x : pairs) {
+          hn::StoreU(hn::LowerHalf(half, x), half, reinterpret_cast<uint32_t*>(to));
+          hn::StoreU(hn::UpperHalf(half, x), half, reinterpret_cast<uint32_t*>(to + panel_stride));
+          to += 2 * panel_stride;
+        }
+      }
+    }
+    for (; c < whole; ++c, to += panel_stride)
+      hn::StoreU(LoadPairs(d, even + c * kTileRows, odd + c * kTileRows), d, reinterpret_cast<uint32_t*>(to));
+    for (c *= kTileRows; c < columns; c += kTileRows, to += panel_stride)
       for (int i = 0; i < kTileRows; ++i) {
         to[2 * i] = c + i < columns ? even[c + i] : bfloat16{0};
         to[2 * i + 1] = c + i < columns ? odd[c + i] : bfloat16{0};

@@ -56,6 +56,24 @@ void for_each_shape(Visit visit) {
             visit(shape(B, G * Hkv, Hkv, Nq, Nk));
 }
 
+TEST(PlanForward, SmallerTilesComeLastWhereRowsSeeAsManyKeys) {
+  for (int variant = 0; variant < 3; ++variant) {
+    AttentionProblem p = shape(2, 8, 4, 2000, 4096);
+    p.causal = variant > 0;
+    if (variant == 2) p.window_left = 256;
+    const ForwardPlan plan = plan_forward(p, all_traits()[0], 2, false);
+    ASSERT_NE(plan.rows % plan.row_tile, 0);
+    std::vector<int64_t> met(static_cast<size_t>(plan.tiles.count()));
+    for (int64_t index = 0; index < plan.tiles.count(); ++index) {
+      const TileMap::Place place = plan.tiles.locate(index);
+      ++met[static_cast<size_t>((place.b * p.Hkv + place.kv_head) * plan.row_tiles + place.tile)];
+      const bool smaller = place.tile == plan.row_tiles - 1;
+      EXPECT_EQ(smaller, variant == 1 ? index % plan.row_tiles == 0 : index >= plan.tiles.count() - 8) << index;
+    }
+    for (int64_t count : met) EXPECT_EQ(count, 1);
+  }
+}
+
 TEST(PlanForward, TasksCoverEveryRowAndKeyBlockOnce) {
   for_each_shape([](const AttentionProblem& p) {
     for (const CpuKernelTraits& cpu : all_traits()) {

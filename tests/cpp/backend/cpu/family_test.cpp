@@ -106,6 +106,8 @@ void expect_bits_of_mask(const AttentionCase& c) {
   AttentionProblem masked = p;
   masked.blocks = BlockListRef{};
   masked.neighbourhood = Neighbourhood{};
+  masked.causal = false;
+  masked.window_left = masked.window_right = -1;
   const int64_t Nq = p.Nq, Nk = p.Nk;
   masked.mask = {mask.data(), {p.Hq * Nq * Nk, Nq * Nk, Nk, 1}};
   for (int threads : {1, 3}) {
@@ -115,6 +117,33 @@ void expect_bits_of_mask(const AttentionCase& c) {
   const bool wants_probs = true;
   const ForwardResults sparse = testing::run_forward(p, wants_probs), other = testing::run_forward(masked, wants_probs);
   ASSERT_EQ(testing::bytes_of(sparse), testing::bytes_of(other));
+}
+
+// Intervals leave out, at their ends, what single vectors of rows do not see; a mask leaves out nothing.
+TEST_F(CpuFamily, IntervalsHaveTheBitsOfTheMask) {
+  Random random(65);
+  for (int n = 0; n < testing::case_count(40); ++n) {
+    CaseSpec spec;
+    spec.dtype = kTypes[n % 3];
+    spec.Hkv = 2;
+    spec.Hq = random.pick({2, 6});
+    spec.Nq = random.pick({60, 130, 401});
+    spec.Nk = random.pick({59, 130, 403, 700});
+    spec.D = random.pick({40, 64});
+    spec.Dv = random.pick({64, 72, 77});
+    spec.causal = random.chance(0.6);
+    spec.window_left = random.pick({-1, 0, 5, 33, 100, 256});
+    spec.window_right = random.pick({-1, -1, 0, 7, 100});
+    spec.kv_lengths = random.chance(0.2);
+    spec.alibi = random.chance(0.2);
+    spec.softcap = random.pick({0.f, 0.f, 5.f});
+    const AttentionCase c(spec, random.bits());
+    testing::for_each_isa([&](const std::string& isa) {
+      SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+      expect_bits_of_mask(c);
+    });
+    if (HasFailure()) return;
+  }
 }
 
 TEST_F(CpuFamily, BlockListsHaveTheBitsOfTheMask) {
