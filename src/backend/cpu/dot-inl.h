@@ -17,12 +17,23 @@ HWY_INLINE hn::Vec256<float> DotPairs(hn::Vec256<float> acc, hn::Vec256<uint32_t
   return hn::Vec256<float>{
       _mm256_dpbf16_ps(acc.raw, reinterpret_cast<__m256bh>(a.raw), reinterpret_cast<__m256bh>(b.raw))};
 }
+// Both rounded to bfloat16, one after the other; and as pairs.
+HWY_INLINE __m512i RoundBoth(VF first, VF second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
+}
+HWY_INLINE VU Interleave(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return VU{_mm512_permutexvar_epi16(order, halves)};
+}
 // Lane i: (first[i], second[i]) rounded to bfloat16.
-HWY_INLINE VU PackPairs(VF first, VF second) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
-  return VU{_mm512_permutexvar_epi16(interleave, halves)};
+HWY_INLINE VU PackPairs(VF first, VF second) { return Interleave(RoundBoth(first, second)); }
+// The same, and stores both as rows of kLanes, aligned to their size.
+HWY_INLINE VU PackPairsAndRows(VF first, VF second, bfloat16* first_row, bfloat16* second_row) {
+  const __m512i halves = RoundBoth(first, second);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(first_row), _mm512_castsi512_si256(halves));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(second_row), _mm512_extracti64x4_epi64(halves, 1));
+  return Interleave(halves);
 }
 #else
 #ifndef MFA_NATIVE_BF16  // 1, by the compiler's flags: test what uses pairs on a processor without them
@@ -44,6 +55,11 @@ HWY_INLINE VU RoundToBf16(VF x) {  // in the high half
 HWY_INLINE VU PackPairs(VF first, VF second) {
   return hn::Or(hn::ShiftRight<16>(RoundToBf16(first)), RoundToBf16(second));
 }
+HWY_INLINE VU PackPairsAndRows(VF first, VF second, bfloat16* first_row, bfloat16* second_row) {
+  StoreFloat(first, first_row);
+  StoreFloat(second, second_row);
+  return PackPairs(first, second);
+}
 #endif
 constexpr bool kNativeBf16 = MFA_NATIVE_BF16;
 
@@ -61,6 +77,22 @@ HWY_INLINE uint32_t PairAt(const bfloat16* p) {
   uint32_t pair;
   __builtin_memcpy(&pair, p, sizeof(pair));
   return pair;
+}
+
+// out[c * ld + r] = (rows[r][2c], rows[r][2c + 1]) for r < kLanes, c < n.
+HWY_INLINE void PackTransposedPairs(const bfloat16* const* rows, int n, uint32_t* out, ptrdiff_t ld) {
+  int c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    VF v[kLanes];  // only moved: what the bits mean as floats does not matter
+    MFA_UNROLL
+    for (int r = 0; r < kLanes; ++r)
+      v[r] = hn::BitCast(df, hn::LoadU(du, reinterpret_cast<const uint32_t*>(rows[r] + 2 * c)));
+    Transpose(v);
+    MFA_UNROLL
+    for (int r = 0; r < kLanes; ++r) hn::Store(hn::BitCast(du, v[r]), du, out + (c + r) * ld);
+  }
+  for (; c < n; ++c)
+    for (int r = 0; r < kLanes; ++r) out[c * ld + r] = PairAt(rows[r] + 2 * c);
 }
 
 }  // namespace

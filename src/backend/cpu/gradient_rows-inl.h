@@ -13,6 +13,31 @@ HWY_INLINE void StoreRow(const float* x, int width, float factor, T* row) {
   for (; d < width; ++d) StoreScalar(x[d] * factor, row + d);
 }
 
+// `count` rows of dk and dv from key k0 on, of a KV head with `key_rows` of them.
+struct KeyGradientRows {
+  int b, kv_head;
+  int64_t k0;
+  int count;
+  int64_t key_rows;
+
+  // Writes `from` [count][padded width] times `factor` to the output, or `apart` where the gradient is summed over the
+  // sequences that share a page: see PageGradientTask.
+  void Write(const BackwardJob& job, const MutableTensorRef& to, float* apart, const float* from, int width,
+             float factor) const {
+    if (!to.data) return;
+    const AttentionProblem& p = *job.problem;
+    const ptrdiff_t padded = RoundUp(width, kLanes);
+    if (apart) {
+      const int64_t first = job.key_offsets[b] * p.Hkv + kv_head * key_rows + k0;
+      for (int k = 0; k < count; ++k) StoreRow(from + k * padded, width, factor, apart + (first + k) * width);
+      return;
+    }
+    WithType(p.dtype, [&]<class T>(T*) HWY_ATTR {
+      for (int k = 0; k < count; ++k) StoreRow(from + k * padded, width, factor, KeyRow<T>(p, to, b, kv_head, k0 + k));
+    });
+  }
+};
+
 // The gradient of one page of one KV head, the sum over the sequences that have it, in their order.
 void PageGradientTask(const BackwardJob& job, int64_t task) {
   const AttentionProblem& p = *job.problem;
