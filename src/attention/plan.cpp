@@ -118,7 +118,9 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CpuKernelTraits& cpu
   const int64_t heads = int64_t{p.B} * p.Hkv;
   const int32_t blocks = ceil_div(p.Nk, kKeyBlock);
   plan.rows = int64_t{p.Hq / p.Hkv} * p.Nq;
-  plan.native_bf16 = multiplies_pairs(p, cpu) && p.Dv % 2 == 0;
+  // Of a few keys dS is little more than the difference of two sums, and float32 costs next to nothing.
+  constexpr int32_t kFewKeys = 64;
+  plan.native_bf16 = multiplies_pairs(p, cpu) && p.Dv % 2 == 0 && p.Nk >= kFewKeys;
   RowTiling& t = plan.tiling;
   share_heads(p, t);
   t.tile = cpu.backward_row_tile;

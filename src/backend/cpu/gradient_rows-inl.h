@@ -67,9 +67,43 @@ void PageGradientTask(const BackwardJob& job, int64_t task) {
   sum(job.out->dv, job.dv_rows, p.Dv);
 }
 
+// DeltaRows() by the products that give dP, in their order: where a row sees one key alone, so that O is its value, dS
+// is exactly zero.
+void DeltaRowsOfPairs(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
+  const AttentionProblem& p = *job.problem;
+  const int64_t length = p.query_starts ? p.packed_queries : p.Nq;  // rows of a head
+  constexpr int kPairs = 64;                                        // transposed at a time
+  alignas(64) uint32_t o[kPairs * kLanes], d_o[kPairs * kLanes];
+  alignas(64) float sums[kLanes];
+  for (int64_t first = begin; first < end; first += kLanes) {
+    VF sum = hn::Zero(df);
+    for (int c = 0; c < p.Dv / 2; c += kPairs) {
+      const bfloat16 *o_rows[kLanes], *d_o_rows[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        const int64_t i = Min(first + r, end - 1);
+        const int64_t b = i / length / p.Hq, h = i / length % p.Hq, n = i % length;
+        const auto row = [&](const TensorRef& x) {
+          return static_cast<const bfloat16*>(x.data) + b * x.stride[0] + h * x.stride[1] + n * x.stride[2] + 2 * c;
+        };
+        o_rows[r] = row(job.in->o);
+        d_o_rows[r] = row(job.in->d_o);
+      }
+      const int pairs = Min(kPairs, p.Dv / 2 - c);
+      PackTransposedPairs(o_rows, pairs, o, kLanes);
+      PackTransposedPairs(d_o_rows, pairs, d_o, kLanes);
+      for (int i = 0; i < pairs; ++i) sum = Accumulate(LoadStep(o + i * kLanes), LoadStep(d_o + i * kLanes), sum);
+    }
+    hn::Store(sum, df, sums);
+    for (int64_t i = first; i < Min<int64_t>(end, first + kLanes); ++i)
+      delta[i] = sums[i - first] - (job.in->dlse ? job.in->dlse[i] : 0.f);
+  }
+}
+
 // delta = sum_d dO O - dlse for rows [begin, end) of lse.
 template <class T>
 void DeltaRows(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
+  if constexpr (kNativeBf16 && std::is_same_v<T, bfloat16>)
+    if (job.plan.native_bf16) return DeltaRowsOfPairs(job, begin, end, delta);
   const AttentionProblem& p = *job.problem;
   const int64_t length = p.query_starts ? p.packed_queries : p.Nq;  // rows of a head
   for (int64_t i = begin; i < end; ++i) {

@@ -264,6 +264,9 @@ TEST(PlanBackward, Bfloat16ProductsNeedTheInstructionTheTypeAndWholePairs) {
   p.Dv = 63;
   EXPECT_FALSE(plan_backward(p, all_traits()[1]).native_bf16) << "pairs of channels of the values";
   p.Dv = 64;
+  p.Nk = 2;
+  EXPECT_FALSE(plan_backward(p, all_traits()[1]).native_bf16) << "few keys";
+  p.Nk = 128;
   const float cosine = 1.f;
   p.rope.cos = &cosine;
   EXPECT_FALSE(plan_backward(p, all_traits()[1]).native_bf16) << "rotated rows would have to be rounded";
