@@ -69,7 +69,7 @@ void PageGradientTask(const BackwardJob& job, int64_t task) {
 
 // DeltaRows() by the products that give dP, in their order: where a row sees one key alone, so that O is its value, dS
 // is exactly zero.
-void DeltaRowsOfPairs(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
+HWY_MAYBE_UNUSED void DeltaRowsOfPairs(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
   const AttentionProblem& p = *job.problem;
   const int64_t length = p.query_starts ? p.packed_queries : p.Nq;  // rows of a head
   constexpr int kPairs = 64;                                        // transposed at a time
