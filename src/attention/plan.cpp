@@ -17,7 +17,7 @@ constexpr int32_t kManyKeys = 1024;
 int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
 // Products of bfloat16 pairs: not of rotated rows, which would have to be rounded, nor where scores are compared with a
-// floor, as the backward computes them again from widened values.
+// floor, as those were computed from widened values.
 bool multiplies_pairs(const AttentionProblem& p, const CpuKernelTraits& cpu) {
   return cpu.native_bf16 && p.dtype == DType::bf16 && p.D % 2 == 0 && !p.rope.cos && !p.score_floor;
 }
@@ -118,6 +118,9 @@ BackwardPlan plan_backward(const AttentionProblem& p, const CpuKernelTraits& cpu
   const int64_t heads = int64_t{p.B} * p.Hkv;
   const int32_t blocks = ceil_div(p.Nk, kKeyBlock);
   plan.rows = int64_t{p.Hq / p.Hkv} * p.Nq;
+  // Of a few keys dS is little more than the difference of two sums, and float32 costs next to nothing.
+  constexpr int32_t kFewKeys = 64;
+  plan.native_bf16 = multiplies_pairs(p, cpu) && p.Dv % 2 == 0 && p.Nk >= kFewKeys;
   RowTiling& t = plan.tiling;
   share_heads(p, t);
   t.tile = cpu.backward_row_tile;

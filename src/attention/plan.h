@@ -57,6 +57,7 @@ struct ForwardPlan {
 ForwardPlan plan_forward(const AttentionProblem& p, const CpuKernelTraits& cpu, int threads, bool wants_probs);
 
 struct BackwardPlan {
+  bool native_bf16 = false;  // products of bfloat16 pairs
   int64_t rows = 0;
   int32_t row_tile = 0;
   int64_t row_tiles = 0;

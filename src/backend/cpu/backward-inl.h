@@ -1,4 +1,5 @@
-// backward-inl.h: gradients of attention, lanes = query rows for the scores, channels for dK and dV.
+// backward-inl.h: gradients of attention, lanes = query rows for the scores, channels for dK and dV. A is the element
+// that the products broadcast: float, or bfloat16 where the processor multiplies pairs; P and dS are rounded for those.
 //
 // A task owns a range of keys of one KV head. For each block of keys it walks the row tiles that see them, recomputes
 //   P = exp2(S - lse),   dS = P (dP - delta),   dP = dO V^T
@@ -9,6 +10,7 @@
 namespace mfa::cpu::MFA_ISA {
 namespace {
 
+template <class A>
 class Backward {
  public:
   Backward(const BackwardJob& job, void* scratch)
@@ -19,8 +21,9 @@ class Backward {
         dv_padded_(RoundUp(p_.Dv, kLanes)),
         q_stride_(d_padded_ + kRowPad),
         d_o_stride_(dv_padded_ + kRowPad),
-        finder_(p_, false),
-        x_(p_, static_cast<char*>(scratch)) {}
+        finder_(p_, kPairs),
+        x_(p_, static_cast<char*>(scratch)),
+        keys_of_block_(p_, job.out->dq.data, x_) {}
 
   size_t scratch_bytes() const { return x_.bytes; }
 
@@ -50,7 +53,8 @@ class Backward {
     const TileMap::Place place = plan.tiles.locate(index);
     SelectSequence(place.b, place.kv_head);
     if (!FillTile(place.tile)) return;
-    float* sum = x_.qt;  // [group][D][width]
+    float* sum = x_.dq;
+    float* row = reinterpret_cast<float*>(x_.q);  // rows of dQ, unpacked
     const int64_t size = int64_t{width_} * p_.D;
     for (int part = 0; part < plan.key_partitions; ++part) {
       const float* from = PartialTile(part, place.tile);
@@ -59,7 +63,7 @@ class Backward {
         hn::Store(part == 0 ? x : hn::Add(hn::Load(df, sum + i), x), df, sum + i);
       }
     }
-    if (job_.ds_rows) CorrectQueries(job_, x_.tile, width_, x_.q, sum);
+    if (job_.ds_rows) CorrectQueries(job_, x_.tile, width_, row, sum);
     alignas(64) float scale[kLanes];
     for (float& f : scale) f = p_.scale;
     const RowTile& t = x_.tile;
@@ -71,7 +75,7 @@ class Backward {
           const float* from = sum + static_cast<ptrdiff_t>(g0) * p_.D + r;
           if (RotatesQueries(p_)) {
             float* turned[kLanes];
-            for (int i = 0; i < real; ++i) turned[i] = x_.q + i * q_stride_;
+            for (int i = 0; i < real; ++i) turned[i] = row + i * q_stride_;
             UnpackTransposed(from, width, p_.D, scale, turned, real);
             for (int i = 0; i < real; ++i) {
               Rotate(p_.rope, QueryPosition(p_, t.b, t.query[g0 + r + i]), true, turned[i]);
@@ -89,7 +93,11 @@ class Backward {
     });
   }
 
-  // dbias over one region of the bias: see bias_gradient-inl.h. `row` counts in the default order of RowTiling.
+  // Leading dimension of the scores that VisitScores() shows.
+  static constexpr ptrdiff_t kScoreStride = BackwardScratch<A>::kScoreRows;
+
+  // dbias over one region of the bias: see bias_gradient-inl.h. `row` counts in the default order of RowTiling. Calls
+  // visit(tile, block, r0, rows, keys, dS) for the rows from r0 on and the keys that they see.
   template <class Visit>
   void VisitScores(int b, int head, int64_t row, int count, int64_t k0, int keys, const Visit& visit) {
     SelectSequence(b, head);
@@ -106,13 +114,26 @@ class Backward {
     upcoming_.Clear();
     upcoming_.Spread(1);  // nothing follows
     LoadRows();
-    LoadKeys(k0, keys);
-    SelectKeys();
-    for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0);
-    visit(x_.tile, x_.block, x_.dp);
+    keys_of_block_.Load(b, head, k0, keys);
+    keys_of_block_.Select();
+    for (int g0 = 0; g0 < width_; g0 += kGroupRows)
+      Scores(g0, true, [&](const BlockKeys& seen, int width) {
+        visit(x_.tile, x_.block, g0, Min(width, count - g0), seen, x_.dp + Column(g0));
+      });
   }
 
  private:
+  static constexpr bool kPairs = kPack<A> == 2;
+  // Calls f for the number of vectors of a column group.
+  template <class F>
+  static HWY_INLINE void ForVectors(int vectors, const F& f) {
+    if (vectors == 1) return f.template operator()<1>();
+    if (vectors == 2) return f.template operator()<2>();
+    f.template operator()<kTileVectors>();
+  }
+  // Where the scores of a column group lie in a row of them.
+  static constexpr int Column(int g0) { return kPairs ? 0 : g0; }
+
   void SelectSequence(int b, int kv_head) {
     b_ = b;
     kv_head_ = kv_head;
@@ -143,113 +164,52 @@ class Backward {
     return count > 0;
   }
 
-  // The keys [k0, k0 + keys), all of which the sequence has.
-  void LoadKeys(int64_t k0, int keys) {
-    const ptrdiff_t d = d_padded_, d_v = dv_padded_;
-    WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-      const StridedRows<T> rows{keys > 0 ? KeyRow<T>(p_, p_.k, b_, kv_head_, k0) : nullptr, p_.k.stride[2]};
-      const StridedRows<T> values{keys > 0 ? KeyRow<T>(p_, p_.v, b_, kv_head_, k0) : nullptr, p_.v.stride[2]};
-      if (GathersRows(p_) || RotatesKeys(p_)) {
-        const T* table[kBackwardKeys];
-        KeyList list;
-        for (int k = 0; k < keys; ++k) list.key[k] = static_cast<int32_t>(k0) + k;
-        KeyRows(p_, p_.k, b_, kv_head_, list, 0, keys, table);
-        GatherKeys(p_, b_, list, table, 0, keys, x_.k, d);
-        k_ = x_.k;
-        k_stride_ = d;
-        if (GathersRows(p_)) {
-          KeyRows(p_, p_.v, b_, kv_head_, list, 0, keys, table);
-          for (int k = 0; k < keys; ++k) WidenRow(table[k], p_.Dv, x_.v + k * d_v);
-          v_ = x_.v;
-          v_stride_ = d_v;
-          return;
-        }
-      } else {
-        k_ = WidenBlock<T>(rows, 0, keys, p_.D, x_.k, &k_stride_);
-      }
-      v_ = WidenBlock<T>(values, 0, keys, p_.Dv, x_.v, &v_stride_);
-    });
-    block_k_ = k_;
-    block_v_ = v_;
-    block_k_stride_ = k_stride_;
-    block_v_stride_ = v_stride_;
-    packed_block_ = false;
-  }
-
-  // Makes k_, v_ and the panels those of the entries that the tile sees: of a run the block's own, of a list copies.
-  void SelectKeys() {
-    const TileBlock& block = x_.block;
-    const bool panels = job_.out->dq.data;
-    if (!block.listed) {
-      k_ = block_k_;
-      v_ = block_v_;
-      k_stride_ = block_k_stride_;
-      v_stride_ = block_v_stride_;
-      if (panels && !packed_block_) {
-        const int keys = static_cast<int>(Min<int64_t>(kBackwardKeys, keys_ - block.k0));
-        PackPanels<float>(StridedRows<float>{k_, k_stride_}, 0, keys, p_.D, kKeyPanel, x_.k_panels);
-        packed_block_ = true;
-      }
-      return;
-    }
-    for (int c = block.all.lo; c < block.all.hi; ++c) {
-      const int64_t k = block.list.key[c] - block.k0;
-      WidenRow(block_k_ + k * block_k_stride_, p_.D, x_.listed_k + c * ptrdiff_t{d_padded_});
-      WidenRow(block_v_ + k * block_v_stride_, p_.Dv, x_.listed_v + c * ptrdiff_t{dv_padded_});
-    }
-    k_ = x_.listed_k;
-    v_ = x_.listed_v;
-    k_stride_ = d_padded_;
-    v_stride_ = dv_padded_;
-    if (!panels) return;
-    PackPanels<float>(StridedRows<float>{k_, k_stride_}, block.all.lo, block.all.hi, p_.D, kKeyPanel, x_.k_panels);
-    packed_block_ = false;
-  }
   // The number within the block of entry c.
   int BlockKey(int c) const { return x_.block.listed ? static_cast<int>(x_.block.list.key[c] - x_.block.k0) : c; }
 
   // Packs the rows of the tile. Rows that see no key have no gradient: they are zero here, whatever they hold.
   void LoadRows() {
     const RowTile& t = x_.tile;
+    bool live[kBackwardRowTile];
     for (int r = 0; r < width_; ++r) {
-      float* q = x_.q + r * q_stride_;
-      float* d_o = x_.d_o + r * d_o_stride_;
       const int64_t index = row_index(p_, t.b, t.head[r], t.query[r]);
       const float lse = job_.in->lse[index];
-      const bool live = r < t.count && t.begin[r] < t.end[r] && lse != -kInf;
-      x_.lse[r] = !live ? kInf : job_.in->lse_base2 ? lse : Base2Lse(lse);
-      x_.delta[r] = live ? job_.delta[index] : 0.f;
-      if (live) {
-        WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-          LoadQuery<T>(p_, t.b, t.head[r], t.query[r], q);
-          WidenRow(QueryRow<T>(p_, job_.in->d_o, t.b, t.head[r], t.query[r]), p_.Dv, d_o);
-        });
+      live[r] = r < t.count && t.begin[r] < t.end[r] && lse != -kInf;
+      x_.lse[r] = !live[r] ? kInf : job_.in->lse_base2 ? lse : Base2Lse(lse);
+      x_.delta[r] = live[r] ? job_.delta[index] : 0.f;
+    }
+    WithElement<A>(p_.dtype, [&]<class T>(T*) HWY_ATTR {
+      const auto row = [&](const TensorRef& x, int r) {
+        return live[r] ? QueryRow<T>(p_, x, t.b, t.head[r], t.query[r]) : ZeroRow<T>();
+      };
+      if constexpr (kPairs) {
+        PackRows([&](int r) { return row(p_.q, r); }, width_, p_.D, 1.f, x_.qt, x_.q, q_stride_);
+        PackRows([&](int r) { return row(job_.in->d_o, r); }, width_, p_.Dv, 1.f, x_.dot, x_.d_o, d_o_stride_);
       } else {
-        for (int i = 0; i < d_padded_; i += kLanes) hn::Store(hn::Zero(df), df, q + i);
-        for (int i = 0; i < dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, d_o + i);
+        const auto load_q = [&](int r, float* out) HWY_ATTR {
+          WidenRow(row(p_.q, r), p_.D, out);
+          if (live[r] && RotatesQueries(p_)) Rotate(p_.rope, QueryPosition(p_, t.b, t.query[r]), false, out);
+        };
+        const auto load_d_o = [&](int r, float* out) HWY_ATTR { WidenRow(row(job_.in->d_o, r), p_.Dv, out); };
+        PackRows(load_q, width_, p_.D, p_.scale * kLog2e, x_.qt, x_.q, q_stride_);
+        PackRows(load_d_o, width_, p_.Dv, 1.f, x_.dot, x_.d_o, d_o_stride_);
       }
-    }
-    for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
-      const int width = Min(kGroupRows, width_ - g0);
-      for (int r = 0; r < width; r += kLanes) {
-        const float *q[kLanes], *d_o[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          q[i] = x_.q + (g0 + r + i) * q_stride_;
-          d_o[i] = x_.d_o + (g0 + r + i) * d_o_stride_;
-        }
-        PackTransposed(q, p_.D, p_.scale * kLog2e, x_.qt + static_cast<ptrdiff_t>(g0) * p_.D + r, width);
-        PackTransposed(d_o, p_.Dv, 1.f, x_.dot + static_cast<ptrdiff_t>(g0) * p_.Dv + r, width);
-      }
-    }
+    });
+  }
+  bool AnyNonFiniteRow() const {
+    const auto any = [&](const Lane<A>* rows, int stride, int width) {
+      return AnyNonFinite(reinterpret_cast<const A*>(rows), ptrdiff_t{stride} * kPack<A>, width_ / kPack<A>,
+                          width * kPack<A>);
+    };
+    return any(x_.q, q_stride_, p_.D) || any(x_.d_o, d_o_stride_, p_.Dv);
   }
 
   // `first`: the partials of dQ hold nothing yet. `rows` of dk and dv are written; not all have a key.
   void Keys(int64_t k0, int rows, bool first) {
     const int keys = static_cast<int>(Max<int64_t>(0, Min<int64_t>(rows, keys_ - k0)));
-    LoadKeys(k0, keys);
+    keys_of_block_.Load(b_, kv_head_, k0, keys);
     for (int i = 0; i < rows * d_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dk + i);
     for (int i = 0; i < rows * dv_padded_; i += kLanes) hn::Store(hn::Zero(df), df, x_.dv + i);
-    nonfinite_ = -1;
     if (p_.blocks.offsets && keys > 0) {
       ForListedTiles(k0, keys, [&](int64_t tile) { Tile(tile, k0, keys, first); });
     } else {
@@ -280,117 +240,200 @@ class Backward {
       return;
     }
     LoadRows();
-    SelectKeys();
-    bool hides = !seen.full || steps_.hides() || steps_.cuts;
-    if (hides && nonfinite_ < 0) nonfinite_ = AnyNonFinite(block_k_, block_k_stride_, keys, p_.D);
-    if (hides && nonfinite_ <= 0) {
-      hides = AnyNonFinite(x_.q, q_stride_, width_, p_.D) || AnyNonFinite(x_.d_o, d_o_stride_, width_, p_.Dv);
-    }
+    keys_of_block_.Select();
+    // An odd bound of a pair lets a product touch a key that no row sees.
+    bool hides = !seen.full || steps_.hides() || steps_.cuts || (kPairs && (seen.lo % 2 || seen.hi % 2));
+    if (hides) hides = keys_of_block_.AnyNonFiniteKey() || AnyNonFiniteRow();
     AddNextTile(seen);
-    for (int g0 = 0; g0 < width_; g0 += kGroupRows) Scores(g0);
-    const int32_t* key_of = x_.block.list.key;
-    const auto key_in_block = [this](int c) { return BlockKey(c); };
-    if (job_.dslope_rows)
-      AddSlopeTerms(p_, x_.tile, x_.block.list, seen, x_.dp, RowTerms(p_, job_.dslope_rows, partition_));
-    if (job_.ds_rows) AddRowSums(p_, x_.tile, width_, seen, x_.dp, RowTerms(p_, job_.ds_rows, partition_));
-    if (job_.out->dv.data) {
-      if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, 0, width_, key_of, seen.lo, seen.hi, x_.s, kBackwardRowTile);
-      AddKeyGradients(x_.s, {x_.d_o, d_o_stride_, width_, p_.Dv}, seen, hides, key_in_block, x_.dv);
+    const bool drops = p_.dropout_p > 0.f && job_.out->dv.data;
+    for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
+      Scores(g0, drops || steps_.softcap || job_.dslope_rows,
+             [&](const BlockKeys& keys, int width) HWY_ATTR { AdjustScores(g0, width, keys, drops); });
+      if (job_.ds_rows) AddRowSums(p_, x_.tile, g0, row_sums_, RowTerms(p_, job_.ds_rows, partition_));
     }
-    if (steps_.softcap)
-      for (int k = seen.lo; k < seen.hi; ++k)
-        for (int r = 0; r < width_; r += kLanes) {
-          const ptrdiff_t at = k * kBackwardRowTile + r;
-          const VF ds = hn::Load(df, x_.dp + at);
-          // dS is exactly 0 where nothing is visible, and the derivative there may be NaN.
-          hn::Store(hn::IfThenElse(hn::Eq(ds, hn::Zero(df)), ds, hn::Mul(ds, hn::Load(df, x_.dr + at))), df,
-                    x_.dp + at);
-        }
-    if (job_.out->dk.data) AddKeyGradients(x_.dp, {x_.q, q_stride_, width_, p_.D}, seen, hides, key_in_block, x_.dk);
+    const auto key_in_block = [this](int c) { return BlockKey(c); };
+    if (job_.out->dv.data)
+      AddKeyGradients(x_.p, TileRows<A>{x_.d_o, d_o_stride_, width_, p_.Dv, group_keys_}, seen, hides, key_in_block,
+                      x_.dv);
+    if (job_.out->dk.data)
+      AddKeyGradients(x_.ds, TileRows<A>{x_.q, q_stride_, width_, p_.D, group_keys_}, seen, hides, key_in_block, x_.dk);
     if (job_.out->dq.data) AccumulateQueries(tile, hides, first);
   }
 
-  // P into s and dS (before softcap's derivative) into dp, for the rows of a column group and the keys that the tile
-  // sees; zero where not visible.
-  void Scores(int g0) {
+  // P and dS for the rows of a column group and the keys that the tile sees, zero where not visible, as the products
+  // read them. With `keeps`, calls then(keys of the group, rows) while P and dS, before softcap's derivative, are in s
+  // and dp for the keys of the group.
+  template <class Then>
+  void Scores(int g0, bool keeps, const Then& then) {
     const int vectors = Min(kGroupRows, width_ - g0) / kLanes;
-    if (vectors == 1) {
-      GroupScores<1>(g0);
-    } else if (vectors == 2) {
-      GroupScores<2>(g0);
-    } else {
-      GroupScores<kTileVectors>(g0);
+    BlockKeys& keys = group_keys_[g0 / kGroupRows];
+    keys = x_.block.Of(x_.tile, g0, vectors * kLanes);
+    if (keys.empty()) keys = {x_.block.all.lo, x_.block.all.lo, true};
+    ClearHidden(g0, vectors * kLanes, x_.block.all.lo, keys.lo);
+    ClearHidden(g0, vectors * kLanes, keys.hi, x_.block.all.hi);
+    for (int r = 0; r < vectors * kLanes; r += kLanes) hn::Store(hn::Zero(df), df, row_sums_ + r);
+    if (keys.empty()) return;
+    ForVectors(vectors, [&]<int NR>() HWY_ATTR { GroupScores<NR>(g0, keys, keeps); });
+    if (!keeps) return;
+    then(keys, vectors * kLanes);
+    if constexpr (kPairs)
+      for (int r = 0; r < vectors * kLanes; r += kLanes) {
+        VF sum = hn::Zero(df);
+        for (int k = keys.lo & ~1; k < keys.hi; k += 2) {
+          const float *P = x_.s + k * kScoreStride + r, *dS = x_.dp + k * kScoreStride + r;
+          RoundPair(k, g0 + r, hn::Load(df, P), hn::Load(df, P + kScoreStride), hn::Load(df, dS),
+                    hn::Load(df, dS + kScoreStride), sum);
+        }
+        hn::Store(sum, df, row_sums_ + r);
+      }
+  }
+
+  // Zero for entries [lo, hi), which the column group does not see.
+  void ClearHidden(int g0, int width, int lo, int hi) {
+    for (int k = lo; k < hi; ++k)
+      for (A* row : {x_.p + k * kBackwardRowTile + g0, x_.ds + k * kBackwardRowTile + g0})
+        __builtin_memset(row, 0, static_cast<size_t>(width) * sizeof(A));
+  }
+
+  // P and dS of entries k and k + 1, k even, and a vector of rows, as the products read them. What they read of dS is
+  // added to `sum`: the gradient of the queries has the same rounding.
+  HWY_INLINE void RoundPair(int k, int row, VF p, VF next_p, VF ds, VF next_ds, VF& sum) {
+    if constexpr (kPairs) {
+      const ptrdiff_t at = k * kBackwardRowTile + row;
+      PackPairsAndRows(p, next_p, x_.p + at, x_.p + at + kBackwardRowTile);
+      const VU pairs = PackPairsAndRows(ds, next_ds, x_.ds + at, x_.ds + at + kBackwardRowTile);
+      hn::Store(pairs, du, x_.ds_t + k / 2 * kBackwardRowTile + row);
+      const VU ones = hn::Set(du, 0x3f803f80u);
+      sum = Accumulate(pairs, ones, sum);
+    }
+  }
+
+  // What is made of the scores of a column group beyond the products, and dropout and softcap's derivative.
+  void AdjustScores(int g0, int width, const BlockKeys& keys, bool drops) {
+    float* dS = x_.dp + Column(g0);
+    if (job_.dslope_rows)
+      AddSlopeTerms(p_, x_.tile, x_.block.list, g0, width, keys, dS, kScoreStride,
+                    RowTerms(p_, job_.dslope_rows, partition_));
+    if (drops)
+      ApplyDropout(p_, x_.tile, g0, width, x_.block.list.key, keys.lo, keys.hi, x_.s + Column(g0), kScoreStride);
+    if (!steps_.softcap) return;
+    const float* derivative = x_.dr + Column(g0);
+    for (int k = keys.lo; k < keys.hi; ++k)
+      for (int r = 0; r < width; r += kLanes) {
+        const ptrdiff_t at = k * kScoreStride + r;
+        const VF ds = hn::Load(df, dS + at);
+        // dS is exactly 0 where nothing is visible, and the derivative there may be NaN.
+        hn::Store(hn::IfThenElse(hn::Eq(ds, hn::Zero(df)), ds, hn::Mul(ds, hn::Load(df, derivative + at))), df,
+                  dS + at);
+      }
+  }
+
+  template <int NR>
+  HWY_NOINLINE void GroupScores(int g0, const BlockKeys& seen, bool keeps) {
+    const bool masked = steps_.Masked(p_, x_.tile, g0, NR * kLanes, x_.block, {seen.lo, seen.hi, true});
+    // A few keys at a time, whose scores stay in the first cache.
+    constexpr int kStep = 64;
+    for (int lo = seen.lo, hi; lo < seen.hi; lo = hi) {
+      hi = Min(seen.hi, (lo + kStep) & ~1);
+      ScoreStep<NR>(g0, seen, lo, hi, masked, keeps);
     }
   }
 
   template <int NR>
-  HWY_NOINLINE void GroupScores(int g0) {
+  HWY_INLINE void ScoreStep(int g0, const BlockKeys& seen, int lo, int hi, bool masked, bool keeps) {
     constexpr int kWidth = NR * kLanes;
-    float *S = x_.s + g0, *dP = x_.dp + g0;
-    const BlockKeys &keys = x_.block.all, seen = x_.block.Of(x_.tile, g0, kWidth);
+    constexpr ptrdiff_t ld = kScoreStride;
+    // Scores that nothing reads again may be overwritten by those of the next keys.
+    const ptrdiff_t base = Column(g0) - (kPairs && !keeps ? (lo & ~1) * ld : 0);
+    float *S = x_.s + base, *dP = x_.dp + base;
     const int32_t* key_of = x_.block.list.key;
-    const int lo = Min(Max(keys.lo, seen.lo), keys.hi), hi = Max(lo, seen.hi);
-    for (int k = keys.lo; k < keys.hi; ++k) {
-      if (k == lo) k = hi;
-      if (k >= keys.hi) break;
-      for (int c = 0; c < NR; ++c) {
-        hn::Store(hn::Zero(df), df, S + k * kBackwardRowTile + c * kLanes);
-        hn::Store(hn::Zero(df), df, dP + k * kBackwardRowTile + c * kLanes);
-      }
-    }
-    if (lo >= hi) return;
-    const float* qt = x_.qt + static_cast<ptrdiff_t>(g0) * p_.D;
-    const float* dot = x_.dot + static_cast<ptrdiff_t>(g0) * p_.Dv;
-    ForRowTiles<kTileRows>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
+    const Lane<A>* qt = x_.qt + static_cast<ptrdiff_t>(g0) * (p_.D / kPack<A>);
+    const Lane<A>* dot = x_.dot + static_cast<ptrdiff_t>(g0) * (p_.Dv / kPack<A>);
+    const VF scale = hn::Set(df, p_.scale * kLog2e);
+    ForRowTiles<kTallRows<NR>>(lo, hi, [&]<int MR>(int k) HWY_ATTR {
       upcoming_.Fetch(MR);
-      MultiplyTile<MR, NR>(k_ + k * k_stride_, StepsAdjacent{k_stride_}, qt, kWidth, p_.D,
-                           [&](int r, int c, VF s)
-                               HWY_ATTR { hn::Store(s, df, S + (k + r) * kBackwardRowTile + c * kLanes); });
-      MultiplyTile<MR, NR>(v_ + k * v_stride_, StepsAdjacent{v_stride_}, dot, kWidth, p_.Dv,
-                           [&](int r, int c, VF s)
-                               HWY_ATTR { hn::Store(s, df, dP + (k + r) * kBackwardRowTile + c * kLanes); });
+      const BackwardKeys<A>& from = keys_of_block_;
+      MultiplyTile<MR, NR>(from.k + k * from.k_stride, StepsAdjacent{from.k_stride}, qt, kWidth, p_.D / kPack<A>,
+                           [&](int r, int c, VF s) HWY_ATTR {
+                             if constexpr (kPairs) s = hn::Mul(s, scale);
+                             hn::Store(s, df, S + (k + r) * ld + c * kLanes);
+                           });
+      MultiplyTile<MR, NR>(from.v + k * from.v_stride, StepsAdjacent{from.v_stride}, dot, kWidth, p_.Dv / kPack<A>,
+                           [&](int r, int c, VF s) HWY_ATTR { hn::Store(s, df, dP + (k + r) * ld + c * kLanes); });
     });
-    if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g0, kWidth, key_of, lo, hi, dP, kBackwardRowTile);
+    if (p_.dropout_p > 0.f) ApplyDropout(p_, x_.tile, g0, kWidth, key_of, lo, hi, dP, ld);
 
-    const bool masked = steps_.Masked(p_, x_.tile, g0, kWidth, x_.block, {lo, hi, true});
     const bool plain = seen.full && !masked && !steps_.any();
     VF ignored[NR];
     for (int c = 0; c < NR; ++c) ignored[c] = hn::Zero(df);
     if (masked && steps_.only_windows(x_.block, seen)) {
-      HideBeyondWindows<NR>(x_.tile, g0, x_.block, lo, hi, S, kBackwardRowTile, ignored);
+      HideBeyondWindows<NR>(x_.tile, g0, x_.block, lo, hi, S, ld, ignored);
     } else if (!plain) {
       for (int c = 0; c < NR; ++c) {
         if (masked) PackMask(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.mask + c * kLanes, kWidth);
         if (steps_.bias) PackBias(p_, x_.tile, g0 + c * kLanes, x_.block, lo, hi - lo, x_.bias + c * kLanes, kWidth);
       }
-      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, key_of, lo, hi, x_.bias, masked ? x_.mask : nullptr, S,
-                          kBackwardRowTile, ignored, steps_.softcap ? x_.dr + g0 : nullptr);
+      ApplyScoreSteps<NR>(p_, steps_, x_.tile, g0, key_of, lo, hi, x_.bias, masked ? x_.mask : nullptr, S, ld, ignored,
+                          steps_.softcap ? x_.dr + Column(g0) : nullptr);
     }
-    VF lse[NR], delta[NR];
+    VF lse[NR], delta[NR], sums[NR];
     MFA_UNROLL
     for (int c = 0; c < NR; ++c) {
+      sums[c] = hn::Load(df, row_sums_ + c * kLanes);
       lse[c] = hn::Load(df, x_.lse + g0 + c * kLanes);
       delta[c] = hn::Load(df, x_.delta + g0 + c * kLanes);
     }
-    MFA_NO_UNROLL
-    for (int k = lo; k < hi; ++k) {
-      float *s_at = S + k * kBackwardRowTile, *dp_at = dP + k * kBackwardRowTile;
-      VF s[NR], prob[NR];
+    // N rows of scores into P and dS. Of a hidden key dP may be NaN, and P too where the row's lse is: both are zero.
+    const auto finish = [&]<int N>(int k, VF(&P)[N], VF(&dS)[N]) MFA_INLINE_LAMBDA {
+      MF hidden[N];
       MFA_UNROLL
-      for (int c = 0; c < NR; ++c) {
-        s[c] = hn::Load(df, s_at + c * kLanes);
-        prob[c] = hn::Sub(s[c], lse[c]);
+      for (int i = 0; i < N; ++i) {
+        const VF s = hn::Load(df, S + (k + i / NR) * ld + i % NR * kLanes);
+        hidden[i] = hn::Eq(s, hn::Set(df, -kInf));
+        P[i] = hn::Sub(s, lse[i % NR]);
       }
-      Exp2All(prob);
+      Exp2All<kPairs>(P);
       MFA_UNROLL
-      for (int c = 0; c < NR; ++c) {
-        const VF ds = hn::Mul(prob[c], hn::Sub(hn::Load(df, dp_at + c * kLanes), delta[c]));
-        // Of a hidden key dP may be NaN, and P too where the row's lse is: both count as zero.
-        const MF hidden = hn::Eq(s[c], hn::Set(df, -kInf));
-        hn::Store(hn::IfThenZeroElse(hidden, prob[c]), df, s_at + c * kLanes);
-        hn::Store(hn::IfThenZeroElse(hidden, ds), df, dp_at + c * kLanes);
+      for (int i = 0; i < N; ++i) {
+        const VF dp = hn::Load(df, dP + (k + i / NR) * ld + i % NR * kLanes);
+        dS[i] = hn::IfThenZeroElse(hidden[i], hn::Mul(P[i], hn::Sub(dp, delta[i % NR])));
+        P[i] = hn::IfThenZeroElse(hidden[i], P[i]);
+      }
+    };
+    const auto keep = [&]<int N>(int k, const VF(&P)[N], const VF(&dS)[N]) MFA_INLINE_LAMBDA {
+      MFA_UNROLL
+      for (int i = 0; i < N; ++i) {
+        hn::Store(P[i], df, S + (k + i / NR) * ld + i % NR * kLanes);
+        hn::Store(dS[i], df, dP + (k + i / NR) * ld + i % NR * kLanes);
+      }
+    };
+    if constexpr (!kPairs) {
+      MFA_NO_UNROLL
+      for (int k = lo; k < hi; ++k) {
+        VF P[NR], dS[NR];
+        finish(k, P, dS);
+        keep(k, P, dS);
+        MFA_UNROLL
+        for (int c = 0; c < NR; ++c) sums[c] = hn::Add(sums[c], dS[c]);
+      }
+    } else {
+      for (int c = 0; c < NR; ++c) {  // the other halves of odd bounds see nothing
+        if (lo % 2) hn::Store(hn::Set(df, -kInf), df, S + (lo - 1) * ld + c * kLanes);
+        if (hi % 2) hn::Store(hn::Set(df, -kInf), df, S + hi * ld + c * kLanes);
+      }
+      MFA_NO_UNROLL
+      for (int k = lo & ~1; k < hi; k += 2) {
+        VF P[2 * NR], dS[2 * NR];
+        finish(k, P, dS);
+        if (HWY_UNLIKELY(keeps)) {
+          keep(k, P, dS);
+          continue;
+        }
+        MFA_UNROLL
+        for (int c = 0; c < NR; ++c) RoundPair(k, g0 + c * kLanes, P[c], P[NR + c], dS[c], dS[NR + c], sums[c]);
       }
     }
+    for (int c = 0; c < NR; ++c) hn::Store(sums[c], df, row_sums_ + c * kLanes);
   }
 
   // The rows of the next tile, and its dQ, come in during the products of this one.
@@ -423,22 +466,17 @@ class Backward {
     for (int g0 = 0; g0 < width_; g0 += kGroupRows) {
       const int vectors = Min(kGroupRows, width_ - g0) / kLanes;
       float* to = out + static_cast<ptrdiff_t>(g0) * p_.D;
-      const BlockKeys seen = x_.block.Of(x_.tile, g0, vectors * kLanes);
+      const BlockKeys& seen = group_keys_[g0 / kGroupRows];
       const bool hidden = seen.empty();
       if (first && (hidden || skip_zero))
         for (int i = 0; i < vectors * p_.D; ++i) hn::Store(hn::Zero(df), df, to + i * kLanes);
       if (hidden) continue;
       if (HWY_UNLIKELY(skip_zero)) {
-        AddVisibleQueryGradients(x_.dp + g0, vectors * kLanes, seen, k_, k_stride_, p_.D, to);
+        AddVisibleQueryGradients(x_.ds_t + g0, vectors * kLanes, seen, x_.k_panels, p_.D, to);
         continue;
       }
-      if (vectors == 1) {
-        AddQueryGradients<1>(x_.dp + g0, seen, x_.k_panels, p_.D, first, to);
-      } else if (vectors == 2) {
-        AddQueryGradients<2>(x_.dp + g0, seen, x_.k_panels, p_.D, first, to);
-      } else {
-        AddQueryGradients<kTileVectors>(x_.dp + g0, seen, x_.k_panels, p_.D, first, to);
-      }
+      ForVectors(vectors,
+                 [&]<int NR>() HWY_ATTR { AddQueryGradients<NR>(x_.ds_t + g0, seen, x_.k_panels, p_.D, first, to); });
     }
   }
 
@@ -446,21 +484,9 @@ class Backward {
     if (job_.out->dk.data && RotatesKeys(p_))
       for (int k = 0; k < Min<int64_t>(keys, keys_ - k0); ++k)
         Rotate(p_.rope, KeyPosition(p_, b_, k0 + k), true, x_.dk + k * d_padded_);
-    const auto write = [&](const MutableTensorRef& to, float* apart, const float* from, int width, int padded,
-                           float factor) {
-      if (!to.data) return;
-      if (apart) {  // summed over the sequences that share a page: see page_gradient_task
-        const int64_t first = job_.key_offsets[b_] * p_.Hkv + kv_head_ * key_rows_ + k0;
-        for (int k = 0; k < keys; ++k) StoreRow(from + k * padded, width, factor, apart + (first + k) * width);
-        return;
-      }
-      WithType(p_.dtype, [&]<class T>(T*) HWY_ATTR {
-        for (int k = 0; k < keys; ++k)
-          StoreRow(from + k * padded, width, factor, KeyRow<T>(p_, to, b_, kv_head_, k0 + k));
-      });
-    };
-    write(job_.out->dk, job_.dk_rows, x_.dk, p_.D, d_padded_, p_.scale);
-    write(job_.out->dv, job_.dv_rows, x_.dv, p_.Dv, dv_padded_, 1.f);
+    const KeyGradientRows rows{b_, kv_head_, k0, keys, key_rows_};
+    rows.Write(job_, job_.out->dk, job_.dk_rows, x_.dk, p_.D, p_.scale);
+    rows.Write(job_, job_.out->dv, job_.dv_rows, x_.dv, p_.Dv, 1.f);
   }
 
   const BackwardJob& job_;
@@ -468,17 +494,15 @@ class Backward {
   const ScoreSteps steps_;
   const int d_padded_, dv_padded_, q_stride_, d_o_stride_;
   BlockFinder finder_;
-  BackwardScratch x_;
+  BackwardScratch<A> x_;
+  BackwardKeys<A> keys_of_block_;
+  BlockKeys group_keys_[kBackwardRowTile / kGroupRows];  // of the block, those that each column group sees
+  alignas(64) float row_sums_[kGroupRows];  // of a group: the sums of dS over the keys, before softcap's derivative
   UpcomingRows upcoming_;
   int b_ = 0, kv_head_ = 0;
   int64_t tiles_ = 0, keys_ = 0, key_rows_ = 0;  // of the sequence
   int64_t first_row_ = 0;
   int partition_ = 0, width_ = 0;
-  int nonfinite_ = -1;  // whether the block's keys are; -1: not looked at
-  // Keys and values of the block, and of the entries of the tile.
-  const float *block_k_ = nullptr, *block_v_ = nullptr, *k_ = nullptr, *v_ = nullptr;
-  ptrdiff_t block_k_stride_ = 0, block_v_stride_ = 0, k_stride_ = 0, v_stride_ = 0;
-  bool packed_block_ = false;  // the panels are the block's
 };
 
 }  // namespace

@@ -28,7 +28,8 @@ struct BiasRegions {
   int64_t tasks() const { return batches * groups * query_chunks * key_chunks; }
 };
 
-void BiasGradientTask(const BackwardJob& job, int64_t task, void* scratch) {
+template <class A>
+void BiasGradientTask(const BackwardJob& job, int64_t task, Backward<A>& backward) {
   const AttentionProblem& p = *job.problem;
   const BiasRegions region(p);
   const int G = p.Hq / p.Hkv;
@@ -54,7 +55,6 @@ void BiasGradientTask(const BackwardJob& job, int64_t task, void* scratch) {
     for (int64_t q = q_first; q < (region.queries == 1 ? q_first + 1 : q_last); ++q)
       for (int64_t k = k_first; k < (region.keys == 1 ? k_first + 1 : k_last); ++k) *at(batch, h, q, k) = 0.f;
 
-  Backward backward(job, scratch);
   const auto rows_of = [&](int b) { return Min<int64_t>(q_last, query_count(p, b)) * G; };
   for (int b = all_batches ? 0 : static_cast<int>(batch); b < (all_batches ? p.B : batch + 1); ++b)
     for (int head = all_heads ? 0 : static_cast<int>(group); head < (all_heads ? p.Hkv : group + 1); ++head)
@@ -63,15 +63,15 @@ void BiasGradientTask(const BackwardJob& job, int64_t task, void* scratch) {
           const int count = static_cast<int>(Min<int64_t>(kBackwardRowTile, rows_of(b) - row));
           const int keys = static_cast<int>(Min<int64_t>(kBackwardKeys, Min<int64_t>(k_last, key_count(p, b)) - k0));
           backward.VisitScores(b, head, row, count, k0, keys,
-                               [&](const RowTile& t, const TileBlock& block, const float* dS) {
-                                 const BlockKeys& seen = block.all;
-                                 for (int r = 0; r < count; ++r) {
-                                   float* to = at(b, t.head[r], t.query[r], 0);
+                               [&](const RowTile& t, const TileBlock& block, int first, int rows, const BlockKeys& seen,
+                                   const float* dS) {
+                                 constexpr ptrdiff_t ld = Backward<A>::kScoreStride;
+                                 for (int r = 0; r < rows; ++r) {
+                                   float* to = at(b, t.head[first + r], t.query[first + r], 0);
                                    if (region.keys == 1) {
-                                     for (int k = seen.lo; k < seen.hi; ++k) *to += dS[k * kBackwardRowTile + r];
+                                     for (int k = seen.lo; k < seen.hi; ++k) *to += dS[k * ld + r];
                                    } else {
-                                     for (int k = seen.lo; k < seen.hi; ++k)
-                                       to[block.list.key[k]] += dS[k * kBackwardRowTile + r];
+                                     for (int k = seen.lo; k < seen.hi; ++k) to[block.list.key[k]] += dS[k * ld + r];
                                    }
                                  }
                                });

@@ -17,13 +17,26 @@ HWY_INLINE hn::Vec256<float> DotPairs(hn::Vec256<float> acc, hn::Vec256<uint32_t
   return hn::Vec256<float>{
       _mm256_dpbf16_ps(acc.raw, reinterpret_cast<__m256bh>(a.raw), reinterpret_cast<__m256bh>(b.raw))};
 }
-// Lane i: (first[i], second[i]) rounded to bfloat16.
-HWY_INLINE VU PackPairs(VF first, VF second) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
-  return VU{_mm512_permutexvar_epi16(interleave, halves)};
+// Both rounded to bfloat16, one after the other; and as pairs.
+HWY_INLINE __m512i RoundBoth(VF first, VF second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw));
 }
+HWY_INLINE VU Interleave(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return VU{_mm512_permutexvar_epi16(order, halves)};
+}
+// Lane i: (first[i], second[i]) rounded to bfloat16.
+HWY_INLINE VU PackPairs(VF first, VF second) { return Interleave(RoundBoth(first, second)); }
+// The same, and stores both as rows of kLanes, aligned to their size.
+HWY_INLINE VU PackPairsAndRows(VF first, VF second, bfloat16* first_row, bfloat16* second_row) {
+  const __m512i halves = RoundBoth(first, second);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(first_row), _mm512_castsi512_si256(halves));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(second_row), _mm512_extracti64x4_epi64(halves, 1));
+  return Interleave(halves);
+}
+// Elements 2i and 2i + 1 of (first, second) rounded, in lane i.
+HWY_INLINE VU PackNeighbours(VF first, VF second) { return VU{RoundBoth(first, second)}; }
 // 32 elements of two rows, interleaved.
 constexpr bool kInterleavesRows = true;
 HWY_INLINE void InterleaveRows(const bfloat16* first, const bfloat16* second, VU& low, VU& high) {
@@ -55,16 +68,16 @@ HWY_INLINE VU RoundToBf16(VF x) {  // in the high half
 HWY_INLINE VU PackPairs(VF first, VF second) {
   return hn::Or(hn::ShiftRight<16>(RoundToBf16(first)), RoundToBf16(second));
 }
+HWY_INLINE VU PackPairsAndRows(VF first, VF second, bfloat16* first_row, bfloat16* second_row) {
+  StoreFloat(first, first_row);
+  StoreFloat(second, second_row);
+  return PackPairs(first, second);
+}
+HWY_INLINE VU PackNeighbours(VF first, VF second) {
+  return PackPairs(hn::ConcatEven(df, second, first), hn::ConcatOdd(df, second, first));
+}
 #endif
 constexpr bool kNativeBf16 = MFA_NATIVE_BF16;
-// Elements 2i and 2i + 1 of (first, second) rounded, in lane i.
-HWY_INLINE VU PackNeighbours(VF first, VF second) {
-#if defined(__AVX512BF16__) && HWY_TARGET <= HWY_AVX3
-  return VU{reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.raw, first.raw))};
-#else
-  return PackPairs(hn::ConcatEven(df, second, first), hn::ConcatOdd(df, second, first));
-#endif
-}
 
 // The elements of two rows, interleaved: lane i is (first[i], second[i]).
 template <class D32>
@@ -94,13 +107,14 @@ HWY_INLINE uint32_t PairAt(const bfloat16* p) {
   return pair;
 }
 
-// out[c * ld + r] = pair c of rows[r] for r < kLanes, c < n: PackTransposed() of pairs, whose bits stay as they are.
+// out[c * ld + r] = (rows[r][2c], rows[r][2c + 1]) for r < kLanes, c < n.
 HWY_INLINE void PackTransposedPairs(const bfloat16* const* rows, int n, uint32_t* out, ptrdiff_t ld) {
   int c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    VF v[kLanes];
+    VF v[kLanes];  // only moved: what the bits mean as floats does not matter
     MFA_UNROLL
-    for (int r = 0; r < kLanes; ++r) v[r] = hn::LoadU(df, reinterpret_cast<const float*>(rows[r] + 2 * c));
+    for (int r = 0; r < kLanes; ++r)
+      v[r] = hn::BitCast(df, hn::LoadU(du, reinterpret_cast<const uint32_t*>(rows[r] + 2 * c)));
     Transpose(v);
     MFA_UNROLL
     for (int r = 0; r < kLanes; ++r) hn::Store(hn::BitCast(du, v[r]), du, out + (c + r) * ld);

@@ -1,5 +1,4 @@
-// gradient_sums-inl.h: sums over the keys of a row of dS (weights as in gradient_products-inl.h): the terms of ALiBi
-// slopes, and what rounding has put into dQ.
+// gradient_sums-inl.h: sums over the keys of a row of dS: the terms of ALiBi slopes, and what rounding has put into dQ.
 
 namespace mfa::cpu::MFA_ISA {
 namespace {
@@ -9,28 +8,20 @@ HWY_INLINE float* RowTerms(const AttentionProblem& p, float* rows, int partition
   return rows + partition * row_count(p);
 }
 
-// rows[r] += sum_j dS (j - pos).
-void AddSlopeTerms(const AttentionProblem& p, const RowTile& t, const KeyList& list, const BlockKeys& keys,
-                   const float* ds, float* rows) {
-  for (int r = 0; r < t.count; ++r) {
+// rows[r] += sum_j dS (j - pos) for rows [r0, r0 + width) of the tile; `ds` begins at row r0.
+void AddSlopeTerms(const AttentionProblem& p, const RowTile& t, const KeyList& list, int r0, int width,
+                   const BlockKeys& keys, const float* ds, ptrdiff_t ld, float* rows) {
+  for (int r = r0; r < Min(r0 + width, t.count); ++r) {
     float sum = 0.f;
-    for (int k = keys.lo; k < keys.hi; ++k)
-      sum += ds[k * kBackwardRowTile + r] * static_cast<float>(list.key[k] - t.pos[r]);
+    for (int k = keys.lo; k < keys.hi; ++k) sum += ds[k * ld + r - r0] * static_cast<float>(list.key[k] - t.pos[r]);
     rows[row_index(p, t.b, t.head[r], t.query[r])] += sum;
   }
 }
 
-// rows[r] += sum_j dS, for the `width` lanes of the tile.
-void AddRowSums(const AttentionProblem& p, const RowTile& t, int width, const BlockKeys& keys, const float* ds,
-                float* rows) {
-  alignas(64) float sums[kLanes];
-  for (int r = 0; r < width; r += kLanes) {
-    VF sum = hn::Zero(df);
-    for (int k = keys.lo; k < keys.hi; ++k) sum = hn::Add(sum, hn::Load(df, ds + k * kBackwardRowTile + r));
-    hn::Store(sum, df, sums);
-    for (int i = 0; i < Min(kLanes, t.count - r); ++i)
-      rows[row_index(p, t.b, t.head[r + i], t.query[r + i])] += sums[i];
-  }
+// rows[r] += sums[r - r0] for the rows of the column group that begins at r0.
+void AddRowSums(const AttentionProblem& p, const RowTile& t, int r0, const float* sums, float* rows) {
+  for (int r = r0; r < Min(r0 + kGroupRows, t.count); ++r)
+    rows[row_index(p, t.b, t.head[r], t.query[r])] += sums[r - r0];
 }
 
 // Takes from dQ^T, [group][D][width], what the rounding of the output has put into it: see key_mean-inl.h. `mean` is

@@ -28,6 +28,7 @@
 #include "backend/cpu/forward_decode-inl.h"
 #include "backend/cpu/key_mean-inl.h"
 #include "backend/cpu/backward_scratch-inl.h"
+#include "backend/cpu/backward_operands-inl.h"
 #include "backend/cpu/gradient_products-inl.h"
 #include "backend/cpu/gradient_sums-inl.h"
 #include "backend/cpu/gradient_rows-inl.h"
@@ -96,13 +97,32 @@ void MergeTask(const ForwardJob& job, int64_t index, void* scratch) {
   WithForward(job, Decodes(job, place), scratch, [&](auto& kernel) { kernel.Merge(index, place); });
 }
 
-size_t BackwardScratchBytes(const BackwardJob& job) { return Backward(job, nullptr).scratch_bytes(); }
+// Calls f with the kernel object of the backward.
+template <class F>
+HWY_INLINE auto WithBackward(const BackwardJob& job, void* scratch, const F& f) {
+  if constexpr (kNativeBf16) {
+    if (job.plan.native_bf16) {
+      Backward<bfloat16> kernel(job, scratch);
+      return f(kernel);
+    }
+  }
+  Backward<float> kernel(job, scratch);
+  return f(kernel);
+}
+size_t BackwardScratchBytes(const BackwardJob& job) {
+  return WithBackward(job, nullptr, [](auto& kernel) { return kernel.scratch_bytes(); });
+}
 void DeltaTask(const BackwardJob& job, int64_t begin, int64_t end, float* delta) {
   WithType(job.problem->dtype, [&]<class T>(T*) { DeltaRows<T>(job, begin, end, delta); });
 }
-void BackwardTask(const BackwardJob& job, int64_t task, void* scratch) { Backward(job, scratch).Run(task); }
+void BackwardTask(const BackwardJob& job, int64_t task, void* scratch) {
+  WithBackward(job, scratch, [&](auto& kernel) { kernel.Run(task); });
+}
 void QueryGradientTask(const BackwardJob& job, int64_t tile, void* scratch) {
-  Backward(job, scratch).ReduceQueries(tile);
+  WithBackward(job, scratch, [&](auto& kernel) { kernel.ReduceQueries(tile); });
+}
+void BiasTask(const BackwardJob& job, int64_t task, void* scratch) {
+  WithBackward(job, scratch, [&](auto& kernel) { BiasGradientTask(job, task, kernel); });
 }
 int64_t BiasTasks(const AttentionProblem& p) { return BiasRegions(p).tasks(); }
 
@@ -125,7 +145,7 @@ constexpr KernelTable kTable = {
     .dq_task = QueryGradientTask,
     .page_task = PageGradientTask,
     .bias_tasks = BiasTasks,
-    .bias_task = BiasGradientTask,
+    .bias_task = BiasTask,
     .peak_flops = PeakFlops,
     .read_sum = ReadSum,
     .matmul = MFA_ISA_MATMUL,

@@ -273,6 +273,23 @@ TEST(PlanForward, TheKindOfProductsDependsOnTypeAndHeadDimAlone) {
   }
 }
 
+TEST(PlanBackward, Bfloat16ProductsNeedTheInstructionTheTypeAndWholePairs) {
+  AttentionProblem p = shape(1, 8, 8, 128, 128);
+  EXPECT_FALSE(plan_backward(p, all_traits()[1]).native_bf16);
+  p.dtype = DType::bf16;
+  EXPECT_TRUE(plan_backward(p, all_traits()[1]).native_bf16);
+  EXPECT_FALSE(plan_backward(p, all_traits()[0]).native_bf16);
+  p.Dv = 63;
+  EXPECT_FALSE(plan_backward(p, all_traits()[1]).native_bf16) << "pairs of channels of the values";
+  p.Dv = 64;
+  p.Nk = 2;
+  EXPECT_FALSE(plan_backward(p, all_traits()[1]).native_bf16) << "few keys";
+  p.Nk = 128;
+  const float cosine = 1.f;
+  p.rope.cos = &cosine;
+  EXPECT_FALSE(plan_backward(p, all_traits()[1]).native_bf16) << "rotated rows would have to be rounded";
+}
+
 TEST(PlanBackward, TasksCoverEveryKeyBlockOnce) {
   for_each_shape([](const AttentionProblem& p) {
     for (const CpuKernelTraits& cpu : all_traits()) {

@@ -66,6 +66,50 @@ void check_containment(CaseSpec spec, uint64_t seed) {
   });
 }
 
+// The same of the gradients of keys: what a row and its cotangent hold does not reach keys that it does not see, also
+// where it is computed together with rows that see them.
+TEST(CpuContainment, KeysDoNotFeelRowsThatDoNotSeeThem) {
+  Random random(45);
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (int32_t N : {5, 41, 300}) {
+      CaseSpec spec;
+      spec.dtype = dtype;
+      spec.D = spec.Dv = 32;
+      spec.Nq = spec.Nk = N;
+      spec.causal = true;
+      spec.poison = false;
+      AttentionCase c(spec, random.bits());
+      const AttentionProblem& p = c.problem;
+      testing::for_each_isa([&](const std::string& isa) {
+        SCOPED_TRACE(testing::describe(spec) + " isa " + isa);
+        const ForwardResults forward = testing::run_forward(p);
+        const testing::BackwardResults clean = testing::run_backward(p, forward, c.d_o.ref(), nullptr);
+        const Tensor q = c.q, d_o = c.d_o;
+        for (int32_t i : {0, 1, N / 2}) {
+          for (float poison : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+            for (int32_t h = 0; h < p.Hq; ++h) {
+              c.q.fill_row(0, h, i, poison);
+              c.d_o.fill_row(0, h, i, poison);
+            }
+            const testing::BackwardResults grad = testing::run_backward(p, forward, c.d_o.ref(), nullptr);
+            for (int32_t h = 0; h < p.Hq; ++h)
+              for (int32_t d = 0; d < spec.D; ++d) {
+                c.q.set(0, h, i, d, q.get(0, h, i, d));
+                c.d_o.set(0, h, i, d, d_o.get(0, h, i, d));
+              }
+            for (int32_t h = 0; h < p.Hkv; ++h)
+              for (int32_t j = i + 1; j < N; ++j)
+                for (int32_t d = 0; d < spec.D; ++d) {
+                  ASSERT_EQ(grad.dk.get(0, h, j, d), clean.dk.get(0, h, j, d)) << "dk: row " << i << ", key " << j;
+                  ASSERT_EQ(grad.dv.get(0, h, j, d), clean.dv.get(0, h, j, d)) << "dv: row " << i << ", key " << j;
+                }
+          }
+        }
+      });
+    }
+  }
+}
+
 TEST(CpuContainment, CausalRowsDoNotFeelLaterKeys) {
   Random random(41);
   for (DType dtype : {DType::f32, DType::f16, DType::bf16}) {
