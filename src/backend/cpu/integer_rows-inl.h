@@ -26,10 +26,10 @@ HWY_INLINE void AddPairs(PairSums& sums, V16 x, V16 y) {
   sums.a = VI{_mm512_dpwssd_epi32(sums.a.raw, x.raw, y.raw)};
 #else
   sums.a = hn::ReorderWidenMulAccumulate(di, x, y, sums.a, sums.b);
-#if HWY_ARCH_X86
-  // Else compilers reorder sums of integers so that they do not fit the registers.
-  asm("" : "+v"(sums.a.raw));
 #endif
+#if HWY_ARCH_X86
+  // Else compilers reorder sums of integers, or copy them, so that they do not fit the registers.
+  asm("" : "+v"(sums.a.raw));
 #endif
 }
 HWY_INLINE VI Total(const PairSums& sums) { return hn::RearrangeToOddPlusEven(sums.a, sums.b); }
