@@ -302,9 +302,11 @@ class IntegerFewRows {
       DotUnits<kBits, kGroup, U, R>(from, x_.first + group * kGroup, x_.stride, dots);
       const VF scale = LoadFloat(s), centre = CentreOf<kBits>(df, scale, LoadFloat(b));
       MFA_UNROLL
-      for (int r = 0; r < R; ++r)
-        hn::StoreU(GroupProduct<kBits>(df, scale, dots[r], centre, hn::LoadU(di, Sums(r) + group)), df,
+      for (int r = 0; r < R; ++r) {
+        const VI sum = hn::LoadU(di, Sums(r) + group);
+        hn::StoreU(GroupProduct(df, scale, FromMiddle<kBits>(dots[r], sum), centre, sum), df,
                    products + r * products_stride_);
+      }
       codes += U * C::kUnitBytes;
       scales += U * C::kGroups;
       biases += U * C::kGroups;
@@ -351,7 +353,8 @@ class IntegerFewRows {
         const auto scale = LoadFloat(One(), scales + g), bias = LoadFloat(One(), biases + g);
         const auto dot = hn::Set(hn::RebindToSigned<One>(), dots[g - unit * C::kGroups]);
         const auto sum = hn::Set(hn::RebindToSigned<One>(), x_.rest_sum[x_.At(g, r)]);
-        products[g] = hn::GetLane(GroupProduct<kBits>(One(), scale, dot, CentreOf<kBits>(One(), scale, bias), sum));
+        products[g] = hn::GetLane(
+            GroupProduct(One(), scale, FromMiddle<kBits>(dot, sum), CentreOf<kBits>(One(), scale, bias), sum));
       }
     }
   }

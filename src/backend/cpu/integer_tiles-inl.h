@@ -134,7 +134,7 @@ class IntegerTiles {
         for (int c = 0; c < NR; ++c) {
           const VF scale = hn::Load(df, scales + c * kLanes), centre = hn::Load(df, centres + c * kLanes);
           float* to = totals[r] + c * kLanes;
-          const VF product = GroupProduct<kBits>(df, scale, dots[r][c], centre, hn::Set(di, x_sum));
+          const VF product = GroupProduct(df, scale, dots[r][c], centre, hn::Set(di, x_sum));
           hn::Store(hn::MulAdd(hn::Set(df, x_scale), product, hn::Load(df, to)), df, to);
         }
       };
@@ -160,11 +160,12 @@ class IntegerTiles {
     }
   }
 
-  // panel[pair][column]: pair j of word i of every column, from term k0 on.
+  // panel[pair][column]: pair j of word i of every column, from term k0 on, codes counting from the middle.
   template <int NR>
   HWY_NOINLINE void PackPanel(int n, int k0, int terms, Prefetch& ahead) {
     constexpr int kPairs = kWordCodes / 2;
     const VU mask = hn::Set(du, ((1u << kBits) - 1) * 0x10001u);
+    const V16 middle = hn::Set(d16, kMiddle<kBits>);
     HWY_ALIGN uint32_t words[kLanes * kLanes];
     for (int v = 0; v < NR; ++v)
       for (int w = 0; w < terms / kWordCodes; w += kLanes) {
@@ -175,7 +176,8 @@ class IntegerTiles {
           uint32_t* to = panel_ + (w + i) * kPairs * kIntegerPanel + v * kLanes;
           MFA_UNROLL
           for (int j = 0; j < kPairs; ++j) {
-            hn::Store(hn::And(bits, mask), du, to + j * kIntegerPanel);
+            const V16 codes = hn::BitCast(d16, hn::And(bits, mask));
+            hn::Store(hn::BitCast(du, hn::Sub(codes, middle)), du, to + j * kIntegerPanel);
             if (j + 1 < kPairs) bits = hn::ShiftRight<kBits>(bits);
           }
         }
