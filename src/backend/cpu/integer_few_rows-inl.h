@@ -294,26 +294,27 @@ class IntegerFewRows {
     }
     const uint8_t *codes = Codes(column), *end = codes + columns * bytes_;
     int group = 0;  // of x
-    const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from, const T* s,
-                                 const T* b) MFA_INLINE_LAMBDA {
-      MFA_UNROLL
-      for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine) __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
-      VI dots[R];
-      DotUnits<kBits, kGroup, U, R>(from, x_.first + group * kGroup, x_.stride, dots);
-      const VF scale = LoadFloat(s), centre = CentreOf<kBits>(df, scale, LoadFloat(b));
-      MFA_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const VI sum = hn::LoadU(di, Sums(r) + group);
-        hn::StoreU(GroupProduct(df, scale, FromMiddle<kBits>(dots[r], sum), centre, sum), df,
-                   products + r * products_stride_);
-      }
-      codes += U * C::kUnitBytes;
-      scales += U * C::kGroups;
-      biases += U * C::kGroups;
-      products += U * C::kGroups;
-      group += U * C::kGroups;
-      while (group >= period) group -= period;
-    };
+    const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from, const T* s, const T* b)
+                          MFA_INLINE_LAMBDA {
+                            MFA_UNROLL
+                            for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine)
+                              __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
+                            VI dots[R];
+                            DotUnits<kBits, kGroup, U, R>(from, x_.first + group * kGroup, x_.stride, dots);
+                            const VF scale = LoadFloat(s), centre = CentreOf<kBits>(df, scale, LoadFloat(b));
+                            MFA_UNROLL
+                            for (int r = 0; r < R; ++r) {
+                              const VI sum = hn::LoadU(di, Sums(r) + group);
+                              hn::StoreU(GroupProduct(df, scale, FromMiddle<kBits>(dots[r], sum), centre, sum), df,
+                                         products + r * products_stride_);
+                            }
+                            codes += U * C::kUnitBytes;
+                            scales += U * C::kGroups;
+                            biases += U * C::kGroups;
+                            products += U * C::kGroups;
+                            group += U * C::kGroups;
+                            while (group >= period) group -= period;
+                          };
     while (end - codes >= C::kUnits * C::kUnitBytes)
       step(std::integral_constant<int, C::kUnits>(), codes, scales, biases);
     if (codes == end) return;

@@ -163,8 +163,7 @@ HWY_INLINE bool QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) 
   const GroupScale s = ScaleOf(to_float(T{bits}));
   x.scale[at] = s.scale;
   const VF up0 = hn::Set(df, s.inverse[0]), up1 = hn::Set(df, s.inverse[1]);
-  x.sum[at] = StoreIntegers<kBits>(in, n, first, [&](VF v)
-                                                     MFA_INLINE_LAMBDA { return hn::Mul(hn::Mul(v, up0), up1); });
+  x.sum[at] = StoreIntegers<kBits>(in, n, first, [&](VF v) MFA_INLINE_LAMBDA { return hn::Mul(hn::Mul(v, up0), up1); });
   size_t small = 0, none = 0;  // small elements, zeros too, and zeros
   const auto limit = hn::Set(du16, BitsBelow<T>(bits, kSmall));
   for (int i = 0; i < n; i += 2 * kLanes) {
