@@ -9,18 +9,18 @@ namespace mfa {
 namespace {
 
 // How tiled tasks are cut: most rows and columns of one, into how many splits the rows of several threads may be cut,
-// and what a panel of weights costs a task, in products of the panel with a row.
+// and what a panel of weights and three rows of x cost a task, in products of a panel with a row.
 struct TiledLimits {
-  int64_t rows, columns, splits, panel_cost;
+  int64_t rows, columns, splits, panel_cost, row_cost;
 };
 // With as many rows, bringing panels of weights in costs 2 % of the products made with them; sums and panels of as many
 // columns take a megabyte each.
-constexpr TiledLimits kPlainLimits = {768, 336, 8, 12};
+constexpr TiledLimits kPlainLimits = {768, 336, 8, 12, 1};
 // Weights packed ahead: as many rows as are packed at a time, for as many columns as share them without their sums
 // filling the second cache.
-constexpr TiledLimits kPackedLimits = {104, 1056, 4, 0};
-// Sums of integers: rows of x and sums share the second cache.
-constexpr TiledLimits kIntegerLimits = {192, 336, 4, 4};
+constexpr TiledLimits kPackedLimits = {104, 1056, 4, 0, 1};
+// Sums of integers: rows of x and a part of the sums share the second cache. Rows become integers in every task.
+constexpr TiledLimits kIntegerLimits = {192, 672, 4, 4, 3};
 // Weights of a direct task: less than this is read in the time it takes to hand out a task, and of so much the streams
 // in which it is read are long.
 constexpr int64_t kMinDirectBytes = 32 << 10, kLongDirectBytes = 512 << 10;
@@ -62,7 +62,7 @@ void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, Ma
     for (int64_t width = std::min(panels, most_panels); width >= 1; --width) {
       const int64_t tasks = row_blocks * ceil_div(panels, width);
       // Time of the busiest thread: products of a row and a panel, plus what each panel and each row cost once a task.
-      const double task = static_cast<double>(rows * width + most.panel_cost * width + rows / 3 + 16);
+      const double task = static_cast<double>(rows * width + most.panel_cost * width + most.row_cost * rows / 3 + 16);
       const double time = task * static_cast<double>(ceil_div(tasks, threads));
       if (time >= best) continue;
       best = time;
