@@ -29,9 +29,10 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.
 // Integer tiles take over sooner: unpacking a panel costs what multiplying two rows costs.
-bool goes_direct(const MatmulProblem& p) {
+bool goes_direct(const MatmulProblem& p, const MatmulTraits& cpu) {
   if (sums_integers(p)) return p.M <= kDirectRowsInteger;
-  if (p.M > (p.w.transposed && !p.w.packed ? kDirectRowsTransposed : kDirectRows)) return false;
+  const int32_t in_place = cpu.lanes >= 16 && !p.w.quantised() ? kDirectRowsWide : kDirectRowsTransposed;
+  if (p.M > (p.w.transposed && !p.w.packed ? in_place : kDirectRows)) return false;
   return !p.w.quantised() || (p.w.transposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8));
 }
 
@@ -91,7 +92,7 @@ const char* name_of(MatmulKernel kernel) {
 MatmulPlan plan_matmul(const MatmulProblem& p, const MatmulTraits& cpu, int threads) {
   MatmulPlan plan;
   if (p.M == 0 || p.N == 0) return plan;
-  if (goes_direct(p)) {
+  if (goes_direct(p, cpu)) {
     plan.kernel = MatmulKernel::direct;
     plan_direct(p, cpu, threads, plan);
   } else {

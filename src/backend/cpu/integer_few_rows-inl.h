@@ -100,7 +100,11 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
     MFA_UNROLL
     for (int v = 0; v < C::kPerGroup; ++v) {
       const int vector = u * C::kPerGroup + v;
-      const auto words = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(codes + vector * C::kBytes));
+      auto words = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(codes + vector * C::kBytes));
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+      // Else each shift loads them anew, and where they lie across cache lines that is two loads.
+      asm("" : "+v"(words.raw));
+#endif
       const auto add = [&]<int i>(std::integral_constant<int, i>) MFA_INLINE_LAMBDA {
         auto code = words;
         if constexpr (i > 0) code = hn::ShiftRight<i * kBits>(code);

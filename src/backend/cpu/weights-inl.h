@@ -144,7 +144,7 @@ class ColumnWeights {
       MFA_UNROLL
       for (int s = 0; s < kSides; ++s) {
         const T* at = columns[v].side[s] + k;
-        __builtin_prefetch(at + kAhead, 0, 3);
+        if constexpr (kSides > 1) __builtin_prefetch(at + kAhead, 0, 3);  // with one, once a quarter of a line
         if constexpr (kHalves) {
           words[s] = hn::BitCast(dc, hn::LoadU(dcu, reinterpret_cast<const uint32_t*>(at)));
         } else {
