@@ -9,18 +9,18 @@ namespace mfa {
 namespace {
 
 // How tiled tasks are cut: most rows and columns of one, into how many splits the rows of several threads may be cut,
-// and what a panel of weights costs a task, in products of the panel with a row.
+// and what a panel of weights and three rows of x cost a task, in products of a panel with a row.
 struct TiledLimits {
-  int64_t rows, columns, splits, panel_cost;
+  int64_t rows, columns, splits, panel_cost, row_cost;
 };
 // With as many rows, bringing panels of weights in costs 2 % of the products made with them; sums and panels of as many
 // columns take a megabyte each.
-constexpr TiledLimits kPlainLimits = {768, 336, 8, 12};
+constexpr TiledLimits kPlainLimits = {768, 336, 8, 12, 1};
 // Weights packed ahead: as many rows as are packed at a time, for as many columns as share them without their sums
 // filling the second cache.
-constexpr TiledLimits kPackedLimits = {104, 1056, 4, 0};
-// Sums of integers: rows of x and sums share the second cache.
-constexpr TiledLimits kIntegerLimits = {192, 336, 4, 4};
+constexpr TiledLimits kPackedLimits = {104, 1056, 4, 0, 1};
+// Sums of integers: rows of x and a part of the sums share the second cache. Rows become integers in every task.
+constexpr TiledLimits kIntegerLimits = {192, 672, 4, 4, 3};
 // Weights of a direct task: less than this is read in the time it takes to hand out a task, and of so much the streams
 // in which it is read are long.
 constexpr int64_t kMinDirectBytes = 32 << 10, kLongDirectBytes = 512 << 10;
@@ -29,9 +29,10 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A product of a few rows is a single pass over the weights; the widths of codes that models use have code for it.
 // Integer tiles take over sooner: unpacking a panel costs what multiplying two rows costs.
-bool goes_direct(const MatmulProblem& p) {
+bool goes_direct(const MatmulProblem& p, const MatmulTraits& cpu) {
   if (sums_integers(p)) return p.M <= kDirectRowsInteger;
-  if (p.M > (p.w.transposed && !p.w.packed ? kDirectRowsTransposed : kDirectRows)) return false;
+  const int32_t in_place = cpu.lanes >= 16 && !p.w.quantised() ? kDirectRowsWide : kDirectRowsTransposed;
+  if (p.M > (p.w.transposed && !p.w.packed ? in_place : kDirectRows)) return false;
   return !p.w.quantised() || (p.w.transposed && (p.w.affine.bits == 4 || p.w.affine.bits == 8));
 }
 
@@ -62,7 +63,7 @@ void plan_tiled(const MatmulProblem& p, const MatmulTraits& cpu, int threads, Ma
     for (int64_t width = std::min(panels, most_panels); width >= 1; --width) {
       const int64_t tasks = row_blocks * ceil_div(panels, width);
       // Time of the busiest thread: products of a row and a panel, plus what each panel and each row cost once a task.
-      const double task = static_cast<double>(rows * width + most.panel_cost * width + rows / 3 + 16);
+      const double task = static_cast<double>(rows * width + most.panel_cost * width + most.row_cost * rows / 3 + 16);
       const double time = task * static_cast<double>(ceil_div(tasks, threads));
       if (time >= best) continue;
       best = time;
@@ -91,7 +92,7 @@ const char* name_of(MatmulKernel kernel) {
 MatmulPlan plan_matmul(const MatmulProblem& p, const MatmulTraits& cpu, int threads) {
   MatmulPlan plan;
   if (p.M == 0 || p.N == 0) return plan;
-  if (goes_direct(p)) {
+  if (goes_direct(p, cpu)) {
     plan.kernel = MatmulKernel::direct;
     plan_direct(p, cpu, threads, plan);
   } else {

@@ -16,9 +16,11 @@ struct MatmulTraits {
   bool operator==(const MatmulTraits&) const = default;
 };
 
-// Most rows of a direct product: weights [in, out], [out, in], and [out, in] with sums of integers.
+// Most rows of a direct product: weights [in, out], [out, in], dense [out, in] where vectors have 16 lanes, and [out,
+// in] with sums of integers.
 inline constexpr int32_t kDirectRows = 4;
 inline constexpr int32_t kDirectRowsTransposed = 8;
+inline constexpr int32_t kDirectRowsWide = 16;
 inline constexpr int32_t kDirectRowsInteger = 4;
 
 enum class MatmulKernel : uint8_t {

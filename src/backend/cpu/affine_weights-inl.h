@@ -72,7 +72,7 @@ class AffineColumnWeights {
                     auto bits = words[v];
                     if constexpr (i > 0) bits = hn::ShiftRight<i * kBits>(bits);
                     if constexpr (i * kBits + kBits < 32) bits = hn::And(bits, mask);
-                    f(v, i, hn::MulAdd(hn::ConvertTo(dc, hn::BitCast(dci, bits)), scale[v], bias[v]));
+                    f(v, 0, i, hn::MulAdd(hn::ConvertTo(dc, hn::BitCast(dci, bits)), scale[v], bias[v]));
                   }
                 });
   }
@@ -168,11 +168,7 @@ class AffineColumnWeights {
     });
   }
   static HWY_INLINE VC SetSides(const float (&slots)[kSides][kSlots], int i) {
-    if constexpr (kSides == 1) {
-      return hn::Set(dc, slots[0][i]);
-    } else {
-      return hn::ConcatUpperLower(dc, hn::Set(dc, slots[1][i]), hn::Set(dc, slots[0][i]));
-    }
+    return FromSides(dc, [&](auto block, int s) MFA_INLINE_LAMBDA { return hn::Set(block, slots[s][i]); });
   }
 
   const uint32_t* Row(int n) const {

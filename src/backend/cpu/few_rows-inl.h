@@ -7,9 +7,10 @@ namespace {
 
 // Vectors of columns at a time, which hide the latency of a chain of multiply-adds.
 template <int R>
-constexpr int kFewVectors = R >= 8   ? 1
-                            : R >= 4 ? 2
-                                     : 4;
+constexpr int kFewVectors = kSides >= 4 ? (R > 8 ? 1 : 2)
+                            : R >= 8    ? 1
+                            : R >= 4    ? 2
+                                        : 4;
 
 // Step x of every chain, for each side.
 HWY_INLINE VC LoadX(const float* x) { return hn::LoadDup128(dc, x); }
@@ -38,19 +39,18 @@ HWY_INLINE void AddChains(VC (&sums)[S], float (&totals)[S / 4][4 * kSides]) {
 }
 
 // sums[r * sums_stride + n - n0] = row r of x times column n, n0 <= n < n1. R rows are multiplied, `rows` exist. x is
-// packed by PackWords(). Columns that are multiplied together lie evenly spread over [n0, n1), each stream walking on
-// from column to column (kSpread): so many long streams are what the processor's own prefetchers follow at the full
-// rate of memory, however short a column is; prefetch instructions reach two thirds of it. Scales and biases would be
-// more streams than they follow: quantised columns are neighbours, and asked for in the order of memory.
+// what PackWords() makes of them, the words of all chains of one row after those of the other: so one address serves
+// all. Columns that are multiplied together lie evenly spread over [n0, n1), each stream walking on from column to
+// column (kSpread): so many long streams are what the processor's own prefetchers follow, however short a column is,
+// and only a little further than they go is asked for. Scales and biases would be more streams than they follow:
+// quantised columns are neighbours, and asked for in the order of memory.
 template <bool kPairs, int R, class Weights>
-HWY_NOINLINE void MultiplyFewRows(const Weights& weights, int K, const typename Terms<kPairs>::X* x, ptrdiff_t x_stride,
-                                  int rows, int n0, int n1, float* sums, ptrdiff_t sums_stride) {
+HWY_NOINLINE void MultiplyFewRows(const Weights& weights, int K, const typename Terms<kPairs>::X* x, int rows, int n0,
+                                  int n1, float* sums, ptrdiff_t sums_stride) {
   using X = typename Terms<kPairs>::X;
   constexpr int kVectors = kFewVectors<R>, kSums = Max(4, R * kVectors);
   constexpr int kColumns = kVectors * kSides;
   constexpr int kTerms = kChains * Weights::kUnit * Terms<kPairs>::kStep;  // of a word of every chain
-  const X* row[R];
-  for (int r = 0; r < R; ++r) row[r] = x + Min(r, rows - 1) * x_stride;
   typename Weights::Columns columns[kVectors];
   const int apart = Weights::kSpread ? (n1 - n0 + kColumns - 1) / kColumns : 1;
   const int end = Weights::kSpread ? n0 + apart : n1;
@@ -65,15 +65,18 @@ HWY_NOINLINE void MultiplyFewRows(const Weights& weights, int K, const typename 
       MFA_UNROLL
       for (int i = 0; i < kSums; ++i) acc[i] = hn::Zero(dc);
       const auto multiply = [&](int k) MFA_INLINE_LAMBDA {
-        return [&, k](int v, int j, auto w) MFA_INLINE_LAMBDA {
+        return [&, at = x + ptrdiff_t{k} * R](int v, int i, int j, auto w) MFA_INLINE_LAMBDA {
           MFA_UNROLL
           for (int r = 0; r < R; ++r) {
-            const X* at = row[r] + k + j * kChains * Terms<kPairs>::kStep;
-            acc[r * kVectors + v] = AddProducts<kPairs>(LoadX(at), w, acc[r * kVectors + v]);
+            const X* from = at + (i * R + r) * kTerms + j * kChains * Terms<kPairs>::kStep;
+            acc[r * kVectors + v] = AddProducts<kPairs>(LoadX(from), w, acc[r * kVectors + v]);
           }
         };
       };
       int k = k0;
+      if constexpr (Weights::kSpread) {
+        for (; k + kSides * kTerms <= k1; k += kSides * kTerms) weights.Lines(columns, k, multiply(k));
+      }
       for (; k + kTerms <= k1; k += kTerms) {
         ahead.Lines<Max(1, kColumns * kChains * 4 / static_cast<int>(kCacheLine))>();
         weights.Words(columns, k, multiply(k));

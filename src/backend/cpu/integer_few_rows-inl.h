@@ -100,7 +100,11 @@ HWY_INLINE void DotUnits(const uint8_t* codes, const int16_t* x, ptrdiff_t x_str
     MFA_UNROLL
     for (int v = 0; v < C::kPerGroup; ++v) {
       const int vector = u * C::kPerGroup + v;
-      const auto words = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(codes + vector * C::kBytes));
+      auto words = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(codes + vector * C::kBytes));
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+      // Else each shift loads them anew, and where they lie across cache lines that is two loads.
+      asm("" : "+v"(words.raw));
+#endif
       const auto add = [&]<int i>(std::integral_constant<int, i>) MFA_INLINE_LAMBDA {
         auto code = words;
         if constexpr (i > 0) code = hn::ShiftRight<i * kBits>(code);
@@ -294,24 +298,27 @@ class IntegerFewRows {
     }
     const uint8_t *codes = Codes(column), *end = codes + columns * bytes_;
     int group = 0;  // of x
-    const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from, const T* s,
-                                 const T* b) MFA_INLINE_LAMBDA {
-      MFA_UNROLL
-      for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine) __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
-      VI dots[R];
-      DotUnits<kBits, kGroup, U, R>(from, x_.first + group * kGroup, x_.stride, dots);
-      const VF scale = LoadFloat(s), centre = CentreOf<kBits>(df, scale, LoadFloat(b));
-      MFA_UNROLL
-      for (int r = 0; r < R; ++r)
-        hn::StoreU(GroupProduct<kBits>(df, scale, dots[r], centre, hn::LoadU(di, Sums(r) + group)), df,
-                   products + r * products_stride_);
-      codes += U * C::kUnitBytes;
-      scales += U * C::kGroups;
-      biases += U * C::kGroups;
-      products += U * C::kGroups;
-      group += U * C::kGroups;
-      while (group >= period) group -= period;
-    };
+    const auto step = [&]<int U>(std::integral_constant<int, U>, const uint8_t* from, const T* s, const T* b)
+                          MFA_INLINE_LAMBDA {
+                            MFA_UNROLL
+                            for (int i = 0; i < U * C::kUnitBytes; i += kCacheLine)
+                              __builtin_prefetch(codes + kCodesAhead + i, 0, 3);
+                            VI dots[R];
+                            DotUnits<kBits, kGroup, U, R>(from, x_.first + group * kGroup, x_.stride, dots);
+                            const VF scale = LoadFloat(s), centre = CentreOf<kBits>(df, scale, LoadFloat(b));
+                            MFA_UNROLL
+                            for (int r = 0; r < R; ++r) {
+                              const VI sum = hn::LoadU(di, Sums(r) + group);
+                              hn::StoreU(GroupProduct(df, scale, FromMiddle<kBits>(dots[r], sum), centre, sum), df,
+                                         products + r * products_stride_);
+                            }
+                            codes += U * C::kUnitBytes;
+                            scales += U * C::kGroups;
+                            biases += U * C::kGroups;
+                            products += U * C::kGroups;
+                            group += U * C::kGroups;
+                            while (group >= period) group -= period;
+                          };
     while (end - codes >= C::kUnits * C::kUnitBytes)
       step(std::integral_constant<int, C::kUnits>(), codes, scales, biases);
     if (codes == end) return;
@@ -351,7 +358,8 @@ class IntegerFewRows {
         const auto scale = LoadFloat(One(), scales + g), bias = LoadFloat(One(), biases + g);
         const auto dot = hn::Set(hn::RebindToSigned<One>(), dots[g - unit * C::kGroups]);
         const auto sum = hn::Set(hn::RebindToSigned<One>(), x_.rest_sum[x_.At(g, r)]);
-        products[g] = hn::GetLane(GroupProduct<kBits>(One(), scale, dot, CentreOf<kBits>(One(), scale, bias), sum));
+        products[g] = hn::GetLane(
+            GroupProduct(One(), scale, FromMiddle<kBits>(dot, sum), CentreOf<kBits>(One(), scale, bias), sum));
       }
     }
   }

@@ -26,10 +26,10 @@ HWY_INLINE void AddPairs(PairSums& sums, V16 x, V16 y) {
   sums.a = VI{_mm512_dpwssd_epi32(sums.a.raw, x.raw, y.raw)};
 #else
   sums.a = hn::ReorderWidenMulAccumulate(di, x, y, sums.a, sums.b);
-#if HWY_ARCH_X86
-  // Else compilers reorder sums of integers so that they do not fit the registers.
-  asm("" : "+v"(sums.a.raw));
 #endif
+#if HWY_ARCH_X86
+  // Else compilers reorder sums of integers, or copy them, so that they do not fit the registers.
+  asm("" : "+v"(sums.a.raw));
 #endif
 }
 HWY_INLINE VI Total(const PairSums& sums) { return hn::RearrangeToOddPlusEven(sums.a, sums.b); }
@@ -83,83 +83,113 @@ HWY_INLINE GroupScale ScaleOf(float largest) {
 // y rounded to whole numbers, half to even, as float32 that holds it in its low bits; |y| < 2^22.
 constexpr float kIntegers = 12582912.f;  // 1.5 * 2^23
 HWY_INLINE VF RoundToIntegers(VF y) { return hn::Add(y, hn::Set(df, kIntegers)); }
-HWY_INLINE VI IntegersOf(VF rounded) {
-  return hn::Sub(hn::BitCast(di, rounded), hn::BitCast(di, hn::Set(df, kIntegers)));
-}
 
-// Writes n integers y(i) in the order of IntegerRows; returns their sum.
-template <int kBits, class F>
-HWY_INLINE int32_t StoreIntegers(int n, int16_t* out, const F& y) {
-  static_assert(kBits == 4 || kBits == 8);
-  HWY_ALIGN static constexpr uint8_t kOrder[2][16] = {{0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15},
-                                                      {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15}};
-  const auto order = hn::BitCast(d16, hn::LoadDup128(hn::Repartition<uint8_t, D16>(), kOrder[kBits / 8]));
-  VI sum = hn::Zero(di);
-  for (int i = 0; i < n; i += 2 * kLanes) {
-    const VI low = IntegersOf(RoundToIntegers(y(i))), high = IntegersOf(RoundToIntegers(y(i + kLanes)));
-    sum = hn::Add(sum, hn::Add(low, high));
-    const V16 both = hn::Combine(d16, hn::DemoteTo(hn::Half<D16>(), high), hn::DemoteTo(hn::Half<D16>(), low));
-    hn::StoreU(hn::TableLookupBytes(both, order), d16, out + i);
-  }
-  return hn::GetLane(hn::SumOfLanes(di, sum));
-}
-
-// Group g of row r from the n elements at `in`.
+// Of the 2 * kLanes terms from `in` on: lane i of `a` and `b` is what pair i of IntegerRows is made of.
 template <int kBits, class T>
-HWY_INLINE void QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) {
-  constexpr bool kHalf = std::is_same_v<T, float16>;
-  constexpr float kSmall = kHalf ? 0x1p9f : 0x1p7f;
+HWY_INLINE void LoadPairTerms(const T* in, VF& a, VF& b) {
   const hn::RebindToUnsigned<D16> du16;
+  // Each 128-bit block has the terms of `a` below those of `b`.
+  auto v = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(in));
+  if constexpr (kBits == 8) {  // so far those of whole words
+    HWY_ALIGN static constexpr uint8_t kOrder[16] = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
+    v = hn::TableLookupBytes(v, hn::BitCast(du16, hn::LoadDup128(hn::Repartition<uint8_t, D16>(), kOrder)));
+  }
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    a = hn::BitCast(df, hn::InterleaveLower(du16, hn::Zero(du16), v));
+    b = hn::BitCast(df, hn::InterleaveUpper(du16, hn::Zero(du16), v));
+  } else {
+    const hn::Repartition<uint64_t, D16> d64;
+    const hn::Rebind<hwy::float16_t, DF> df16;
+    const auto halves = hn::BitCast(d64, v);
+    const auto widen = [&](auto terms) MFA_INLINE_LAMBDA {
+      return hn::PromoteTo(df, hn::BitCast(df16, hn::LowerHalf(hn::Half<decltype(d64)>(), terms)));
+    };
+    a = widen(hn::ConcatEven(d64, halves, halves));
+    b = widen(hn::ConcatOdd(d64, halves, halves));
+  }
+}
+
+// Writes f(terms) of n terms, rounded to integers, in the order of IntegerRows; returns their sum.
+template <int kBits, class T, class F>
+HWY_INLINE int32_t StoreIntegers(const T* in, int n, int16_t* out, const F& f) {
+  static_assert(kBits == 4 || kBits == 8);
+  PairSums sum;
+  for (int i = 0; i < n; i += 2 * kLanes) {
+    VF a, b;
+    LoadPairTerms<kBits>(in + i, a, b);
+    const VU low = hn::BitCast(du, RoundToIntegers(f(a))), high = hn::BitCast(du, RoundToIntegers(f(b)));
+    const V16 pairs = hn::OddEven(hn::BitCast(d16, hn::ShiftLeft<16>(high)), hn::BitCast(d16, low));
+    AddPairs(sum, pairs, hn::Set(d16, 1));
+    hn::StoreU(pairs, d16, out + i);
+  }
+  return hn::GetLane(hn::SumOfLanes(di, Total(sum)));
+}
+
+// 2^(e - n) as the bits of a T, e being the exponent of the number with these bits; the smallest number if that is 0.
+template <class T>
+HWY_INLINE uint16_t BitsBelow(uint16_t bits, int n) {
+  constexpr int kMantissa = std::is_same_v<T, float16> ? 10 : 7;
+  const int exponent = bits >> kMantissa;
+  if (HWY_LIKELY(exponent > n)) return static_cast<uint16_t>((exponent - n) << kMantissa);
+  // Subnormal, where a place is the exponent.
+  const int place = (exponent > 0 ? exponent - 1 + kMantissa : std::bit_width(bits) - 1) - n;
+  return static_cast<uint16_t>(1 << Max(0, place));
+}
+
+// Group g of row r from the n elements at `in`; whether it has a rest.
+template <int kBits, class T>
+HWY_INLINE bool QuantiseGroup(const T* in, int n, IntegerRows& x, int r, int g) {
+  constexpr bool kHalf = std::is_same_v<T, float16>;
+  constexpr int kSmall = kHalf ? 5 : 7;  // elements below 2^-kSmall of the largest are small
+  const hn::RebindToUnsigned<D16> du16;
+  const auto magnitudes = [&](int i) MFA_INLINE_LAMBDA {
+    return hn::And(hn::LoadU(du16, reinterpret_cast<const uint16_t*>(in) + i), hn::Set(du16, 0x7fff));
+  };
   const int at = x.At(g, r);
   int16_t* first = x.first + r * x.stride + g * n;
+  x.rest_sum[at] = 0;
+  x.has_rest[at] = 0;
 
   auto most = hn::Zero(du16);
-  V16 zeros = hn::Zero(d16);
-  for (int i = 0; i < n; i += 2 * kLanes) {
-    const auto bits = hn::And(hn::LoadU(du16, reinterpret_cast<const uint16_t*>(in) + i), hn::Set(du16, 0x7fff));
-    most = hn::Max(most, bits);
-    zeros = hn::Sub(zeros, hn::VecFromMask(d16, hn::Eq(hn::BitCast(d16, bits), hn::Zero(d16))));
-  }
+  for (int i = 0; i < n; i += 2 * kLanes) most = hn::Max(most, magnitudes(i));
   const uint16_t bits = hn::GetLane(hn::MaxOfLanes(du16, most));
-  x.scale[at] = 0.f;
-  x.sum[at] = x.rest_sum[at] = 0;
-  x.has_rest[at] = 0;
-  if (bits == 0 || bits >= (kHalf ? 0x7c00 : 0x7f80)) {
+  if (HWY_UNLIKELY(bits == 0 || bits >= (kHalf ? 0x7c00 : 0x7f80))) {
     // The sums of a row with a NaN or an infinity become NaN, and are computed again term by term.
-    if (bits != 0) x.scale[at] = std::numeric_limits<float>::quiet_NaN();
+    x.scale[at] = bits == 0 ? 0.f : std::numeric_limits<float>::quiet_NaN();
+    x.sum[at] = 0;
     std::memset(first, 0, static_cast<size_t>(n) * sizeof(*first));
-    return;
+    return false;
   }
   const GroupScale s = ScaleOf(to_float(T{bits}));
   x.scale[at] = s.scale;
   const VF up0 = hn::Set(df, s.inverse[0]), up1 = hn::Set(df, s.inverse[1]);
-  VI small = hn::Zero(di);  // elements below kSmall, zeros too
-  x.sum[at] = StoreIntegers<kBits>(n, first, [&](int i) MFA_INLINE_LAMBDA {
-    const VF y = hn::Mul(hn::Mul(LoadFloat(in + i), up0), up1);
-    small = hn::Sub(small, hn::VecFromMask(di, hn::RebindMask(di, hn::Lt(hn::Abs(y), hn::Set(df, kSmall)))));
-    return y;
-  });
+  x.sum[at] = StoreIntegers<kBits>(in, n, first, [&](VF v) MFA_INLINE_LAMBDA { return hn::Mul(hn::Mul(v, up0), up1); });
+  size_t small = 0, none = 0;  // small elements, zeros too, and zeros
+  const auto limit = hn::Set(du16, BitsBelow<T>(bits, kSmall));
+  for (int i = 0; i < n; i += 2 * kLanes) {
+    const V16 magnitude = hn::BitCast(d16, magnitudes(i));
+    small += hn::CountTrue(d16, hn::Lt(magnitude, hn::BitCast(d16, limit)));
+    none += hn::CountTrue(d16, hn::Eq(magnitude, hn::Zero(d16)));
+  }
   // More than half of those that are not zero?
-  const int count = hn::GetLane(hn::SumOfLanes(di, small)), none = hn::GetLane(hn::SumOfLanes(d16, zeros));
-  if (HWY_LIKELY(2 * (count - none) <= n - none)) return;
+  if (HWY_LIKELY(2 * (small - none) <= static_cast<size_t>(n) - none)) return false;
   x.has_rest[at] = 1;
-  int16_t* rest = x.rest + r * x.stride + g * n;
-  x.rest_sum[at] = StoreIntegers<kBits>(n, rest, [&](int i) MFA_INLINE_LAMBDA {
-    const VF y = hn::Mul(hn::Mul(LoadFloat(in + i), up0), up1);
+  x.rest_sum[at] = StoreIntegers<kBits>(in, n, x.rest + r * x.stride + g * n, [&](VF v) MFA_INLINE_LAMBDA {
+    const VF y = hn::Mul(hn::Mul(v, up0), up1);
     return hn::Mul(hn::Sub(y, hn::Sub(RoundToIntegers(y), hn::Set(df, kIntegers))), hn::Set(df, 1 / kRestScale));
   });
+  return true;
 }
 
 // `groups` groups of n terms each, from term k0 on, of row `row` of the problem as row r of `x`. Whether any has a
 // rest: then the others' rests are zero.
 template <int kBits>
 HWY_NOINLINE bool QuantiseRow(const MatmulProblem& p, int64_t row, int k0, int groups, int n, IntegerRows& x, int r) {
-  uint8_t any = 0;
+  bool any = false;
   WithHalf(p.dtype, [&]<class T>(T*) {
     const T* in = static_cast<const T*>(p.x.data) + p.x.at(row) + k0;
-    for (int g = 0; g < groups; ++g) QuantiseGroup<kBits>(in + g * n, n, x, r, g);
+    for (int g = 0; g < groups; ++g) any |= QuantiseGroup<kBits>(in + g * n, n, x, r, g);
   });
-  for (int g = 0; g < groups; ++g) any |= x.has_rest[x.At(g, r)];
   if (HWY_LIKELY(!any)) return false;
   for (int g = 0; g < groups; ++g)
     if (!x.has_rest[x.At(g, r)])
@@ -175,12 +205,16 @@ template <int kBits, class D, class V = hn::Vec<D>>
 HWY_INLINE V CentreOf(D d, V scale, V bias) {
   return hn::MulAdd(hn::Set(d, static_cast<float>(kMiddle<kBits>)), scale, bias);
 }
-// What a group adds to a sum, divided by the scale of x: scale * (dot - middle * sum) + centre * sum, where `dot` is
-// the sum of products with codes and `sum` that of a row of x.
-template <int kBits, class D, class V = hn::Vec<D>, class VInt>
+// What a group adds to a sum, divided by the scale of x: scale * dot + centre * sum, where `dot` is the sum of products
+// with codes that count from the middle and `sum` that of a row of x.
+template <class D, class V = hn::Vec<D>, class VInt>
 HWY_INLINE V GroupProduct(D d, V scale, VInt dot, V centre, VInt sum) {
-  const V offset = hn::Mul(centre, hn::ConvertTo(d, sum));
-  return hn::MulAdd(scale, hn::ConvertTo(d, hn::Sub(dot, hn::ShiftLeft<kBits - 1>(sum))), offset);
+  return hn::MulAdd(scale, hn::ConvertTo(d, dot), hn::Mul(centre, hn::ConvertTo(d, sum)));
+}
+// Such a sum from one of products with the codes as they are stored.
+template <int kBits, class VInt>
+HWY_INLINE VInt FromMiddle(VInt dot, VInt sum) {
+  return hn::Sub(dot, hn::ShiftLeft<kBits - 1>(sum));
 }
 
 // Element (r, n) of the product, term by term in float32: for sums that are not finite.

@@ -16,18 +16,23 @@ template <int MR, int NR>
 HWY_INLINE void DotTile(const int16_t* HWY_RESTRICT x, ptrdiff_t x_stride, const uint32_t* HWY_RESTRICT panel,
                         int steps, VI (&dots)[MR][NR]) {
   PairSums acc[MR][NR];
+  // The end of a loop of as many steps as a group has is not always foreseen, that of a short one is.
+  constexpr int kSteps = kMinGroup / 2;
   MFA_NO_UNROLL
-  for (int i = 0; i < steps; ++i) {
-    V16 codes[NR];
-    MFA_UNROLL
-    for (int c = 0; c < NR; ++c) codes[c] = hn::BitCast(d16, hn::Load(du, panel + i * kIntegerPanel + c * kLanes));
-    MFA_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      uint32_t pair;
-      __builtin_memcpy(&pair, x + r * x_stride + 2 * i, sizeof(pair));
-      const V16 xv = hn::BitCast(d16, hn::Set(du, pair));
+  for (int end = kSteps; end <= steps; end += kSteps) {
+    MFA_NO_UNROLL
+    for (int i = end - kSteps; i < end; ++i) {
+      V16 codes[NR];
       MFA_UNROLL
-      for (int c = 0; c < NR; ++c) AddPairs(acc[r][c], xv, codes[c]);
+      for (int c = 0; c < NR; ++c) codes[c] = hn::BitCast(d16, hn::Load(du, panel + i * kIntegerPanel + c * kLanes));
+      MFA_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, x + r * x_stride + 2 * i, sizeof(pair));
+        const V16 xv = hn::BitCast(d16, hn::Set(du, pair));
+        MFA_UNROLL
+        for (int c = 0; c < NR; ++c) AddPairs(acc[r][c], xv, codes[c]);
+      }
     }
   }
   MFA_UNROLL
@@ -113,58 +118,71 @@ class IntegerTiles {
     }
   }
 
+  // Scales and centres of a group of NR vectors of columns.
+  template <int NR>
+  struct GroupScales {
+    VF scale[NR], centre[NR];
+  };
+  template <int NR>
+  HWY_INLINE GroupScales<NR> ScalesOf(int g) const {
+    GroupScales<NR> of;
+    MFA_UNROLL
+    for (int c = 0; c < NR; ++c) {
+      of.scale[c] = hn::Load(df, scales_ + g * kIntegerPanel + c * kLanes);
+      of.centre[c] = hn::Load(df, centres_ + g * kIntegerPanel + c * kLanes);
+    }
+    return of;
+  }
+  // Adds a group of a row of x, whose products with the columns are `dots`.
+  template <int NR>
+  static HWY_INLINE void AddGroup(const GroupScales<NR>& group, float x_scale, int32_t x_sum, const VI (&dots)[NR],
+                                  float* sums) {
+    MFA_UNROLL
+    for (int c = 0; c < NR; ++c) {
+      const VF product = GroupProduct(df, group.scale[c], dots[c], group.centre[c], hn::Set(di, x_sum));
+      float* to = sums + c * kLanes;
+      hn::StoreU(hn::MulAdd(hn::Set(df, x_scale), product, hn::LoadU(df, to)), df, to);
+    }
+  }
+  // The rests of group g, of those of MR rows that have them. Apart, as it is rare and would take registers.
+  template <int MR, int NR>
+  HWY_NOINLINE void AddRests(const int16_t* rest, const uint32_t* panel, int g, int at, float* sums) const {
+    VI dots[MR][NR];
+    DotTile<MR, NR>(rest, x_.stride, panel, group_ / 2, dots);
+    const GroupScales<NR> group = ScalesOf<NR>(g);
+    MFA_UNROLL
+    for (int r = 0; r < MR; ++r)
+      if (x_.has_rest[at + r])
+        AddGroup<NR>(group, x_.scale[at + r] * kRestScale, x_.rest_sum[at + r], dots[r], sums + r * sums_stride());
+  }
+
   // Adds the panel's groups, from g0 on, to the sums of MR rows.
   template <int MR, int NR>
   HWY_INLINE void MultiplyRows(int r0, int g0, int groups, float* sums) const {
     const ptrdiff_t sums_stride = this->sums_stride(), x_stride = x_.stride;
-    HWY_ALIGN float totals[MR][NR * kLanes];
-    MFA_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      MFA_UNROLL
-      for (int c = 0; c < NR * kLanes; c += kLanes)
-        hn::Store(hn::LoadU(df, sums + r * sums_stride + c), df, totals[r] + c);
-    }
     ptrdiff_t from = r0 * x_stride + static_cast<ptrdiff_t>(g0) * group_;
     const uint32_t* panel = panel_;
     for (int g = g0; g < g0 + groups; ++g, from += group_, panel += group_ / 2 * kIntegerPanel) {
-      const float *scales = scales_ + g * kIntegerPanel, *centres = centres_ + g * kIntegerPanel;
       VI dots[MR][NR];
-      const auto add = [&](int r, float x_scale, int32_t x_sum) MFA_INLINE_LAMBDA {
-        MFA_UNROLL
-        for (int c = 0; c < NR; ++c) {
-          const VF scale = hn::Load(df, scales + c * kLanes), centre = hn::Load(df, centres + c * kLanes);
-          float* to = totals[r] + c * kLanes;
-          const VF product = GroupProduct<kBits>(df, scale, dots[r][c], centre, hn::Set(di, x_sum));
-          hn::Store(hn::MulAdd(hn::Set(df, x_scale), product, hn::Load(df, to)), df, to);
-        }
-      };
-      const int at = x_.At(g, r0);  // of row r at + r
       DotTile<MR, NR>(x_.first + from, x_stride, panel, group_ / 2, dots);
-      uint8_t has_rest = 0;
+      const int at = x_.At(g, r0);  // of row r at + r
+      const GroupScales<NR> group = ScalesOf<NR>(g);
+      const float* x_scale = x_.scale + at;
+      const int32_t* x_sum = x_.sum + at;
       MFA_UNROLL
-      for (int r = 0; r < MR; ++r) {
-        add(r, x_.scale[at + r], x_.sum[at + r]);
-        has_rest |= x_.has_rest[at + r];
-      }
-      if (HWY_LIKELY(!has_rest)) continue;
-      DotTile<MR, NR>(x_.rest + from, x_stride, panel, group_ / 2, dots);
-      MFA_UNROLL
-      for (int r = 0; r < MR; ++r)
-        if (x_.has_rest[at + r]) add(r, x_.scale[at + r] * kRestScale, x_.rest_sum[at + r]);
-    }
-    MFA_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      MFA_UNROLL
-      for (int c = 0; c < NR * kLanes; c += kLanes)
-        hn::StoreU(hn::Load(df, totals[r] + c), df, sums + r * sums_stride + c);
+      for (int r = 0; r < MR; ++r) AddGroup<NR>(group, x_scale[r], x_sum[r], dots[r], sums + r * sums_stride);
+      uint64_t has_rest = 0;
+      __builtin_memcpy(&has_rest, x_.has_rest + at, MR);
+      if (HWY_UNLIKELY(has_rest)) AddRests<MR, NR>(x_.rest + from, panel, g, at, sums);
     }
   }
 
-  // panel[pair][column]: pair j of word i of every column, from term k0 on.
+  // panel[pair][column]: pair j of word i of every column, from term k0 on, codes counting from the middle.
   template <int NR>
   HWY_NOINLINE void PackPanel(int n, int k0, int terms, Prefetch& ahead) {
     constexpr int kPairs = kWordCodes / 2;
     const VU mask = hn::Set(du, ((1u << kBits) - 1) * 0x10001u);
+    const V16 middle = hn::Set(d16, kMiddle<kBits>);
     HWY_ALIGN uint32_t words[kLanes * kLanes];
     for (int v = 0; v < NR; ++v)
       for (int w = 0; w < terms / kWordCodes; w += kLanes) {
@@ -175,7 +193,8 @@ class IntegerTiles {
           uint32_t* to = panel_ + (w + i) * kPairs * kIntegerPanel + v * kLanes;
           MFA_UNROLL
           for (int j = 0; j < kPairs; ++j) {
-            hn::Store(hn::And(bits, mask), du, to + j * kIntegerPanel);
+            const V16 codes = hn::BitCast(d16, hn::And(bits, mask));
+            hn::Store(hn::BitCast(du, hn::Sub(codes, middle)), du, to + j * kIntegerPanel);
             if (j + 1 < kPairs) bits = hn::ShiftRight<kBits>(bits);
           }
         }

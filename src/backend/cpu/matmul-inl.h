@@ -133,7 +133,7 @@ class Product {
     if (plan_.kernel == MatmulKernel::direct) {
       const size_t row = static_cast<size_t>(PackedStride<kPairs>(p_.K)) * sizeof(X);
       const size_t sums = size_t{2} * static_cast<size_t>(columns_padded()) * sizeof(float);
-      return static_cast<size_t>(plan_.row_block) * (row + sums);
+      return static_cast<size_t>(packed_rows()) * row + static_cast<size_t>(plan_.row_block) * sums;
     }
     return packed_x_bytes() + panel_bytes() + static_cast<size_t>(sums_rows() * sums_stride()) * sizeof(float);
   }
@@ -150,6 +150,9 @@ class Product {
         if constexpr (Weights::kByRows) {
           if (rows == 3) return Direct<3>(r0, rows, n0, n1, scratch);
         } else {
+          if constexpr (Weights::kSpread && kLanes >= 16) {
+            if (rows > kDirectRowsTransposed) return Direct<kDirectRowsWide>(r0, rows, n0, n1, scratch);
+          }
           if (rows > 4) return Direct<8>(r0, rows, n0, n1, scratch);
         }
         return Direct<4>(r0, rows, n0, n1, scratch);
@@ -160,18 +163,34 @@ class Product {
 
  private:
   int columns_padded() const { return RoundUp(plan_.column_block, kLanes); }
+  // Of a direct task: where rows are interleaved, as many as are multiplied together and one more.
+  int packed_rows() const {
+    if constexpr (Weights::kByRows) return plan_.row_block;
+    int rows = 1;
+    while (rows < plan_.row_block) rows *= 2;
+    return rows + 1;
+  }
 
   // ---- direct -------------------------------------------------------------------------------------------------------
   template <int R>
   HWY_NOINLINE void Direct(int64_t r0, int rows, int n0, int n1, char* scratch) {
     const ptrdiff_t x_stride = PackedStride<kPairs>(p_.K);
     X* x = reinterpret_cast<X*>(scratch);
-    float* sums = reinterpret_cast<float*>(x + plan_.row_block * x_stride);
-    for (int r = 0; r < rows; ++r) PackWords<kUnit>(p_, r0 + r, 0, p_.K, reinterpret_cast<Stored*>(x + r * x_stride));
+    float* sums = reinterpret_cast<float*>(x + packed_rows() * x_stride);
+    const auto pack = [&](int r, X* to) { PackWords<kUnit>(p_, r0 + r, 0, p_.K, reinterpret_cast<Stored*>(to)); };
     if constexpr (Weights::kByRows) {
+      for (int r = 0; r < rows; ++r) pack(r, x + r * x_stride);
       DirectByRows<R>(r0, n0, n1, x, x_stride, sums);
     } else {
-      MultiplyFewRows<kPairs, R>(weights_, p_.K, x, x_stride, rows, n0, n1, sums, columns_padded());
+      X* last = R == 1 ? x : x + R * x_stride;
+      for (int r = 0; r < R; ++r) {
+        if (r < rows) pack(r, last);
+        if constexpr (R > 1) {
+          constexpr int kTerms = kChains * kUnit * Step::kStep;
+          for (int k = 0; k < p_.K; k += kTerms) std::memcpy(x + k * R + r * kTerms, last + k, kTerms * sizeof(X));
+        }
+      }
+      MultiplyFewRows<kPairs, R>(weights_, p_.K, x, rows, n0, n1, sums, columns_padded());
       for (int r = 0; r < rows; ++r) WriteRow(p_, sums + r * columns_padded(), r0 + r, n0, n1 - n0);
     }
   }

@@ -151,30 +151,47 @@ HWY_INLINE void TransposeBlocks(D d, hn::Vec<D>* v) {
   v[3] = hn::BitCast(d, hn::InterleaveUpper(dd, b, e));
 }
 
+// Blocks 0 and 2, or 1 and 3, of `lower`, then those of `upper`.
+template <bool kOdd, class D, class V = hn::Vec<D>>
+HWY_INLINE V ConcatBlocks(D d, V upper, V lower) {
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  const hn::RebindToFloat<D> dfloat;
+  const auto a = hn::BitCast(dfloat, lower), b = hn::BitCast(dfloat, upper);
+  return hn::BitCast(d, decltype(a){_mm512_shuffle_f32x4(a.raw, b.raw, kOdd ? 0xdd : 0x88)});
+#else
+  static_cast<void>(d);
+  if constexpr (kOdd) return hn::OddEvenBlocks(hn::SwapAdjacentBlocks(upper), hn::SwapAdjacentBlocks(lower));
+  return hn::OddEvenBlocks(upper, lower);
+#endif
+}
+
+// In: row i of a square matrix of 128-bit blocks in v[i * kPitch]. Out: column i.
+template <int kPitch = 1, class D>
+HWY_INLINE void TransposeSquare(D d, hn::Vec<D>* v) {
+  constexpr int kBlocks = static_cast<int>(hn::MaxLanes(D())) / 4;
+  static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4);
+  if constexpr (kBlocks == 2) {
+    const auto a = v[0], b = v[kPitch];
+    v[0] = hn::ConcatLowerLower(d, b, a);
+    v[kPitch] = hn::ConcatUpperUpper(d, b, a);
+  } else if constexpr (kBlocks == 4) {
+    const auto a = v[0], b = v[kPitch], c = v[2 * kPitch], e = v[3 * kPitch];
+    const auto ab_lo = hn::ConcatLowerLower(d, b, a), ce_lo = hn::ConcatLowerLower(d, e, c);
+    const auto ab_hi = hn::ConcatUpperUpper(d, b, a), ce_hi = hn::ConcatUpperUpper(d, e, c);
+    v[0] = ConcatBlocks<false>(d, ce_lo, ab_lo);
+    v[kPitch] = ConcatBlocks<true>(d, ce_lo, ab_lo);
+    v[2 * kPitch] = ConcatBlocks<false>(d, ce_hi, ab_hi);
+    v[3 * kPitch] = ConcatBlocks<true>(d, ce_hi, ab_hi);
+  }
+}
+
 // In: row i of a square matrix of as many rows as `d` has lanes, in v[i]. Out: column i in v[i].
 template <class D, int N = static_cast<int>(hn::MaxLanes(D()))>
 HWY_INLINE void Transpose(D d, hn::Vec<D> (&v)[N]) {
   MFA_UNROLL
   for (int g = 0; g < N; g += 4) TransposeBlocks(d, v + g);
-  if constexpr (N == 8) {
-    MFA_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const auto a = v[j], b = v[4 + j];
-      v[j] = hn::ConcatLowerLower(d, b, a);
-      v[4 + j] = hn::ConcatUpperUpper(d, b, a);
-    }
-  } else if constexpr (N == 16) {
-    MFA_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const auto a = v[j], b = v[4 + j], c = v[8 + j], e = v[12 + j];
-      const auto ac_lo = hn::ConcatLowerLower(d, c, a), be_lo = hn::ConcatLowerLower(d, e, b);
-      const auto ac_hi = hn::ConcatUpperUpper(d, c, a), be_hi = hn::ConcatUpperUpper(d, e, b);
-      v[j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(be_lo), ac_lo);
-      v[4 + j] = hn::OddEvenBlocks(be_lo, hn::SwapAdjacentBlocks(ac_lo));
-      v[8 + j] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(be_hi), ac_hi);
-      v[12 + j] = hn::OddEvenBlocks(be_hi, hn::SwapAdjacentBlocks(ac_hi));
-    }
-  }
+  MFA_UNROLL
+  for (int j = 0; j < 4; ++j) TransposeSquare<4>(d, v + j);
 }
 HWY_INLINE void Transpose(VF (&v)[kLanes]) { Transpose(df, v); }
 

@@ -43,34 +43,43 @@ constexpr int StepOfChain(int s) {
 }
 
 // Vectors of chains: those of one column in each 128-bit block, of `kSides` columns.
-using DC = hn::CappedTag<float, 2 * kChains>;
+using DC = hn::CappedTag<float, 4 * kChains>;
 using DCU = hn::RebindToUnsigned<DC>;
 using VC = hn::Vec<DC>;
 constexpr DC dc;
 constexpr DCU dcu;
 constexpr int kSides = static_cast<int>(hn::MaxLanes(DC())) / kChains;
 
+// Block s is f(a tag of one block, first + s).
+template <class D, class F>
+HWY_INLINE hn::Vec<D> FromSides(D d, const F& f, int first = 0) {
+  constexpr int kHere = static_cast<int>(hn::MaxLanes(D())) / kChains;
+  if constexpr (kHere == 1) {
+    return f(d, first);
+  } else {
+    const hn::Half<D> half;
+    return hn::Combine(d, FromSides(half, f, first + kHere / 2), FromSides(half, f, first));
+  }
+}
 // Block s is loaded from in[s].
 template <class D, class T>
 HWY_INLINE hn::Vec<D> LoadSides(D d, const T* const (&in)[kSides]) {
-  const auto load = [](auto d, const T* p) {
+  return FromSides(d, [&](auto block, int s) MFA_INLINE_LAMBDA {
     if constexpr (std::is_same_v<hn::TFromD<D>, T>) {
-      return hn::LoadU(d, p);
+      return hn::LoadU(block, in[s]);
     } else {
-      return LoadFloat(d, p);
+      return LoadFloat(block, in[s]);
     }
-  };
-  if constexpr (kSides == 1) {
-    return load(d, in[0]);
-  } else {
-    return hn::Combine(d, load(hn::Half<D>(), in[1]), load(hn::Half<D>(), in[0]));
-  }
+  });
 }
 
 HWY_INLINE void StoreStep(VF w, float* p) { hn::Store(w, df, p); }
 HWY_INLINE void StoreStep(VU w, uint32_t* p) { hn::Store(w, du, p); }
 
 constexpr ptrdiff_t kCacheLine = 64;
+// Bytes before they are needed that the streams of few rows are asked for: the processor's own prefetchers stop at
+// pages of 4 KB.
+constexpr ptrdiff_t kStreamAhead = 1024;
 
 // What is read next: pieces of `piece` bytes, `pitch` bytes apart.
 struct Upcoming {
@@ -117,14 +126,36 @@ class ColumnWeights {
   explicit ColumnWeights(const MatmulProblem& p)
       : data_(static_cast<const T*>(p.w.data)), stride_(p.w.stride), N_(p.N) {}
 
-  // kSides columns as few rows read them. Words(columns, k, f) calls f(v, j, w) for each of columns[v] and j < kUnit,
-  // block s of w being step j of the words of all chains of column s from term k on. LastWords does where terms from k1
-  // on are zero.
+  // kSides columns as few rows read them. Words(columns, k, f) calls f(v, 0, j, w) for each of columns[v] and j <
+  // kUnit, block s of w being step j of the words of all chains of column s from term k on. LastWords does where terms
+  // from k1 on are zero. Lines(columns, k, f) reads kSides such words of each column at once, i being which: f(v, i, j,
+  // w).
   struct Columns {
     const T* side[kSides];
   };
   HWY_INLINE void BeginColumn(Columns& columns, int side, int n) const { columns.side[side] = data_ + n * stride_; }
   HWY_INLINE void BeginBlock(Columns&, int) const {}
+  template <int V, class F>
+  HWY_INLINE void Lines(const Columns (&columns)[V], int k, const F& f) const {
+    constexpr int kAhead = static_cast<int>(kStreamAhead / sizeof(T));
+    MFA_UNROLL
+    for (int v = 0; v < V; ++v) {
+      VC words[kSides];
+      MFA_UNROLL
+      for (int s = 0; s < kSides; ++s) {
+        const T* at = columns[v].side[s] + k;
+        if constexpr (kSides > 1) __builtin_prefetch(at + kAhead, 0, 3);  // with one, once a quarter of a line
+        if constexpr (kHalves) {
+          words[s] = hn::BitCast(dc, hn::LoadU(dcu, reinterpret_cast<const uint32_t*>(at)));
+        } else {
+          words[s] = LoadFloat(dc, at);
+        }
+      }
+      TransposeSquare(dc, words);
+      MFA_UNROLL
+      for (int i = 0; i < kSides; ++i) Steps(words[i], v, i, f);
+    }
+  }
   template <int V, class F>
   HWY_INLINE void Words(const Columns (&columns)[V], int k, const F& f) const {
     MFA_UNROLL
@@ -132,7 +163,7 @@ class ColumnWeights {
       const T* at[kSides];
       MFA_UNROLL
       for (int s = 0; s < kSides; ++s) at[s] = columns[v].side[s] + k;
-      Steps(at, v, f);
+      Steps(LoadWords(at), v, 0, f);
     }
   }
   template <int V, class F>
@@ -146,7 +177,7 @@ class ColumnWeights {
         for (int i = 0; i < Min(kTerms, k1 - k); ++i) words[s][i] = columns[v].side[s][k + i];
         at[s] = words[s];
       }
-      Steps(at, v, f);
+      Steps(LoadWords(at), v, 0, f);
     }
   }
 
@@ -171,20 +202,25 @@ class ColumnWeights {
   }
 
  private:
-  template <class F>
-  static HWY_INLINE void Steps(const T* const (&at)[kSides], int v, const F& f) {
+  static HWY_INLINE VC LoadWords(const T* const (&at)[kSides]) {
     if constexpr (kHalves) {
       const uint32_t* words[kSides];
       for (int s = 0; s < kSides; ++s) words[s] = reinterpret_cast<const uint32_t*>(at[s]);
-      const auto bits = LoadSides(dcu, words);
-      if constexpr (kPairs) {
-        f(v, 0, bits);
-      } else {
-        f(v, 0, hn::BitCast(dc, hn::ShiftLeft<16>(bits)));
-        f(v, 1, hn::BitCast(dc, hn::And(bits, hn::Set(dcu, 0xffff0000u))));
-      }
+      return hn::BitCast(dc, LoadSides(dcu, words));
     } else {
-      f(v, 0, LoadSides(dc, at));
+      return LoadSides(dc, at);
+    }
+  }
+  template <class F>
+  static HWY_INLINE void Steps(VC words, int v, int i, const F& f) {
+    const auto bits = hn::BitCast(dcu, words);
+    if constexpr (kPairs) {
+      f(v, i, 0, bits);
+    } else if constexpr (kHalves) {
+      f(v, i, 0, hn::BitCast(dc, hn::ShiftLeft<16>(bits)));
+      f(v, i, 1, hn::BitCast(dc, hn::And(bits, hn::Set(dcu, 0xffff0000u))));
+    } else {
+      f(v, i, 0, words);
     }
   }
 

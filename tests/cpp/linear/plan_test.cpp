@@ -33,6 +33,15 @@ TEST(MatmulPlan, FewRowsGoDirect) {
   }
 }
 
+TEST(MatmulPlan, WideVectorsReadDenseWeightsInPlaceForMoreRows) {
+  MatmulProblem p = problem(1, 576, 576);
+  for (p.M = 1; p.M <= kDirectRowsWide; ++p.M) EXPECT_EQ(plan_matmul(p, kWide, 2).kernel, MatmulKernel::direct);
+  EXPECT_EQ(plan_matmul(p, kWide, 2).kernel, MatmulKernel::tiled);
+  p.M = kDirectRowsWide;
+  p.w.affine = {.bits = 4, .group_size = 64};
+  EXPECT_EQ(plan_matmul(p, kWide, 2).kernel, MatmulKernel::tiled);
+}
+
 TEST(MatmulPlan, WeightsPackedAheadAreReadByTilesFromFiveRowsOn) {
   const int packed = 0;
   MatmulProblem p = problem(1, 576, 576);
@@ -83,7 +92,7 @@ TEST(MatmulPlan, TasksCoverTheResultOnce) {
             if (plan.kernel == MatmulKernel::tiled) {
               EXPECT_EQ(plan.column_block % cpu.panel, 0);
             } else {
-              EXPECT_LE(plan.row_block, kDirectRowsTransposed);
+              EXPECT_LE(plan.row_block, cpu.lanes >= 16 ? kDirectRowsWide : kDirectRowsTransposed);
             }
           }
 }
