@@ -106,7 +106,7 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
   __syncthreads();
   constexpr bool kKeepQueries = DP <= 128;  // in registers
   uint32_t queries[kKeepQueries ? DP / 16 : 1][4];
-  auto load_queries = [&](uint32_t(&to)[4], int kk) {
+  auto load_queries = [&](uint32_t (&to)[4], int kk) {
     load_matrices(to, q_tile + lane % 16 * pitch + 16 * kk + lane / 16 * 8);
   };
   if constexpr (kKeepQueries) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void forward_decode(const ForwardParams& f) {
         uint32_t keys[4];
         load_matrices(keys, k_tile + (lane % 8 + lane / 16 * 8) * pitch + 16 * kk + lane / 8 % 2 * 8);
         if constexpr (!kKeepQueries) load_queries(queries[0], kk);
-        float(&sums)[2][4] = kk % 2 ? odd : s[0];
+        float (&sums)[2][4] = kk % 2 ? odd : s[0];
         multiply_add<T>(sums[0], queries[kKeepQueries ? kk : 0], keys[0], keys[1]);
         multiply_add<T>(sums[1], queries[kKeepQueries ? kk : 0], keys[2], keys[3]);
       }

@@ -232,7 +232,7 @@ __device__ __forceinline__ void consume_alternate(const BackwardParams& params, 
         products_wait<0>();
         clean_step(shared, stage);
       }
-      const auto differentiate_keys = [&](float(&dv)[columns / 2], int keys) {
+      const auto differentiate_keys = [&](float (&dv)[columns / 2], int keys) {
         products_wait<1>();
         settle(x);
         differentiate<Tile>(x, y, dv, packed_p, packed_ds, shared, stage, p, work, keys, n, partial, lane);
@@ -277,11 +277,11 @@ __device__ __forceinline__ void consume_alternate(const BackwardParams& params, 
       step += (warpgroup + parts - step % parts) % parts;
       barrier_wait(shared.barrier(Tile::dq_empty + warpgroup), step / parts & 1 ^ 1);
       unsigned char* const places[2] = {shared.base + Tile::layout.ds_at, shared.base + Tile::layout.dq_at};
-      const auto leave = [&](const float(&d)[2][columns / 2]) {
+      const auto leave = [&](const float (&d)[2][columns / 2]) {
         for (int keys : {0, 1}) keep_fragment(d[keys], places[keys] + warpgroup * Tile::layout.ds_bytes, thread);
         named_sync(1, 128 * Tile::consumers);
       };
-      const auto add = [&](float(&d)[2][columns / 2]) {
+      const auto add = [&](float (&d)[2][columns / 2]) {
         for (int keys : {0, 1}) add_fragment(d[keys], places[keys] + (1 - warpgroup) * Tile::layout.ds_bytes, thread);
         named_sync(1, 128 * Tile::consumers);
       };
@@ -293,7 +293,7 @@ __device__ __forceinline__ void consume_alternate(const BackwardParams& params, 
         add(dv);
       }
     }
-    const auto write = [&](const float(&d)[2][columns / 2], const MutableTensor& to, int width, float scale) {
+    const auto write = [&](const float (&d)[2][columns / 2], const MutableTensor& to, int width, float scale) {
       for (int keys : {0, 1})
         write_gradient<Tile>(d[keys], to, work, row_in_tile + 64 * keys, p.Nk, width, scale, lane);
     };

@@ -86,7 +86,7 @@ struct GradientTile {
   __device__ __forceinline__ uint32_t drop(float (&y)[BN / 2]) const {
     static_assert(!asked || BN <= 64);
     uint32_t kept = 0;
-    each_words([&](int i, const uint32_t(&word)[4]) {
+    each_words([&](int i, const uint32_t (&word)[4]) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const bool keep = word[k] >= p.dropout_threshold;
@@ -99,7 +99,7 @@ struct GradientTile {
 
   // The elements of `mark` that dropout drops get a sign.
   __device__ __forceinline__ void mark_dropped(float (&mark)[BN / 2]) const {
-    each_words([&](int i, const uint32_t(&word)[4]) {
+    each_words([&](int i, const uint32_t (&word)[4]) {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         if (word[k] < p.dropout_threshold) mark[i + k] = -mark[i + k];

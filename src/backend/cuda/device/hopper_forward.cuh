@@ -271,7 +271,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, const Forwa
       if constexpr (modified)
         if (p.bias.data) bias.load(p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane);
     };
-    const auto softmax_step = [&](int n, float(&alpha)[2]) {
+    const auto softmax_step = [&](int n, float (&alpha)[2]) {
       if constexpr (modified)
         ScoreTile<BK>{p, work.b(), work.h(), work.row0() + row_in_tile, n * BK, lane, work.offset()}.apply(
             sums, bias, work.full(n), rows);

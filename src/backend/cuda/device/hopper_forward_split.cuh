@@ -118,7 +118,7 @@ __device__ __forceinline__ void split(const Problem& p, const SplitOperands& s) 
         in[r][j][e] = n < N && column < D ? from[n * x.stride[2] + column] : 0.f;
       }
 
-      // Magnitudes are ordered as their bits are, with NaN above infinity.
+  // Magnitudes are ordered as their bits are, with NaN above infinity.
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
     uint32_t top = 0;

@@ -25,7 +25,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
   uint32_t clean_parity = 0;  // one bit a stage
   const auto release = [&](int barrier) { warp_arrive(shared.barrier(barrier), lane); };
   // x becomes join(x, that of the other warpgroup). Written again only after another barrier.
-  const auto exchange = [&](int which, float(&x)[2], uint32_t barrier, const auto& join) {
+  const auto exchange = [&](int which, float (&x)[2], uint32_t barrier, const auto& join) {
     float* rows = reinterpret_cast<float*>(shared.base + Tile::layout.rows_at) + which * 128 + row_in_tile;
     if (lane % 4 == 0) {
       rows[warpgroup * 64] = x[0];
@@ -59,13 +59,13 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
                                                       shared.k(k_ring.stage()) + warpgroup * half_keys * 128);
       products_commit();
     };
-    const auto softmax_step = [&](int n, float(&alpha)[2]) {
+    const auto softmax_step = [&](int n, float (&alpha)[2]) {
       if constexpr (modified)
         ScoreTile<half_keys>{p, work.b(), work.h(), work.row0() + row_in_tile, first_key(n), lane, work.offset()}.apply(
             sums, bias, work.full(n), rows);
       else if (!work.full(n))
         mask_scores<half_keys>(sums, rows(), first_key(n), lane);
-      softmax.template step<half_keys>(sums, scale, alpha, [&](float(&top)[2]) {
+      softmax.template step<half_keys>(sums, scale, alpha, [&](float (&top)[2]) {
         exchange(0, top, maxima_ready, [](float x, float y) { return fmaxf(x, y); });
       });
     };
@@ -165,7 +165,7 @@ __device__ __forceinline__ void consume_halves(const ForwardParams& params, cons
 
     const int b = work.b(), h = work.h();
     float weight[2], lse[2];
-    softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse, [&](float(&l)[2]) {
+    softmax.finish(scale, p.sinks ? p.sinks[h] * log2_e : -INFINITY, weight, lse, [&](float (&l)[2]) {
       if (work.passes()) exchange(1, l, sums_ready, [](float x, float y) { return x + y; });
     });
     T *row[2], *half_row[2];

@@ -259,7 +259,7 @@ __device__ __forceinline__ void each_dropout_words(const Problem& p, uint32_t ro
 template <int BK>
 __device__ __forceinline__ void drop(float (&s)[BK / 2], const Problem& p, uint32_t row_head, int query, int k0,
                                      int lane) {
-  each_dropout_words<BK>(p, row_head, query, k0, lane, [&](int i, const uint32_t(&word)[4]) {
+  each_dropout_words<BK>(p, row_head, query, k0, lane, [&](int i, const uint32_t (&word)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) s[i + k] = word[k] >= p.dropout_threshold ? s[i + k] * p.dropout_scale : 0.f;
   });

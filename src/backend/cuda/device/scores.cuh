@@ -174,7 +174,7 @@ __device__ __forceinline__ void add_bias(const Problem& p, int keys, float (&s)[
 #pragma unroll
       for (int ni = 0; ni < NI; ++ni) {
         const float2 x = load_pair(row + j0 + 8 * ni);
-        float(&to)[4] = s[n / 2][ni];
+        float (&to)[4] = s[n / 2][ni];
         to[2 * (n % 2)] = with_bias(to[2 * (n % 2)], x.x);
         to[2 * (n % 2) + 1] = with_bias(to[2 * (n % 2) + 1], x.y);
       }
