@@ -29,10 +29,10 @@ class Backward {
 
   void Run(int64_t task) {
     const BackwardPlan& plan = job_.plan;
-    const int64_t heads = int64_t{p_.B} * p_.Hkv;
-    const int64_t head = task % heads;
+    // Key ranges of a head one after the other: they read the same queries, which may still be in a cache.
+    const int64_t head = task / plan.key_partitions;
     SelectSequence(plan.tiles.sequence(static_cast<int32_t>(head / p_.Hkv)), static_cast<int>(head % p_.Hkv));
-    partition_ = static_cast<int>(task / heads);
+    partition_ = static_cast<int>(task % plan.key_partitions);
     const int64_t partition_keys = int64_t{plan.partition_blocks} * kKeyBlock;
     const int64_t first = Min<int64_t>(key_rows_, partition_ * partition_keys);
     const int64_t last = Min<int64_t>(key_rows_, first + partition_keys);

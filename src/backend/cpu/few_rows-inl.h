@@ -74,7 +74,7 @@ HWY_NOINLINE void MultiplyFewRows(const Weights& weights, int K, const typename 
         };
       };
       int k = k0;
-      if constexpr (Weights::kSpread) {
+      if constexpr (Weights::kSpread && R > 1) {  // all cores together read a row's weights slower so
         for (; k + kSides * kTerms <= k1; k += kSides * kTerms) weights.Lines(columns, k, multiply(k));
       }
       for (; k + kTerms <= k1; k += kTerms) {
