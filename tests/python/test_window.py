@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from problems import check, make_problem, mfa, random_arrays, routes, to_numpy
+from problems import check, make_problem, mfa, normal, random_arrays, routes, to_numpy
 
 WINDOWS = [(0, 0), (1, 0), (0, 3), (5, -1), (-1, 2), (16, 16), (64, 0), (130, 65)]
 
@@ -13,6 +13,14 @@ WINDOWS = [(0, 0), (1, 0), (0, 3), (5, -1), (-1, 2), (16, 16), (64, 0), (130, 65
 @pytest.mark.parametrize(("Nq", "Nk"), [(70, 70), (33, 150), (150, 33), (1, 129), (257, 257)])
 def test_window_agrees_with_the_oracle(window, causal, Nq, Nk):
     check(make_problem(Nq, B=1, Hq=2, Hkv=1, Nq=Nq, Nk=Nk, D=20, window=window, causal=causal))
+
+
+@pytest.mark.parametrize("window", [(0, 0), (1, 0)])
+@pytest.mark.parametrize("N", [70, 150, 300])
+def test_rows_that_see_one_key_of_many_keep_the_error_rule(N, window):
+    """Their probability is 1 and their dS nothing but rounding, in the products of pairs too."""
+    bias = normal(np.random.default_rng(N), (1, 4, N, N), "float32")
+    check(make_problem(N, Hq=4, Hkv=2, Nq=N, Nk=N, D=64, dtype="bfloat16", bias=bias, window=window), seed=N)
 
 
 @routes
